@@ -1,0 +1,269 @@
+"""A run's state and nothing else: flags, device, learning rate, log, progress, checkpoints."""
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from csrc import ops
+
+# what a healthy run logs, and what to try where it leaves that for long; paper.md's users ask for this first
+HEALTHY = {
+    "loss_d": (0.05, 0.7, "0.69 is a guess, near 0 the discriminator always wins and starves the other losses: "
+                          "try --d-smooth 0.25, --d-soften, a smaller --d-lr"),
+    "kept": (1e-6, 1 - 1e-6, "the share of unlabelled pixels that are trusted: see loss_d, or move --threshold"),
+}
+PATIENCE = 10  # logged steps in a row before a warning
+
+
+class InputError(Exception):
+    """Wrong input from the user: one line that names the file or flag and the cure. Ends a script with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and @files of flags."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def launch(main, flags):
+    """Run a script: parse its flags, call main(args), turn InputError into one line and exit status 2."""
+    try:
+        main(flags().parse_args())
+    except InputError as e:
+        # a loader's worker hands its exception over with the traceback as text: the message is behind the class's name
+        print(f"{Path(sys.argv[0]).name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+def check(args, data):
+    """Fill in the flags that follow the data and check those that all trainings share. Errors: InputError."""
+    for name, value in data.defaults.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, max(1, args.iters // 10))
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: it must be at least 0")
+    if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
+        raise InputError(f"--stride {args.stride}: it is 8, or 16 with --backbone efficientnet_lite0")
+    if args.crop < 65 or (args.crop - 1) % args.stride:
+        best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
+        raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
+
+
+def pick_device(gpu):
+    """(device, words for the first line). Errors: InputError where CUDA is there but not that device."""
+    if gpu >= 0 and torch.cuda.is_available():
+        if gpu >= torch.cuda.device_count():
+            raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, from 0 on")
+        torch.cuda.set_device(gpu)
+        return torch.device("cuda", gpu), torch.cuda.get_device_name(gpu)
+    why = f", no CUDA for --gpu {gpu}" if gpu >= 0 else ""
+    return torch.device("cpu"), f"cpu ({torch.get_num_threads()} threads{why})"
+
+
+def autocast(amp, device, net):
+    """bfloat16 autocast for the net of that name: as --amp says, else where it was measured to be faster.
+
+    That is on CUDA, and on CPUs with AMX for dense convolutions (3 to 4 times faster than float32) but not for the
+    depthwise ones of efficientnet_lite0 (1.5 times slower).
+    """
+    if amp is None:
+        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        amp = device.type == "cuda" or (net != "efficientnet_lite0" and amx())
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def poly_lr(optimizer, done, iters, power=0.9):
+    """Set every group's rate to initial * (1 - done/iters)**power, `done` being the updates made so far."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def progress(items, total, what):
+    """Yield `items` under a tqdm bar on a terminal; elsewhere with a line every 10 seconds: count, rate, time left."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total, leave=False)
+        return
+    began = said = time.monotonic()
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > 10:
+            said, rate = now, n / (now - began)
+            print(f"{what} {n}/{total}, {rate:.1f}/s, {clock((total - n) / rate)} left", flush=True)
+
+
+def commit():
+    """Short hash of the checkout this file is in, with "+" where it has changes; "" outside git."""
+    def git(*words):
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def replace(path, write):
+    """Call write(temporary path) and move the result to `path`: whole or not at all. Errors: InputError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
+                         "--out") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Run:
+    """What one training writes to --out and to the screen."""
+
+    def __init__(self, args, data, note, labelled):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("torchrun: this version trains on one device; start it with python")
+        try:
+            path = ops.in_use()
+        except ValueError as e:
+            raise InputError(str(e)) from None
+        self.args, self.data, self.labelled, self.out = args, data, labelled, Path(args.out)
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out}: that is a file; name a folder")
+        self.device, words = pick_device(args.gpu)
+        print(f"{note + '; ' if note else ''}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} "
+              f"classes; device {words}; ops {path}", flush=True)
+        self.facts = {"args": vars(args), "data": data.name, "commit": commit(), "python": platform.python_version(),
+                      "torch": torch.__version__, "device": words, "ops": path}
+        self.rows, self.odd, self.begun = [], dict.fromkeys(HEALTHY, 0), False
+        torch.manual_seed(args.seed)
+
+    def resume(self, **parts):
+        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates done so far, 0 for a new run."""
+        last = self.out / "last.pt"
+        if not (self.args.resume and last.exists()):
+            return 0
+        from model import read_checkpoint
+        checkpoint = read_checkpoint(last, "--resume")
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(checkpoint[name])
+            except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
+                raise InputError(f"--resume: {last} is of another script, backbone or data; give the flags of its run.json "
+                                 "or another --out") from None
+        torch.set_rng_state(checkpoint["rng"])
+        for key, value in checkpoint["args"].items():
+            if key not in ("resume", "gpu", "workers") and getattr(self.args, key, None) != value:
+                print(f"--resume: --{key.replace('_', '-')} was {value}, is now {getattr(self.args, key, None)}")
+        log = self.out / "log.jsonl"
+        if log.exists():
+            self.rows = [r for r in map(json.loads, log.read_text().splitlines()) if r["step"] <= checkpoint["step"]]
+        self.begin(fresh=False)
+        return checkpoint["step"]
+
+    def begin(self, fresh=True):
+        """Write OUT/run.json, labelled.txt and the log so far; a run that lies there already is moved aside, not lost."""
+        self.begun = True
+        try:
+            if fresh and (self.out / "last.pt").exists():
+                n = next(n for n in range(1, 10**6) if not Path(f"{self.out}.{n}").exists())
+                self.out.rename(f"{self.out}.{n}")
+                tqdm.write(f"{self.out} held a run: moved to {self.out}.{n}")
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--out {self.out}: {e.strerror}; name a folder that can be written") from None
+        replace(self.out / "run.json", lambda f: f.write_text(json.dumps(self.facts, indent=1) + "\n"))
+        replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
+        self.write_log()
+
+    def write_log(self):
+        replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
+
+    def steps(self, done):
+        """Yield done + 1 ... --iters, under a progress bar on a terminal (elsewhere `report` prints lines)."""
+        self.first, self.clock = done + 1, (time.monotonic(), done)
+        with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty()) as self.bar:
+            for step in range(done + 1, self.args.iters + 1):
+                yield step
+                self.bar.update()
+
+    def report(self, step, **values):
+        """Log and print the first and the last step, every --log-every-th and those before an evaluation.
+
+        Only there are `values` (0-dim tensors or numbers) read, which waits for the device. Errors: InputError where one
+        is not finite.
+        """
+        args = self.args
+        if step not in (self.first, args.iters) and step % args.log_every and step % args.eval_every:
+            return
+        row = {"step": step} | {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or a loss weight")
+        if not self.begun:
+            self.begin()
+        self.rows.append(row)
+        with open(self.out / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+        shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        now = time.monotonic()
+        rate = (step - self.clock[1]) / (now - self.clock[0] + 1e-9)
+        self.clock = now, step
+        if self.bar.disable:
+            left = clock((args.iters - step) / rate)
+            print(f"step {step}/{args.iters} {shown} | {rate:.2f} steps/s, {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(shown, refresh=False)
+        for name, (low, high, advice) in HEALTHY.items():
+            self.odd[name] = self.odd[name] + 1 if name in row and not low <= row[name] <= high else 0
+            if self.odd[name] == PATIENCE:
+                tqdm.write(f"warning: {name} was outside {low:g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
+
+    def save(self, step, parts, miou=None):
+        """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
+        checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc")) | {k: v.state_dict() for k, v in parts.items()}
+        checkpoint |= {"step": step, "args": vars(self.args), "classes": list(self.data.classes),
+                       "rng": torch.get_rng_state(), "miou": miou}
+        replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
+
+    def score(self, step, evaluation, parts):
+        """Put what `evaluate` gave at this step into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
+        miou = 100 * evaluation[0]
+        before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
+        if self.rows[-1].get("miou") != miou:
+            self.rows[-1]["miou"] = miou
+            self.write_log()
+            self.save(step, parts, miou)
+            if miou > max(before, default=(-1, 0))[0]:
+                replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
+        self.clock = time.monotonic(), step
+        other = ", best before {:.2f} at step {}".format(*max(before)) if before else ""
+        tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")

@@ -1,0 +1,183 @@
+"""The operators that touch full-resolution logits, each beside its definition in plain PyTorch (`*_reference`).
+
+Bilinear interpolation is `align_corners=True` throughout; K <= 255 classes; half types are computed in float32 and
+float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the argument. A label outside 0..K-1 that is
+not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the first
+cell of the matrix negative, on which `mean_iou` raises.
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+
+SEG_OPS = os.environ.get("SEG_OPS", "auto")
+
+
+def in_use():
+    """Name of the path the operators take: "reference" until kernels are in this folder. Errors: ValueError."""
+    if SEG_OPS == "kernel":
+        raise ValueError("SEG_OPS=kernel: there are no kernels in csrc yet; use SEG_OPS=auto or reference")
+    if SEG_OPS not in ("auto", "reference"):
+        raise ValueError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
+    return "reference"
+
+
+def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
+                         divide="kept"):
+    """Cross entropy of upsampled logits over the pixels that count -> (loss, kept).
+
+    logits      (N,K,h,w) at any resolution; the only input that gets a gradient
+    target      (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, lowest class on a tie
+    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not
+    valid       (N,H,W) bool, False on padding
+    size        (H,W), needed without target
+    divide      "kept": by the pixels counted; "all": by all that are valid and not `ignore`
+
+    loss: float32 scalar (float64 for float64 logits), 0 with zero gradient where no pixel counts. kept: int64 scalar,
+    pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
+    """
+    in_use()
+    return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
+                                          ignore=ignore, divide=divide)
+
+
+def upsample_softmax(logits, size, dtype=None):
+    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, in the logits' dtype unless given."""
+    in_use()
+    return upsample_softmax_reference(logits, size, dtype)
+
+
+def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=None):
+    """(K,K) int64 counts, rows truth, columns prediction; pixels whose target is `ignore` do not count.
+
+    prediction: (N,K,h,w) logits, upsampled to the target and argmaxed on the way, or (N,H,W) class ids with
+    `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
+    """
+    in_use()
+    return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
+
+
+def mean_iou(matrix, absent="exclude"):
+    """(miou, per_class) of a confusion matrix: a float and a (K,) float64 tensor, fractions in 0..1.
+
+    IoU = diagonal / (row + column - diagonal), as the VOC devkit counts. A class absent from truth and prediction is NaN
+    in per_class; the mean leaves it out ("exclude") or counts it as 0 ("zero").
+    """
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"matrix must be (K,K), got {tuple(matrix.shape)}")
+    if absent not in ("exclude", "zero"):
+        raise ValueError(f"absent must be 'exclude' or 'zero', got {absent!r}")
+    matrix = matrix.double().cpu()
+    if (matrix < 0).any():
+        raise ValueError("matrix has a negative cell: a label outside 0..K-1 was counted")
+    true = matrix.diagonal()
+    per_class = true / (matrix.sum(0) + matrix.sum(1) - true)  # 0/0 is NaN: absent
+    mean = per_class.nanmean() if absent == "exclude" else per_class.nan_to_num(0).mean()
+    return mean.item(), per_class
+
+
+def masked_cross_entropy_reference(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None,
+                                   ignore=255, divide="kept"):
+    _floating(logits, "logits")
+    if divide not in ("kept", "all"):
+        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
+    if target is None and size is None:
+        raise ValueError("size=(H,W) is needed where target is None")
+    if target is not None:
+        _integers(target, "target", logits)
+        if size is not None and tuple(size) != tuple(target.shape[-2:]):
+            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
+    size = target.shape[-2:] if target is not None else size
+    n, k = logits.shape[:2]
+    upsampled = _upsample(logits, size)  # (N,K,H,W)
+    bad = None
+    if target is None:
+        labels = upsampled.argmax(1)  # (N,H,W)
+        counts = torch.ones_like(labels, dtype=torch.bool)
+    else:
+        counts = target != ignore
+        labels, bad = _in_range(target, counts, k, "target")
+    if valid is not None:
+        if valid.dtype != torch.bool or valid.shape != counts.shape or valid.device != logits.device:
+            raise ValueError(f"valid must be {tuple(counts.shape)} bool on {logits.device}, got {tuple(valid.shape)} "
+                             f"{valid.dtype} on {valid.device}")
+        counts = counts & valid
+    everything = counts.sum()
+    if confidence is not None:
+        _floating(confidence, "confidence")
+        if confidence.shape[:2] != (n, 1) or confidence.device != logits.device:
+            raise ValueError(f"confidence must be ({n},1,a,b) on {logits.device}, got {tuple(confidence.shape)} on "
+                             f"{confidence.device}")
+        counts = counts & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
+    kept = counts.sum()
+    # where() and not a product: a NaN on a pixel that does not count must reach neither the loss nor the gradient
+    upsampled = upsampled.where(counts[:, None], upsampled.new_zeros(()))
+    labels = labels.where(counts, labels.new_full((), -100))  # cross_entropy's own "ignore"
+    loss = F.cross_entropy(upsampled, labels, ignore_index=-100, reduction="sum")
+    loss = loss / (kept if divide == "kept" else everything).clamp(min=1)
+    return (loss if bad is None else loss.where(~bad, torch.nan)), kept
+
+
+def upsample_softmax_reference(logits, size, dtype=None):
+    _floating(logits, "logits")
+    return _upsample(logits, size).softmax(1).to(dtype or logits.dtype)
+
+
+def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=255, out=None):
+    if prediction.is_floating_point():
+        _floating(prediction, "prediction")
+        if num_classes not in (None, prediction.shape[1]):
+            raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
+        num_classes = prediction.shape[1]
+        _integers(target, "target", prediction)
+        prediction = _upsample(prediction, target.shape[-2:]).argmax(1)  # (N,H,W)
+    elif num_classes is None:
+        raise ValueError("num_classes is needed where prediction holds class ids")
+    if not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
+    _integers(target, "target", prediction)
+    _integers(prediction, "prediction", target)
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    cells = num_classes * num_classes
+    counts = target != ignore
+    truth, bad = _in_range(target, counts, num_classes, "target")
+    guess, bad_guess = _in_range(prediction, counts, num_classes, "prediction")
+    cell = (truth * num_classes + guess).where(counts, truth.new_full((), cells))  # one more cell for what is ignored
+    matrix = torch.zeros(cells + 1, dtype=torch.int64, device=target.device)
+    matrix.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
+    matrix = matrix[:-1].view(num_classes, num_classes)
+    if bad is not None:
+        matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 62
+    if out is None:
+        return matrix
+    if out.shape != matrix.shape or out.dtype != torch.int64 or out.device != matrix.device:
+        raise ValueError(f"out must be {tuple(matrix.shape)} int64 on {matrix.device}, got {tuple(out.shape)} "
+                         f"{out.dtype} on {out.device}")
+    return out.add_(matrix)
+
+
+def _upsample(x, size):
+    x = x if x.dtype == torch.float64 else x.float()
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+def _floating(x, name):
+    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape or x.shape[1] > 255:
+        raise ValueError(f"{name} must be (N,K,h,w) floating point with 1 <= K <= 255, got {tuple(x.shape)} {x.dtype}")
+
+
+def _integers(x, name, like):
+    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0]:
+        raise ValueError(f"{name} must be ({like.shape[0]},H,W) uint8 or int64, got {tuple(x.shape)} {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, the other argument on {like.device}")
+
+
+def _in_range(x, counts, k, name):
+    """int64 labels with 0 for those that do not count or are out of range, and, on CUDA, whether any was."""
+    x = x.long()
+    outside = ((x < 0) | (x >= k)) & counts
+    if x.device.type == "cpu" and outside.any():
+        raise ValueError(f"{name} holds {x[outside][0].item()}, outside 0..{k - 1} and not ignored")
+    return x.where(counts & ~outside, x.new_zeros(())), None if x.device.type == "cpu" else outside.any()

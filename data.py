@@ -1,0 +1,367 @@
+"""Pictures and labels: the VOC layout, the split, the joint transform, the streams, and the generated set `shapes`.
+
+    python data.py shapes            writes the generated set to data/shapes (training on it does so by itself)
+"""
+import argparse
+import hashlib
+import math
+import os
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+
+from common import InputError, Parser, launch
+
+IGNORE = 255
+VOC_ROOT = Path("data/VOC2012")
+SHAPES_ROOT = Path("data/shapes")
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
+PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after either normalisation
+SHAPES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "triangle": (60, 90, 220),
+          "star": (230, 190, 40), "ring": (170, 70, 190)}
+PICTURES = (".jpg", ".jpeg", ".png")
+
+# What a training takes where no flag says otherwise. VOC: the paper's (crop 321, batch 10, 20k iterations, lr 2.5e-4).
+VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", stride=8, crop=321, batch_size=10, iters=20000, lr=2.5e-4)
+SHAPES_DEFAULTS = dict(backbone="efficientnet_lite0", init="imagenet", stride=16, crop=129, batch_size=4, iters=300, lr=1e-2)
+
+
+@dataclass
+class Data:
+    """An opened data set: names and colours of its classes, and where the picture and the label of an id lie."""
+
+    name: str
+    root: Path
+    classes: list
+    palette: list  # 768 numbers, as PIL's putpalette takes them
+    defaults: dict
+    pictures: dict  # id -> path
+    labels: dict  # id -> path
+
+    def ids(self, *names):
+        """The ids of the first list there is among `names` (of ImageSets/Segmentation) or of a file of that path.
+
+        Errors: InputError where there is no such list or it is empty.
+        """
+        folder = self.root / "ImageSets" / "Segmentation"
+        files = [f for name in names for f in (folder / f"{name}.txt", Path(name)) if f.is_file()]
+        if not files:
+            raise InputError(f"{folder}: no list {' or '.join(f'{n}.txt' for n in names)}; write one with an id a line")
+        return read_ids(files[0])
+
+    def train_ids(self):
+        return self.ids("train_aug", "trainaug", "train")
+
+    def samples(self, ids, labels=True):
+        """[(picture path, label path)] of `ids`, the label path None where none is wanted. Errors: InputError, not there."""
+        for i in ids:
+            if i not in self.pictures:
+                raise InputError(f"{self.root}/JPEGImages/{i}.jpg: not there, but id {i} is in a list; add it or drop the id")
+            if labels and i not in self.labels:
+                raise InputError(f"{self.root}/SegmentationClassAug/{i}.png: not there, but id {i} is in a list; add it or "
+                                 "drop the id")
+        return [(self.pictures[i], self.labels[i] if labels else None) for i in ids]
+
+
+def open_data(root=None):
+    """The data set at `root`, or `shapes`, or, for None, VOC 2012 where it is there and `shapes` where not -> (Data, note).
+
+    The note, a sentence for the run's first line or "", says when `shapes` stands in for VOC. Errors: InputError.
+    """
+    note = ""
+    if root is None and not VOC_ROOT.is_dir():
+        note = f"{VOC_ROOT} is not there (to get it: python data.py voc), so this run uses shapes"
+    shapes = root == "shapes" or bool(note)
+    if shapes:
+        make_shapes(SHAPES_ROOT)
+    root = SHAPES_ROOT if shapes else Path(root or VOC_ROOT)
+    pictures = index(root / "JPEGImages", PICTURES)
+    labels = index(root / "SegmentationClassAug", [".png"]) or index(root / "SegmentationClass", [".png"])
+    if not pictures or not labels:
+        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg, SegmentationClassAug/*.png and "
+                         "ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
+    classes, palette = read_classes(root / "classes.txt")
+    return Data("shapes" if shapes else str(root), root, classes, palette, SHAPES_DEFAULTS if shapes else VOC_DEFAULTS,
+                pictures, labels), note
+
+
+def index(folder, suffixes):
+    """{id: path} of the files in `folder` that end in one of `suffixes`."""
+    if not folder.is_dir():
+        return {}
+    return {f.stem: str(f) for f in map(Path, sorted(e.path for e in os.scandir(folder))) if f.suffix.lower() in suffixes}
+
+
+def read_ids(file):
+    """The ids in a list file, one a line. Errors: InputError where it cannot be read, is empty, or has an id twice."""
+    try:
+        ids = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file}: cannot be read as a list of ids ({getattr(e, 'strerror', None) or e})") from None
+    if not ids:
+        raise InputError(f"{file}: holds no ids; write one a line")
+    if len(set(ids)) < len(ids):
+        raise InputError(f"{file}: id {next(i for i in ids if ids.count(i) > 1)} stands in it twice; keep one")
+    return ids
+
+
+def read_classes(file):
+    """(names, palette) from classes.txt: a class a line in order, its name and, if wanted, its colour as `R G B`."""
+    palette = voc_palette()
+    if not file.is_file():
+        return VOC_CLASSES, palette
+    names = []
+    for line in filter(None, map(str.strip, file.read_text().splitlines())):
+        words = line.split()
+        if len(words) > 3 and all(w.isdigit() and int(w) < 256 for w in words[-3:]):
+            palette[3 * len(names):3 * len(names) + 3] = map(int, words[-3:])
+            words = words[:-3]
+        names.append(" ".join(words))
+    if not 2 <= len(names) <= 255:
+        raise InputError(f"{file}: holds {len(names)} classes; it takes 2 to 255, one a line")
+    return names, palette
+
+
+def voc_palette():
+    """The VOC colour map, 768 numbers: bit j of channel c is bit 3 * (7 - j) + c of the class number."""
+    colours = np.zeros((256, 3), int)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (np.arange(256) >> (3 * bit + channel) & 1) << (7 - bit)
+    return colours.flatten().tolist()
+
+
+def split_ids(ids, fraction, seed, labelled_ids=None):
+    """(labelled, unlabelled) parts of `ids`, both in the order of `ids`: round(fraction * n) are labelled.
+
+    An id's rank is a hash of (seed, id), so the parts are nested (1/8 within 1/4 within 1/2) and hang neither on the
+    order of the list nor on a generator. `labelled_ids`, a list file, takes the place of fraction and seed.
+    """
+    if labelled_ids:
+        chosen = set(read_ids(labelled_ids))
+        if chosen - set(ids):
+            raise InputError(f"--labelled-ids {labelled_ids}: {min(chosen - set(ids))} is not in the training list")
+    else:
+        if not 0 < fraction <= 1:
+            raise InputError(f"--split {fraction}: it is the labelled fraction, above 0 and at most 1")
+        ranked = sorted(ids, key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+        chosen = set(ranked[:round(fraction * len(ids))])
+        if not chosen:
+            raise InputError(f"--split {fraction}: leaves none of {len(ids)} pictures labelled; raise it")
+    return [i for i in ids if i in chosen], [i for i in ids if i not in chosen]
+
+
+def folder_pictures(folder):
+    """Every picture under `folder`, any depth, as samples without a label; [] for None. Errors: InputError for no picture."""
+    if folder is None:
+        return []
+    found = [(str(f), None) for f in sorted(Path(folder).rglob("*")) if f.suffix.lower() in PICTURES]
+    if not found:
+        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder; name one that holds pictures")
+    return found
+
+
+def read_image(path):
+    """The decoded PIL image at `path`. Errors: InputError where it is missing, truncated or no picture."""
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "")
+        raise InputError(f"{path}: cannot be read ({why}); replace the file or drop its id from the list") from None
+    return image
+
+
+def read_picture(path):
+    return read_image(path).convert("RGB")
+
+
+def read_label(path, num_classes, size):
+    """The label at `path` as a mode L image of class ids and 255. Errors: InputError; `size` is the picture's (W,H)."""
+    label = read_image(path)
+    if label.mode not in ("L", "P"):
+        raise InputError(f"{path}: a label is an 8-bit index picture (mode L or P), this one is {label.mode}; convert it")
+    if label.size != size:
+        raise InputError(f"{path}: the label is {label.width}x{label.height}, its picture {size[0]}x{size[1]}; make them equal")
+    ids = np.asarray(label)
+    outside = ids[(ids >= num_classes) & (ids != IGNORE)]
+    if outside.size:
+        raise InputError(f"{path}: label value {outside[0]} is outside the {num_classes} classes (0..{num_classes - 1}, "
+                         "255 is void); mend it or give the class a line in classes.txt")
+    return Image.fromarray(ids)
+
+
+def random_geometry(size, crop, scale, draw):
+    """One random scale, crop and flip for a picture of `size` (W,H) -> (box, (w,h), flip).
+
+    `box`, in the picture's pixels, becomes w x h pixels (at most crop x crop), mirrored where flip is set. `draw` is a
+    random.Random.
+    """
+    factor = draw.uniform(*scale)
+    box, out = [0, 0, 0, 0], [0, 0]
+    for axis in (0, 1):
+        scaled = max(1, round(size[axis] * factor))
+        out[axis] = min(scaled, crop)
+        ratio = size[axis] / scaled
+        box[axis] = draw.randint(0, scaled - out[axis]) * ratio
+        box[axis + 2] = min(box[axis] + out[axis] * ratio, size[axis])
+    return tuple(box), tuple(out), draw.random() < 0.5
+
+
+def place(image, geometry, crop, resample, fill):
+    """`image` through a random_geometry, padded on the right and below to crop x crop with `fill`, as an array."""
+    box, size, flip = geometry
+    image = image.resize(size, resample, box=box)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    canvas = Image.new(image.mode, (crop, crop), fill)
+    canvas.paste(image, (0, 0))
+    return np.array(canvas)
+
+
+class Stream(torch.utils.data.Dataset):
+    """Endless random crops of `samples`: draw n is a pure function of (seed, name, n), epochs are shuffles of all samples.
+
+    With labels: ((3,crop,crop) uint8, (crop,crop) uint8 with 255 on padding). Without (label path None, no label file is
+    ever opened): ((3,crop,crop) uint8, (crop,crop) bool, False on padding).
+    """
+
+    def __init__(self, samples, num_classes, args, name):
+        self.samples, self.num_classes, self.crop = samples, num_classes, args.crop
+        self.scale = [s * args.input_scale for s in args.scale]
+        self.key, self.order = f"{args.seed}/{name}", (None, None)
+
+    def __getitem__(self, n):
+        epoch, position = divmod(n, len(self.samples))
+        if self.order[0] != epoch:
+            order = list(range(len(self.samples)))
+            random.Random(f"{self.key}/epoch {epoch}").shuffle(order)
+            self.order = epoch, order
+        picture_path, label_path = self.samples[self.order[1][position]]
+        picture = read_picture(picture_path)
+        geometry = random_geometry(picture.size, self.crop, self.scale, random.Random(f"{self.key}/draw {n}"))
+        pixels = torch.from_numpy(place(picture, geometry, self.crop, Image.Resampling.BILINEAR, PADDING)).permute(2, 0, 1)
+        if label_path is None:
+            (w, h), valid = geometry[1], torch.zeros(self.crop, self.crop, dtype=torch.bool)
+            valid[:h, :w] = True
+            return pixels, valid
+        label = read_label(label_path, self.num_classes, picture.size)
+        return pixels, torch.from_numpy(place(label, geometry, self.crop, Image.Resampling.NEAREST, IGNORE))
+
+
+def batches(stream, batch_size, start, stop, workers, device):
+    """An iterator over batches `start` to `stop` of a stream; the same ones whatever the number of workers."""
+    draws = range(start * batch_size, stop * batch_size)
+    return iter(torch.utils.data.DataLoader(stream, batch_size, sampler=draws, num_workers=workers,
+                                            pin_memory=device.type == "cuda"))
+
+
+class Whole(torch.utils.data.Dataset):
+    """Whole pictures for evaluation: ((3,H,W) uint8, (H,W) uint8), padded on the right and below to `multiple`*k+1."""
+
+    def __init__(self, samples, num_classes, multiple):
+        self.samples, self.num_classes, self.multiple = samples, num_classes, multiple
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        picture = read_picture(self.samples[i][0])
+        label = read_label(self.samples[i][1], self.num_classes, picture.size)
+        return pad(picture, self.multiple, PADDING).permute(2, 0, 1), pad(label, self.multiple, IGNORE)
+
+
+def pad(image, multiple, fill):
+    """A PIL image as a uint8 tensor, grown on the right and below to `multiple`*k+1."""
+    w, h = (math.ceil((n - 1) / multiple) * multiple + 1 for n in image.size)
+    canvas = Image.new(image.mode, (w, h), fill)
+    canvas.paste(image, (0, 0))
+    return torch.from_numpy(np.array(canvas))
+
+
+def make_shapes(root):
+    """Write the generated set to `root` in VOC layout unless it is there: 400 training and 100 validation pictures, 128x128.
+
+    Errors: InputError where it cannot be written.
+    """
+    if root.is_dir():
+        return
+    part = root.with_name(f"{root.name}.{os.getpid()}")
+    try:
+        for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+            (part / folder).mkdir(parents=True)
+        (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in SHAPES.items()))
+        for name, count in (("train", 400), ("val", 100)):
+            ids = [f"{name}_{n:03d}" for n in range(count)]
+            for i in ids:
+                picture, label = draw_shapes(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
+                label.putpalette([v for colour in SHAPES.values() for v in colour])
+                picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
+                label.save(part / "SegmentationClassAug" / f"{i}.png")
+            (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+        os.rename(part, root)
+    except OSError as e:
+        if not root.is_dir():  # another process was faster: its set is the same
+            raise InputError(f"{root}: the generated set cannot be written ({e.strerror})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def texture(rng, size=128):
+    """Stripes, checks or blotches of two random colours, (size,size,3) float."""
+    y, x = np.mgrid[:size, :size] / size
+    angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    if kind == 0:
+        mix = np.sin(2 * np.pi * waves * u) > 0
+    elif kind == 1:
+        mix = np.sin(2 * np.pi * waves * u) * np.sin(2 * np.pi * waves * v) > 0
+    else:
+        coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
+        mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    first, second = rng.uniform(30, 225, (2, 3))
+    return first + (second - first) * rng.uniform(0.3, 1) * mix[..., None]
+
+
+def outline(kind, rng):
+    """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind 0 is a blob, which counts as ground."""
+    corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
+    angle = np.arange(corners) * 2 * np.pi / corners
+    radius = np.ones(corners)
+    if kind == "star":
+        radius[1::2] = 0.45
+    elif kind == "ground":
+        for wave in (2, 3, 5):
+            radius -= 0.12 * (1 + np.sin(wave * angle + rng.uniform(0, 2 * np.pi)))
+    angle = angle + rng.uniform(0, 2 * np.pi)
+    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def draw_shapes(rng, size=128):
+    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge."""
+    picture, label = texture(rng), np.zeros((size, size), np.uint8)
+    kinds = list(SHAPES)
+    for _ in range(rng.randint(3, 7)):
+        number = rng.randint(len(kinds))
+        kind, centre, radius = kinds[number], rng.uniform(8, size - 8, 2), rng.uniform(10, 30)
+        mask = Image.new("L", (size, size))
+        pen = ImageDraw.Draw(mask)
+        corners = outline(kind, rng)
+        pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
+        if kind == "ring":
+            pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
+        inside = np.array(mask) > 0
+        picture = np.where(inside[..., None], texture(rng), picture)
+        label[inside] = number
+        grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+        label[grown & ~shrunk] = IGNORE
+    light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
+    picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label, "P")

@@ -1,0 +1,86 @@
+"""Supervised baseline: DeepLabv2 on the labelled part of a data set.
+
+    python train_base.py --data shapes --split 0.125
+"""
+import argparse
+
+import torch
+
+import common
+import data
+import model
+from csrc import ops
+from eval import evaluate
+
+
+def flags():
+    p = common.Parser(__doc__)
+    # data
+    p.add_argument("--data", metavar="ROOT", help="folder in VOC layout, or shapes (generated); default data/VOC2012")
+    p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1")
+    p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled")
+    p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
+    p.add_argument("--crop", type=int, help="side of the training crop in pixels, stride*k+1 (paper: 321)")
+    p.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.5), metavar=("MIN", "MAX"), help="random scale of pictures")
+    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this before the net sees them (0.5: a quarter "
+                   "of the work); scores stay at the labels' own size")
+    p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
+    # net
+    p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
+    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH is a checkpoint (paper: imagenet)")
+    p.add_argument("--stride", type=int, help="pixels a logit: 8, or 16 for efficientnet_lite0 (paper: 8)")
+    p.add_argument("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps its "
+                   "weight and bias, frozen its statistics as well")
+    # optimisation
+    p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
+    p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
+    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times that (paper: 2.5e-4)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 everywhere or nowhere; default: where measured faster")
+    # run
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw")
+    p.add_argument("--out", default="out/base", metavar="DIR", help="where log, checkpoints and flags are written")
+    p.add_argument("--resume", action="store_true", help="go on from DIR/last.pt where there is one")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of --iters")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints; default a tenth of --iters")
+    return p
+
+
+def main(args):
+    dataset, note = data.open_data(args.data)
+    common.check(args, dataset)
+    labelled, _ = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
+    labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
+    run = common.Run(args, dataset, note, labelled)
+    device, num_classes = run.device, len(dataset.classes)
+
+    seg = model.DeepLabV2(args.backbone, num_classes, args.stride, args.init, args.bn).to(device)
+    opt_seg = torch.optim.SGD(model.parameter_groups(seg, args.lr), momentum=0.9, nesterov=True, weight_decay=1e-4)
+    parts = {"seg": seg, "opt_seg": opt_seg}
+    done = run.resume(**parts)
+
+    stream = data.Stream(labelled_samples, num_classes, args, "labelled")
+    labelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
+    seg.train()
+    for step in run.steps(done):
+        common.poly_lr(opt_seg, step - 1, args.iters)
+        picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
+
+        with common.autocast(args.amp, device, args.backbone):
+            logits = seg(seg.normalise(picture))  # (B,K,h,w)
+        loss_ce, _ = ops.masked_cross_entropy(logits, target)
+        opt_seg.zero_grad()
+        loss_ce.backward()
+        opt_seg.step()
+
+        run.report(step, loss_ce=loss_ce, lr=opt_seg.param_groups[0]["lr"])
+        if step % args.save_every == 0 or step == args.iters:
+            run.save(step, parts)
+        if step % args.eval_every == 0 and step < args.iters:
+            run.score(step, evaluate(seg, val, args, device), parts)
+    run.score(args.iters, evaluate(seg, val, args, device), parts)
+
+
+if __name__ == "__main__":
+    common.launch(main, flags)

@@ -1,0 +1,133 @@
+"""Semi-supervised training: train_adv.py plus the unlabelled pictures, where the discriminator trusts the prediction.
+
+    python train_semi.py --data shapes --split 0.125
+"""
+import argparse
+
+import torch
+
+import common
+import data
+import model
+from csrc import ops
+from eval import evaluate
+
+
+def flags():
+    p = common.Parser(__doc__)
+    # data
+    p.add_argument("--data", metavar="ROOT", help="folder in VOC layout, or shapes (generated); default data/VOC2012")
+    p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1")
+    p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled")
+    p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
+    p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
+    p.add_argument("--crop", type=int, help="side of the training crop in pixels, stride*k+1 (paper: 321)")
+    p.add_argument("--scale", type=float, nargs=2, default=(0.5, 1.5), metavar=("MIN", "MAX"), help="random scale of pictures")
+    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this before the net sees them (0.5: a quarter "
+                   "of the work); scores stay at the labels' own size")
+    p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
+    # net
+    p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
+    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH is a checkpoint (paper: imagenet)")
+    p.add_argument("--stride", type=int, help="pixels a logit: 8, or 16 for efficientnet_lite0 (paper: 8)")
+    p.add_argument("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps its "
+                   "weight and bias, frozen its statistics as well")
+    # optimisation
+    p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
+    p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
+    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times that (paper: 2.5e-4)")
+    p.add_argument("--lam-adv", type=float, default=0.01, help="weight of the adversarial loss (paper: 0.01)")
+    p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator (paper: adam)")
+    p.add_argument("--d-lr", type=float, default=1e-4, help="first rate of the discriminator, poly decay (paper: 1e-4)")
+    p.add_argument("--d-smooth", type=float, default=0, help="label smoothing: D's answer for a label map is 1 minus this")
+    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled predictions too, as the authors' code does "
+                   "(paper: labelled only)")
+    p.add_argument("--lam-adv-u", type=float, default=0.001, help="weight of the adversarial loss on unlabelled pictures "
+                   "(the authors' code: 0.001; ICLR text: none)")
+    p.add_argument("--lam-semi", type=float, default=0.1, help="weight of the self-taught loss (paper: 0.1)")
+    p.add_argument("--threshold", type=float, default=0.2, help="D's answer above which a pixel is trusted, T_semi (paper: 0.2)")
+    p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default a quarter of --iters (paper: 5000)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 everywhere or nowhere; default: where measured faster")
+    # run
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw")
+    p.add_argument("--out", default="out/semi", metavar="DIR", help="where log, checkpoints and flags are written")
+    p.add_argument("--resume", action="store_true", help="go on from DIR/last.pt where there is one")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of --iters")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints; default a tenth of --iters")
+    return p
+
+
+def main(args):
+    dataset, note = data.open_data(args.data)
+    common.check(args, dataset)
+    labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
+    labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
+    unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled)
+    if not unlabelled_samples:
+        raise common.InputError("--split 1: leaves no picture unlabelled; lower it or name a folder with --unlabelled")
+    run = common.Run(args, dataset, note, labelled)
+    device, num_classes = run.device, len(dataset.classes)
+
+    seg = model.DeepLabV2(args.backbone, num_classes, args.stride, args.init, args.bn).to(device)
+    opt_seg = torch.optim.SGD(model.parameter_groups(seg, args.lr), momentum=0.9, nesterov=True, weight_decay=1e-4)
+    disc = model.Discriminator(num_classes).to(device)
+    opt_disc = model.disc_optimizer(disc, args.d_optim, args.d_lr)
+    parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
+    done = run.resume(**parts)
+
+    stream = data.Stream(labelled_samples, num_classes, args, "labelled")
+    labelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
+    stream = data.Stream(unlabelled_samples, num_classes, args, "unlabelled")
+    unlabelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
+    seg_weights = [p for p in seg.parameters() if p.requires_grad]
+    disc_weights = list(disc.parameters())
+    size = args.crop, args.crop
+    seg.train()
+    for step in run.steps(done):
+        common.poly_lr(opt_seg, step - 1, args.iters)
+        common.poly_lr(opt_disc, step - 1, args.iters)
+        picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
+        picture_u, valid_u = (t.to(device, non_blocking=True) for t in next(unlabelled_batches))  # and (B,H,W) bool
+
+        with common.autocast(args.amp, device, args.backbone):
+            logits = seg(seg.normalise(picture))  # (B,K,h,w)
+        loss_ce, _ = ops.masked_cross_entropy(logits, target)
+        valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
+        with common.autocast(args.amp, device, "disc"):
+            d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
+            d_real = disc(model.one_hot(target, num_classes))
+        loss_adv = model.bce(d_fake, 1, valid)
+        loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
+
+        with common.autocast(args.amp, device, args.backbone):
+            logits_u = seg(seg.normalise(picture_u))  # (B,K,h,w)
+        with common.autocast(args.amp, device, "disc"):
+            d_fake_u = disc(ops.upsample_softmax(logits_u, size) * valid_u[:, None])  # (B,1,a,b)
+        loss_adv_u = model.bce(d_fake_u, 1, valid_u)
+        loss_semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u,
+                                                   threshold=args.threshold, size=size)
+        lam_semi = args.lam_semi if step > args.semi_start else 0
+        if args.d_unlabelled:
+            loss_d = loss_d + model.bce(d_fake_u, 0, valid_u) / 2
+        # d_fake serves both players: each backward pass goes to its own net's weights only
+        opt_seg.zero_grad()
+        loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
+        loss.backward(inputs=seg_weights, retain_graph=True)
+        opt_disc.zero_grad()
+        loss_d.backward(inputs=disc_weights)
+        opt_seg.step()
+        opt_disc.step()
+
+        run.report(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi,
+                   kept=kept / valid_u.sum(), loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
+        if step % args.save_every == 0 or step == args.iters:
+            run.save(step, parts)
+        if step % args.eval_every == 0 and step < args.iters:
+            run.score(step, evaluate(seg, val, args, device), parts)
+    run.score(args.iters, evaluate(seg, val, args, device), parts)
+
+
+if __name__ == "__main__":
+    common.launch(main, flags)
