@@ -55,16 +55,24 @@ def launch(main, flags):
 def check(args, data):
     """Fill in the flags that follow the data and check those that all trainings share. Errors: InputError."""
     for name, value in data.defaults.items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
-    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
         if getattr(args, name) is None:
-            setattr(args, name, max(1, args.iters // 10))
+            setattr(args, name, value)
+    if args.stride is None:
+        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
+    tenth = max(1, args.iters // 10)
+    args.eval_every, args.save_every = args.eval_every or tenth, args.save_every or tenth
+    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
     for name, value in vars(args).items():
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
+    if not 0 < args.scale[0] <= args.scale[1]:
+        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
+    if args.input_scale not in (1, 0.5, 0.25):
+        raise InputError(f"--input-scale {args.input_scale}: it is 1, 0.5 or 0.25")
+    if getattr(args, "semi_start", 0) is None:
+        args.semi_start = args.iters // 4
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: it must be at least 0")
     if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
@@ -74,15 +82,31 @@ def check(args, data):
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
 
 
-def pick_device(gpu):
-    """(device, words for the first line). Errors: InputError where CUDA is there but not that device."""
+def announce(data, gpu):
+    """Pick the device and print a run's first line: data, device, ops in use -> the torch.device.
+
+    Errors: InputError where --gpu names a device that is not there beside others that are, or SEG_OPS is wrong.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("torchrun: these scripts use one device; start them with python")
     if gpu >= 0 and torch.cuda.is_available():
         if gpu >= torch.cuda.device_count():
             raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, from 0 on")
         torch.cuda.set_device(gpu)
-        return torch.device("cuda", gpu), torch.cuda.get_device_name(gpu)
-    why = f", no CUDA for --gpu {gpu}" if gpu >= 0 else ""
-    return torch.device("cpu"), f"cpu ({torch.get_num_threads()} threads{why})"
+        device = torch.device("cuda", gpu)
+    else:
+        device = torch.device("cpu")
+    try:
+        path = ops.in_use()
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}; ops {path}",
+          flush=True)
+    return device
+
+
+def describe(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def autocast(amp, device, net):
@@ -132,6 +156,14 @@ def commit():
         return ""
 
 
+def make_folder(path):
+    """mkdir -p for --out. Errors: InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {path}: {e.strerror}; name a folder that can be written") from None
+
+
 def replace(path, write):
     """Call write(temporary path) and move the result to `path`: whole or not at all. Errors: InputError."""
     part = path.with_name(path.name + ".part")
@@ -149,20 +181,11 @@ class Run:
     """What one training writes to --out and to the screen."""
 
     def __init__(self, args, data, note, labelled):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("torchrun: this version trains on one device; start it with python")
-        try:
-            path = ops.in_use()
-        except ValueError as e:
-            raise InputError(str(e)) from None
         self.args, self.data, self.labelled, self.out = args, data, labelled, Path(args.out)
         if self.out.exists() and not self.out.is_dir():
             raise InputError(f"--out {self.out}: that is a file; name a folder")
-        self.device, words = pick_device(args.gpu)
-        print(f"{note + '; ' if note else ''}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} "
-              f"classes; device {words}; ops {path}", flush=True)
-        self.facts = {"args": vars(args), "data": data.name, "commit": commit(), "python": platform.python_version(),
-                      "torch": torch.__version__, "device": words, "ops": path}
+        self.device = announce(f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes",
+                               args.gpu)
         self.rows, self.odd, self.begun = [], dict.fromkeys(HEALTHY, 0), False
         torch.manual_seed(args.seed)
 
@@ -197,10 +220,12 @@ class Run:
                 n = next(n for n in range(1, 10**6) if not Path(f"{self.out}.{n}").exists())
                 self.out.rename(f"{self.out}.{n}")
                 tqdm.write(f"{self.out} held a run: moved to {self.out}.{n}")
-            self.out.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"--out {self.out}: {e.strerror}; name a folder that can be written") from None
-        replace(self.out / "run.json", lambda f: f.write_text(json.dumps(self.facts, indent=1) + "\n"))
+        make_folder(self.out)
+        facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
+                 "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use()}
+        replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
         replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
         self.write_log()
 

