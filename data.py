@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from common import InputError, Parser, launch
+from common import InputError, Parser, launch, progress
 
 IGNORE = 255
 VOC_ROOT = Path("data/VOC2012")
@@ -296,11 +296,12 @@ def make_shapes(root):
         for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
             (part / folder).mkdir(parents=True)
         (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in SHAPES.items()))
+        _, palette = read_classes(part / "classes.txt")
         for name, count in (("train", 400), ("val", 100)):
             ids = [f"{name}_{n:03d}" for n in range(count)]
-            for i in ids:
+            for i in progress(ids, count, f"drawing {root}"):
                 picture, label = draw_shapes(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
-                label.putpalette([v for colour in SHAPES.values() for v in colour])
+                label.putpalette(palette)
                 picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
                 label.save(part / "SegmentationClassAug" / f"{i}.png")
             (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
@@ -314,18 +315,18 @@ def make_shapes(root):
 
 def texture(rng, size=128):
     """Stripes, checks or blotches of two random colours, (size,size,3) float."""
-    y, x = np.mgrid[:size, :size] / size
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     if kind == 0:
         mix = np.sin(2 * np.pi * waves * u) > 0
     elif kind == 1:
-        mix = np.sin(2 * np.pi * waves * u) * np.sin(2 * np.pi * waves * v) > 0
+        mix = (np.sin(2 * np.pi * waves * u) > 0) ^ (np.sin(2 * np.pi * waves * v) > 0)
     else:
         coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
         mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    first, second = rng.uniform(30, 225, (2, 3))
-    return first + (second - first) * rng.uniform(0.3, 1) * mix[..., None]
+    first, second = rng.uniform(30, 225, (2, 3)).astype(np.float32)
+    return first + (second - first) * np.float32(rng.uniform(0.3, 1)) * mix[..., None]
 
 
 def outline(kind, rng):

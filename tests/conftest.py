@@ -1,0 +1,70 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+SCRIPTS = "train_base", "train_adv", "train_semi"
+COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # one for each class of `voc`
+SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 --gpu -1".split()
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A tiny set in VOC layout: 8 training and 2 validation pictures of blocks, each class in its own colour; K = 4."""
+    root, rng = tmp_path / "voc", np.random.RandomState(0)
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for name, count in (("train", 8), ("val", 2)):
+        ids = [f"{name}{n}" for n in range(count)]
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))  # no newline at the end, as in old lists
+        for i in ids:
+            label = rng.randint(0, 4, (5, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint8)  # (80,96)
+            Image.fromarray(COLOURS[label]).save(root / f"JPEGImages/{i}.png")
+            label[:3] = 255
+            Image.fromarray(label).save(root / f"SegmentationClassAug/{i}.png")
+    (root / "classes.txt").write_text("grey\nred\ngreen\nblue\n")
+    return root
+
+
+@pytest.fixture
+def train(voc, tmp_path):
+    """train(script, *flags) -> OUT, run in this process on `voc`; flags given last win."""
+    def run(script, *words, out="out"):
+        module = importlib.import_module(script)
+        flags = ["--data", str(voc), *SMALL, "--out", str(tmp_path / out), *map(str, words)]
+        module.main(module.flags().parse_args(flags))
+        return tmp_path / out
+    return run
+
+
+@pytest.fixture
+def fails(capsys, monkeypatch):
+    """fails(script, *flags) -> the one line on standard error, after checking for exit status 2 and a single line."""
+    def run(script, *words):
+        import common
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            common.launch(module.main, module.flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1, error
+        return error
+    return run
+
+
+def python(*words, cwd=ROOT, **env):
+    """Run a script as a user would, in a process of its own."""
+    import os
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

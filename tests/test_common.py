@@ -1,0 +1,76 @@
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import log, python
+
+import common
+
+
+def test_poly_lr():
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0}, {"params": [torch.zeros(1)], "lr": 10.0}])
+    rates = []
+    for done in range(4):
+        common.poly_lr(optimizer, done, 4)
+        rates.append([g["lr"] for g in optimizer.param_groups])
+    want = [(1 - d / 4) ** 0.9 for d in range(4)]
+    assert [r[0] for r in rates] == pytest.approx(want) and [r[1] for r in rates] == pytest.approx([10 * w for w in want])
+
+
+def test_flags_from_a_file(tmp_path):
+    (tmp_path / "r.txt").write_text("# a comment\n--lr 0.5  # another\n\n--steps\n3\n")
+    p = common.Parser("")
+    p.add_argument("--lr", type=float)
+    p.add_argument("--steps", type=int)
+    assert vars(p.parse_args([f"@{tmp_path}/r.txt", "--steps", "4"])) == {"lr": 0.5, "steps": 4}
+    with pytest.raises(common.InputError, match="nowhere.txt"):
+        p.parse_args(["@nowhere.txt"])
+
+
+def test_replace_is_whole_or_nothing(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def broken(f):
+        f.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(common.InputError, match="a.txt: cannot be written .No space left"):
+        common.replace(target, broken)
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name,values,warns", [("loss_d", [0.03] * 10, True), ("loss_d", [0.03] * 9 + [0.3] + [0.03] * 9, False),
+                                               ("loss_d", [0.72] * 10, True), ("loss_d", [0.69] * 30, False), ("kept", [0] * 10, True),
+                                               ("kept", [1] * 10, True), ("kept", [0.01, 0.99] * 10, False)])
+def test_warns_of_a_starved_run(tmp_path, capsys, name, values, warns):
+    run = common.Run.__new__(common.Run)
+    run.args = argparse.Namespace(iters=99, log_every=1, eval_every=50)
+    run.out, run.rows, run.odd, run.begun = tmp_path, [], dict.fromkeys(common.HEALTHY, 0), True
+    for step, value in zip(run.steps(0), values):
+        run.report(step, **{name: torch.tensor(float(value))})
+    assert (f"warning: {name} was outside" in capsys.readouterr().out) == warns
+    assert [r[name] for r in log(tmp_path)] == pytest.approx(values)
+
+
+def test_divergence_stops_with_a_cure(train):
+    with pytest.raises(common.InputError, match="at step 2: the run diverged; lower --lr"):
+        train("train_base", "--lr", 1e30, "--iters", 6)
+
+
+def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
+    first = (train("train_base", "--seed", 1) / "log.jsonl").read_text()
+    train("train_base", "--seed", 2)
+    assert (tmp_path / "out.1/log.jsonl").read_text() == first and "moved to" in capsys.readouterr().out
+    assert (tmp_path / "out/log.jsonl").read_text() != first
+
+
+def test_run_json(train):
+    facts = json.loads((train("train_semi", "--seed", 3) / "run.json").read_text())
+    assert facts["args"]["seed"] == 3 and facts["args"]["semi_start"] == 0 and facts["ops"] == "reference"
+    assert {"commit", "torch", "python", "device", "data"} <= set(facts)
+
+
+def test_no_torchrun_yet(voc, tmp_path):
+    done = python("train_base.py", "--data", voc, WORLD_SIZE="2")
+    assert done.returncode == 2 and "torchrun" in done.stderr and done.stderr.count("\n") == 1

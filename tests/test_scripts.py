@@ -1,0 +1,275 @@
+import ast
+import importlib
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, log, python
+from PIL import Image
+
+import model
+
+LOSSES = {"train_base": ["loss_ce"], "train_adv": ["loss_ce", "loss_adv", "loss_d"],
+          "train_semi": ["loss_ce", "loss_adv", "loss_adv_u", "loss_semi", "kept", "loss_d"]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_three_steps_and_an_evaluation(voc, tmp_path, script):
+    """As a user runs them: with workers, from another folder, then eval.py on what was written."""
+    out = tmp_path / "runs/a"
+    done = python(ROOT / f"{script}.py", "--data", voc, *SMALL, "--workers", 1, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert str(voc) in lines[0] and "cpu" in lines[0] and "ops reference" in lines[0]
+    assert lines[-1].startswith("mIoU ") and str(voc) in lines[-2]
+    rows = log(out)
+    assert [r["step"] for r in rows] == [1, 2, 3] and all(list(r)[1:] == [*LOSSES[script], "lr", "miou"] for r in rows)
+    assert all(0 <= r["miou"] <= 100 for r in rows) and f"mIoU {rows[-1]['miou']:.2f}" == lines[-1]
+    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "labelled.txt", "last.pt", "log.jsonl", "run.json"]
+    assert len((out / "labelled.txt").read_text().split()) == 4
+
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert set(checkpoint) == {"step", "args", "classes", "seg", "disc", "opt_seg", "opt_disc", "rng", "miou"}
+    assert checkpoint["step"] == 3 and checkpoint["classes"] == ["grey", "red", "green", "blue"]
+    assert (checkpoint["disc"] is None) == (script == "train_base") and checkpoint["miou"] == rows[-1]["miou"]
+    assert torch.load(out / "best.pt", weights_only=True)["miou"] == max(r["miou"] for r in rows)
+    assert model.load_segmenter(out / "last.pt")(torch.randn(1, 3, 65, 81)).shape == (1, 4, 5, 6)
+
+    done = python(ROOT / "eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "p", "--json", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == lines[-1] and str(voc) in done.stdout.splitlines()[-2]
+    assert json.loads((tmp_path / "s.json").read_text())["miou"] == pytest.approx(rows[-1]["miou"])
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["overview.jpg", "val0.png", "val1.png"]
+    drawn = Image.open(tmp_path / "p/val0.png")
+    assert drawn.mode == "P" and drawn.size == (96, 80) and np.asarray(drawn).max() < 4
+
+
+def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, fails, capsys):
+    """The mIoU of eval.py is that of the PNGs it wrote, counted here over whole pictures without void."""
+    import eval as script
+    out = train("train_base", "--input-scale", 0.5)
+    script.main(script.flags().parse_args(["--ckpt", str(out / "last.pt"), "--gpu", "-1", "--out", str(tmp_path / "p")]))
+    matrix = np.zeros((4, 4))
+    for i in ("val0", "val1"):
+        truth, guess = (np.asarray(Image.open(f / f"{i}.png")) for f in (voc / "SegmentationClassAug", tmp_path / "p"))
+        np.add.at(matrix, (truth[truth != 255], guess[truth != 255]), 1)
+    with np.errstate(invalid="ignore"):
+        iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
+    assert capsys.readouterr().out.splitlines()[-1] == f"mIoU {100 * np.nanmean(iou):.2f}"
+
+
+def test_predicts_any_pictures(train, tmp_path, fails, capsys):
+    import eval as script
+    ckpt = train("train_base") / "last.pt"
+    for name, size in (("a.jpg", (50, 70)), ("b.png", (131, 65))):
+        Image.new("RGB", size, (9, 99, 200)).save(tmp_path / name)
+    flags = ["--ckpt", ckpt, "--images", tmp_path / "a.jpg", tmp_path / "b.png", "--gpu", -1]
+    assert "--out" in fails("eval", *flags)
+    script.main(script.flags().parse_args([*map(str, flags), "--out", str(tmp_path / "p")]))
+    assert Image.open(tmp_path / "p/a.png").size == (50, 70) and Image.open(tmp_path / "p/b.png").size == (131, 65)
+    assert "b.txt" in fails("eval", "--ckpt", ckpt, "--images", tmp_path / "b.txt", "--out", tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
+def columns(out, names):
+    return [[r[n] for n in names] for r in log(out)]
+
+
+def test_without_its_loss_adv_is_base_and_semi_is_adv(train):
+    base = train("train_base", "--iters", 4, out="base")
+    adv = train("train_adv", "--iters", 4, "--lam-adv", 0, out="adv0")
+    assert columns(base, LOSSES["train_base"]) == columns(adv, LOSSES["train_base"])
+    adv = train("train_adv", "--iters", 4, out="adv")
+    semi = train("train_semi", "--iters", 4, "--lam-semi", 0, "--lam-adv-u", 0, "--semi-start", 0, out="semi")
+    assert columns(adv, LOSSES["train_adv"]) == columns(semi, LOSSES["train_adv"])
+    # and with them they are not: the comparisons above can fail
+    assert columns(base, LOSSES["train_base"]) != columns(adv, LOSSES["train_base"])
+    semi = train("train_semi", "--iters", 4, "--semi-start", 0, out="semi1")
+    assert columns(adv, LOSSES["train_adv"]) != columns(semi, LOSSES["train_adv"])
+
+
+def test_threshold_one_trains_as_no_semi_loss(train):
+    def run(out, *flags):
+        out = train("train_semi", "--iters", 4, "--semi-start", 0, *flags, out=out)
+        return columns(out, ["loss_ce", "loss_adv", "loss_adv_u", "loss_d", "miou"]), torch.load(out / "last.pt", weights_only=True)
+    (one, a), (none, b), (all_, c) = run("one", "--threshold", 1), run("none", "--lam-semi", 0), run("all", "--threshold", 0)
+    assert one == none and all(torch.equal(a["seg"][k], b["seg"][k]) for k in a["seg"])
+    assert all(torch.equal(a["disc"][k], b["disc"][k]) for k in a["disc"])
+    assert one != all_ and not all(torch.equal(a["seg"][k], c["seg"][k]) for k in a["seg"])
+
+
+def test_semi_loss_starts_when_told(train):
+    late = train("train_semi", "--iters", 4, "--semi-start", 2, "--threshold", 0, out="late")
+    never = train("train_semi", "--iters", 4, "--semi-start", 4, "--threshold", 0, out="never")
+    names = LOSSES["train_adv"]
+    assert columns(late, names)[:3] == columns(never, names)[:3] and columns(late, names)[3] != columns(never, names)[3]
+
+
+def test_d_sees_unlabelled_predictions_where_told(train):
+    plain, both = train("train_semi", out="a"), train("train_semi", "--d-unlabelled", out="b")
+    a, b = log(plain)[0], log(both)[0]
+    assert b["loss_d"] == pytest.approx(a["loss_d"] * 3 / 2, rel=0.05)  # at the first step D says 0.69 to everything
+    assert columns(plain, ["loss_d"])[1] != columns(both, ["loss_d"])[1]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(train, workers):
+    a, b = train("train_semi", out="none"), train("train_semi", "--workers", workers, out="some")
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+
+
+def test_void_pixels_reach_neither_loss_nor_discriminator(train, voc):
+    """Under the void labels (rows 0 to 2) the picture may show anything; without crops, scales or the net's view of it."""
+    num_classes, target = 4, torch.randint(0, 4, (1, 33, 33), dtype=torch.uint8)
+    target[:, :16] = 255
+    valid, disc = target != 255, model.Discriminator(num_classes)
+    from csrc import ops
+    maps = [ops.upsample_softmax(torch.randn(1, 4, 33, 33), (33, 33)) for _ in range(2)]
+    maps[1][:, :, 16:] = maps[0][:, :, 16:]
+    losses = [model.bce(disc(m * valid[:, None]), 0, valid).item() for m in maps]
+    assert losses[0] == losses[1] and torch.equal(model.one_hot(target, 4).sum(1) > 0, valid)
+
+
+def test_extra_unlabelled_pictures(train, tmp_path):
+    (tmp_path / "more/deep").mkdir(parents=True)
+    for n, size in enumerate([(40, 200), (100, 30), (70, 70)]):
+        Image.fromarray(np.random.RandomState(n).randint(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"more/deep/{n}.jpg")
+    out = train("train_semi", "--split", 1, "--unlabelled", tmp_path / "more")
+    assert len((out / "labelled.txt").read_text().split()) == 8
+
+
+def test_resume(train, tmp_path, capsys):
+    """Killed behind step 3 with a checkpoint of step 2: the log's later lines go, the rest is as in one go."""
+    whole = train("train_semi", "--iters", 4, "--eval-every", 9, out="whole")
+    part = train("train_semi", "--iters", 4, "--eval-every", 9, "--resume", out="part")  # nothing there: from the start
+    train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, out="half")
+    assert columns(whole, LOSSES["train_semi"]) == columns(part, LOSSES["train_semi"])
+
+    class Killed(Exception):
+        pass
+    import common
+    report = common.Run.report
+
+    def dying(self, step, **values):
+        report(self, step, **values)
+        if step == 3:
+            raise Killed
+    common.Run.report = dying
+    try:
+        with pytest.raises(Killed):
+            train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, out="killed")
+    finally:
+        common.Run.report = report
+    assert [r["step"] for r in log(tmp_path / "killed")] == [1, 2, 3]
+    killed = train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, "--resume", out="killed")
+    assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+
+    before, text = (killed / "last.pt").stat().st_mtime_ns, (killed / "log.jsonl").read_text()
+    capsys.readouterr()
+    train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, "--resume", out="killed")  # it had ended
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"mIoU {log(killed)[-1]['miou']:.2f}" and not any(s.startswith("step ") for s in said)
+    assert (killed / "last.pt").stat().st_mtime_ns == before and (killed / "log.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags,say", [
+    (["--data", "nowhere"], "--data nowhere: no data there"), (["--split", 0], "--split 0.0: "), (["--split", 1.5], "--split 1.5: "),
+    (["--split", "nan"], "--split nan"), (["--split", 0.01], "leaves none of 8 pictures labelled"), (["--batch-size", 0], "--batch-size 0"),
+    (["--crop", 66], "--crop 66: it must be 16*k+1 and at least 65; the nearest is 65"), (["--crop", 49], "the nearest is 65"),
+    (["--crop", 75], "the nearest is 81"), (["--stride", 12], "--stride 12"), (["--backbone", "resnet18", "--stride", 16], "--stride 16"),
+    (["--iters", 0], "--iters 0"), (["--lr", -1], "--lr -1.0"), (["--lr", "fast"], "--lr"), (["--workers", -1], "--workers -1"),
+    (["--eval-every", 0], "--eval-every 0"), (["--scale", 2, 1], "--scale 2.0 1.0"), (["--input-scale", 0.3], "--input-scale 0.3"),
+    (["--init", "nowhere.pt"], "--init nowhere.pt: No such file"), (["--init", "coco"], "--init coco"),
+    (["--backbone", "vgg"], "--backbone"), (["--labelled-ids", "nowhere.txt"], "nowhere.txt"), (["--nonsense"], "--nonsense"),
+])
+def test_bad_flags_are_named_and_nothing_is_written(voc, tmp_path, fails, script, flags, say):
+    out = tmp_path / "out"
+    assert say in fails(script, "--data", voc, *SMALL, "--out", out, *flags)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flags,say", [(["--split", 1], "leaves no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
+                                       (["--d-smooth", 1], "--d-smooth"), (["--threshold", "nan"], "--threshold")])
+def test_bad_flags_of_semi(voc, tmp_path, fails, flags, say):
+    assert say in fails("train_semi", "--data", voc, *SMALL, "--out", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_out(voc, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    assert "that is a file" in fails("train_base", "--data", voc, *SMALL, "--out", tmp_path / "file")
+    assert "--out" in fails("train_base", "--data", voc, *SMALL, "--out", tmp_path / "file/below")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_worker_finds_a_bad_picture(voc, tmp_path, script):
+    path = voc / "JPEGImages/train1.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    split = 1 if script != "train_semi" else 0.75
+    done = python(f"{script}.py", "--data", voc, *SMALL, "--workers", 2, "--iters", 9, "--split", split, "--out", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout, done.stderr
+    assert f"{path}: cannot be read (" in done.stderr and "drop its id" in done.stderr
+
+
+def test_bad_checkpoints(train, voc, tmp_path, fails):
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt", "missing.pt"):
+        assert f"{name}: " in fails("eval", "--ckpt", tmp_path / name)
+    ckpt = train("train_base") / "last.pt"
+    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:100000])
+    assert "cut.pt: " in fails("eval", "--ckpt", tmp_path / "cut.pt")
+    (voc / "classes.txt").write_text("grey\nred\ngreen\nblue\nextra\n")
+    assert "has 4 classes" in fails("eval", "--ckpt", ckpt)
+    assert "--resume" in fails("train_base", "--data", voc, *SMALL, "--out", ckpt.parent, "--resume")
+    assert "no list" in fails("eval", "--ckpt", ckpt, "--data", voc, "--list", "test")
+
+
+def flags_of(script):
+    return {a.dest: a for a in importlib.import_module(script).flags()._actions}
+
+
+def test_shared_flags_are_equal():
+    """One by one: a flag that two scripts have differs in neither type, default, choices nor help, but for --out's default."""
+    for one, two in (SCRIPTS[:2], SCRIPTS[1:]):
+        first, second = flags_of(one), flags_of(two)
+        assert list(first) == [name for name in second if name in first], "a later script adds flags, in the same order"
+        for name in first:
+            for part in ("type", "default", "choices", "help", "nargs", "metavar"):
+                if (name, part) != ("out", "default"):
+                    assert getattr(first[name], part) == getattr(second[name], part), (name, part)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
+def test_every_flag_is_read(script):
+    read = set()
+    for file in (script, "common", "data") if script != "eval" else (script,):
+        for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                read |= {node.attr} if ast.unparse(node.value) in ("args", "self.args") else set()
+    assert set(flags_of(script)) - {"help"} <= read | {"eval_every", "save_every"} & read
+
+
+def test_each_script_adds_one_idea():
+    """House rule 2: what train_base has, train_adv has in the same order, and train_semi what train_adv has, but for a few lines."""
+    for one, two, changed in (("train_base", "train_adv", 8), ("train_adv", "train_semi", 8)):
+        diff = subprocess.run(["diff", f"{one}.py", f"{two}.py"], cwd=ROOT, capture_output=True, text=True).stdout
+        gone = [line for line in diff.splitlines() if line.startswith("<")]
+        assert len(gone) <= changed, "\n".join(gone)
+
+
+def test_readme_file_map_is_what_git_has():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    block = (ROOT / "README.md").read_text().split("<!-- files -->")[1]
+    named = [line.split("|")[1].strip().strip("`") for line in block.splitlines() if line.startswith("| `")]
+    assert sorted(named) == sorted(f for f in files if f != "README.md")
+
+
+def test_readme_names_every_flag():
+    text = (ROOT / "README.md").read_text()
+    for script in (*SCRIPTS, "eval"):
+        for name in set(flags_of(script)) - {"help"}:
+            assert f"--{name.replace('_', '-')}" in text, name
