@@ -1,8 +1,10 @@
 """A run's state and nothing else: flags, device, learning rate, log, progress, checkpoints."""
 import argparse
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import subprocess
@@ -15,10 +17,10 @@ from tqdm import tqdm
 
 from csrc import ops
 
-# what a healthy run logs, and what to try where it leaves that for long; paper.md's users ask for this first
+# what a healthy run logs, and what to try where it leaves that for long
 HEALTHY = {
     "loss_d": (0.05, 0.7, "0.69 is a guess, near 0 the discriminator always wins and starves the other losses: "
-                          "try --d-smooth 0.25, --d-soften, a smaller --d-lr"),
+                          "try --d-smooth 0.1, a smaller --d-lr"),
     "kept": (1e-6, 1 - 1e-6, "the share of unlabelled pixels that are trusted: see loss_d, or move --threshold"),
 }
 PATIENCE = 10  # logged steps in a row before a warning
@@ -52,36 +54,6 @@ def launch(main, flags):
         sys.exit(2)
 
 
-def check(args, data):
-    """Fill in the flags that follow the data and check those that all trainings share. Errors: InputError."""
-    for name, value in data.defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.stride is None:
-        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
-    tenth = max(1, args.iters // 10)
-    args.eval_every, args.save_every = args.eval_every or tenth, args.save_every or tenth
-    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not 0 <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
-    if not 0 < args.scale[0] <= args.scale[1]:
-        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
-    if args.input_scale not in (1, 0.5, 0.25):
-        raise InputError(f"--input-scale {args.input_scale}: it is 1, 0.5 or 0.25")
-    if getattr(args, "semi_start", 0) is None:
-        args.semi_start = args.iters // 4
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: it must be at least 0")
-    if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
-        raise InputError(f"--stride {args.stride}: it is 8, or 16 with --backbone efficientnet_lite0")
-    if args.crop < 65 or (args.crop - 1) % args.stride:
-        best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
-        raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
-
-
 def announce(data, gpu):
     """Pick the device and print a run's first line: data, device, ops in use -> the torch.device.
 
@@ -107,18 +79,6 @@ def announce(data, gpu):
 
 def describe(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
-def autocast(amp, device, net):
-    """bfloat16 autocast for the net of that name: as --amp says, else where it was measured to be faster.
-
-    That is on CUDA, and on CPUs with AMX for dense convolutions (3 to 4 times faster than float32) but not for the
-    depthwise ones of efficientnet_lite0 (1.5 times slower).
-    """
-    if amp is None:
-        amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        amp = device.type == "cuda" or (net != "efficientnet_lite0" and amx())
-    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
 def poly_lr(optimizer, done, iters, power=0.9):
@@ -156,9 +116,11 @@ def commit():
         return ""
 
 
-def make_folder(path):
-    """mkdir -p for --out. Errors: InputError."""
+def make_folder(path, aside=None):
+    """mkdir -p for --out; what is there is first renamed to `aside`, if given. Errors: InputError."""
     try:
+        if aside:
+            path.rename(aside)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--out {path}: {e.strerror}; name a folder that can be written") from None
@@ -175,6 +137,18 @@ def replace(path, write):
                          "--out") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path, flag):
+    """The dict that Run.save wrote to `path`, on the CPU. Errors: InputError naming `flag` where it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
+        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
+    if not isinstance(checkpoint, dict) or not {"seg", "args", "classes"} <= set(checkpoint):
+        raise InputError(f"{flag} {path}: no checkpoint of this repository; name a last.pt or best.pt of a training here")
+    return checkpoint
 
 
 class Run:
@@ -194,8 +168,9 @@ class Run:
         last = self.out / "last.pt"
         if not (self.args.resume and last.exists()):
             return 0
-        from model import read_checkpoint
         checkpoint = read_checkpoint(last, "--resume")
+        if checkpoint["step"] > self.args.iters:
+            raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         for name, part in parts.items():
             try:
                 part.load_state_dict(checkpoint[name])
@@ -214,15 +189,11 @@ class Run:
 
     def begin(self, fresh=True):
         """Write OUT/run.json, labelled.txt and the log so far; a run that lies there already is moved aside, not lost."""
-        self.begun = True
-        try:
-            if fresh and (self.out / "last.pt").exists():
-                n = next(n for n in range(1, 10**6) if not Path(f"{self.out}.{n}").exists())
-                self.out.rename(f"{self.out}.{n}")
-                tqdm.write(f"{self.out} held a run: moved to {self.out}.{n}")
-        except OSError as e:
-            raise InputError(f"--out {self.out}: {e.strerror}; name a folder that can be written") from None
-        make_folder(self.out)
+        self.begun, aside = True, None
+        if fresh and (self.out / "last.pt").exists():
+            aside = next(p for p in (Path(f"{self.out}.{n}") for n in itertools.count(1)) if not p.exists())
+            tqdm.write(f"{self.out} holds a run: moved to {aside}")
+        make_folder(self.out, aside)
         facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
                  "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use()}
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
@@ -283,6 +254,8 @@ class Run:
         """Put what `evaluate` gave at this step into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
         miou = 100 * evaluation[0]
         before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
         if self.rows[-1].get("miou") != miou:
             self.rows[-1]["miou"] = miou
             self.write_log()

@@ -90,6 +90,38 @@ def open_data(root=None):
                 pictures, labels), note
 
 
+def settle(args, defaults):
+    """Fill in the flags of a training that follow its data (`defaults`) and check them all. Errors: InputError."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.stride is None:
+        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
+    tenth = max(1, args.iters // 10)
+    args.eval_every, args.save_every = args.eval_every or tenth, args.save_every or tenth
+    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
+    if not 0 < args.scale[0] <= args.scale[1]:
+        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
+    if args.input_scale not in (1, 0.5, 0.25):
+        raise InputError(f"--input-scale {args.input_scale}: it is 1, 0.5 or 0.25")
+    if getattr(args, "semi_start", 0) is None:
+        args.semi_start = args.iters // 4
+    if getattr(args, "d_smooth", 0) >= 1:
+        raise InputError(f"--d-smooth {args.d_smooth}: it must be below 1")
+    if args.workers < 0:
+        raise InputError(f"--workers {args.workers}: it must be at least 0")
+    if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
+        raise InputError(f"--stride {args.stride}: it is 8, or 16 with --backbone efficientnet_lite0")
+    if args.crop < 65 or (args.crop - 1) % args.stride:
+        best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
+        raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
+
+
 def index(folder, suffixes):
     """{id: path} of the files in `folder` that end in one of `suffixes`."""
     if not folder.is_dir():

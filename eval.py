@@ -5,6 +5,7 @@
 """
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ def flags():
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
     p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")
-    p.add_argument("--out", metavar="DIR", help="write predictions there as palette PNGs, and overview.jpg: picture, label, prediction")
+    p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
     p.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in this process")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
@@ -37,7 +38,7 @@ def predict(seg, pictures, args):
     if args.input_scale != 1:
         size = [round((n - 1) * args.input_scale) + 1 for n in x.shape[2:]]
         x = F.interpolate(x, size, mode="bilinear", align_corners=True, antialias=True)
-    with common.autocast(args.amp, x.device, args.backbone):
+    with model.autocast(args.amp, x.device, args.backbone):
         return seg(x)
 
 
@@ -121,11 +122,13 @@ def main(args):
         sheet = overview(rows, dataset.palette)
         common.replace(out / "overview.jpg", lambda f: sheet.save(f, "JPEG", quality=95))
         print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
-    for name, iou in zip(classes, per_class.tolist()):
-        print(f"{name:20} {100 * iou:6.2f}")
+    percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
+    for name, iou in percent.items():
+        print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
     if args.json:
-        scores = {"miou": 100 * miou, "per_class": {n: None if v != v else 100 * v for n, v in zip(classes, per_class.tolist())},
-                  "data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"]}
+        percent = {name: None if math.isnan(iou) else iou for name, iou in percent.items()}
+        scores = {"miou": 100 * miou, "per_class": percent, "data": dataset.name, "list": args.list,
+                  "ckpt": args.ckpt, "step": checkpoint["step"]}
         common.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
     print(f"mIoU {100 * miou:.2f}")

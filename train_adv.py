@@ -22,8 +22,8 @@ def flags():
     p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
     p.add_argument("--crop", type=int, help="side of the training crop in pixels, stride*k+1 (paper: 321)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"), help="random scale of pictures")
-    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this before the net sees them (0.5: a quarter "
-                   "of the work); scores stay at the labels' own size")
+    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
+                   "work); scores stay at the labels' own size")
     p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
     # net
     p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
@@ -34,12 +34,13 @@ def flags():
     # optimisation
     p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
     p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
-    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times that (paper: 2.5e-4)")
+    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times "
+                   "that (paper: 2.5e-4)")
     p.add_argument("--lam-adv", type=float, default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator (paper: adam)")
     p.add_argument("--d-lr", type=float, default=1e-4, help="first rate of the discriminator, poly decay (paper: 1e-4)")
     p.add_argument("--d-smooth", type=float, default=0, help="label smoothing: D's answer for a label map is 1 minus this")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 everywhere or nowhere; default: where measured faster")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw")
@@ -53,7 +54,7 @@ def flags():
 
 def main(args):
     dataset, note = data.open_data(args.data)
-    common.check(args, dataset)
+    data.settle(args, dataset.defaults)
     labelled, _ = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
     labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
     run = common.Run(args, dataset, note, labelled)
@@ -77,11 +78,11 @@ def main(args):
         common.poly_lr(opt_disc, step - 1, args.iters)
         picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
 
-        with common.autocast(args.amp, device, args.backbone):
+        with model.autocast(args.amp, device, args.backbone):
             logits = seg(seg.normalise(picture))  # (B,K,h,w)
         loss_ce, _ = ops.masked_cross_entropy(logits, target)
         valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
-        with common.autocast(args.amp, device, "disc"):
+        with model.autocast(args.amp, device, "disc"):
             d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
             d_real = disc(model.one_hot(target, num_classes))
         loss_adv = model.bce(d_fake, 1, valid)

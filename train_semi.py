@@ -23,8 +23,8 @@ def flags():
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
     p.add_argument("--crop", type=int, help="side of the training crop in pixels, stride*k+1 (paper: 321)")
     p.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"), help="random scale of pictures")
-    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this before the net sees them (0.5: a quarter "
-                   "of the work); scores stay at the labels' own size")
+    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
+                   "work); scores stay at the labels' own size")
     p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
     # net
     p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
@@ -35,19 +35,20 @@ def flags():
     # optimisation
     p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
     p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
-    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times that (paper: 2.5e-4)")
+    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times "
+                   "that (paper: 2.5e-4)")
     p.add_argument("--lam-adv", type=float, default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator (paper: adam)")
     p.add_argument("--d-lr", type=float, default=1e-4, help="first rate of the discriminator, poly decay (paper: 1e-4)")
     p.add_argument("--d-smooth", type=float, default=0, help="label smoothing: D's answer for a label map is 1 minus this")
-    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled predictions too, as the authors' code does "
-                   "(paper: labelled only)")
+    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled predictions too, as in the authors' "
+                   "code (paper: labelled only)")
     p.add_argument("--lam-adv-u", type=float, default=0.001, help="weight of the adversarial loss on unlabelled pictures "
                    "(the authors' code: 0.001; ICLR text: none)")
     p.add_argument("--lam-semi", type=float, default=0.1, help="weight of the self-taught loss (paper: 0.1)")
-    p.add_argument("--threshold", type=float, default=0.2, help="D's answer above which a pixel is trusted, T_semi (paper: 0.2)")
-    p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default a quarter of --iters (paper: 5000)")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 everywhere or nowhere; default: where measured faster")
+    p.add_argument("--threshold", type=float, default=0.2, help="a pixel is trusted where D says more, T_semi (paper: 0.2)")
+    p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default --iters / 4 (paper: 5000)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw")
@@ -61,7 +62,7 @@ def flags():
 
 def main(args):
     dataset, note = data.open_data(args.data)
-    common.check(args, dataset)
+    data.settle(args, dataset.defaults)
     labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
     labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
     unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled)
@@ -91,19 +92,19 @@ def main(args):
         picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
         picture_u, valid_u = (t.to(device, non_blocking=True) for t in next(unlabelled_batches))  # and (B,H,W) bool
 
-        with common.autocast(args.amp, device, args.backbone):
+        with model.autocast(args.amp, device, args.backbone):
             logits = seg(seg.normalise(picture))  # (B,K,h,w)
         loss_ce, _ = ops.masked_cross_entropy(logits, target)
         valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
-        with common.autocast(args.amp, device, "disc"):
+        with model.autocast(args.amp, device, "disc"):
             d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
             d_real = disc(model.one_hot(target, num_classes))
         loss_adv = model.bce(d_fake, 1, valid)
         loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
 
-        with common.autocast(args.amp, device, args.backbone):
+        with model.autocast(args.amp, device, args.backbone):
             logits_u = seg(seg.normalise(picture_u))  # (B,K,h,w)
-        with common.autocast(args.amp, device, "disc"):
+        with model.autocast(args.amp, device, "disc"):
             d_fake_u = disc(ops.upsample_softmax(logits_u, size) * valid_u[:, None])  # (B,1,a,b)
         loss_adv_u = model.bce(d_fake_u, 1, valid_u)
         loss_semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u,
