@@ -97,8 +97,9 @@ def settle(args, defaults):
             setattr(args, name, value)
     if args.stride is None:
         args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
-    tenth = max(1, args.iters // 10)
-    args.eval_every, args.save_every = args.eval_every or tenth, args.save_every or tenth
+    for name in ("eval_every", "save_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, max(1, args.iters // 10))
     for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")

@@ -86,10 +86,12 @@ def main(args):
             d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
             d_real = disc(model.one_hot(target, num_classes))
         loss_adv = model.bce(d_fake, 1, valid)
-        loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
+        loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
+        loss_d = (loss_fake + loss_real) / 2
         # d_fake serves both players: each backward pass goes to its own net's weights only
+        loss = loss_ce + args.lam_adv * loss_adv
         opt_seg.zero_grad()
-        (loss_ce + args.lam_adv * loss_adv).backward(inputs=seg_weights, retain_graph=True)
+        loss.backward(inputs=seg_weights, retain_graph=True)
         opt_disc.zero_grad()
         loss_d.backward(inputs=disc_weights)
         opt_seg.step()

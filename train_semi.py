@@ -100,7 +100,7 @@ def main(args):
             d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
             d_real = disc(model.one_hot(target, num_classes))
         loss_adv = model.bce(d_fake, 1, valid)
-        loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
+        loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
 
         with model.autocast(args.amp, device, args.backbone):
             logits_u = seg(seg.normalise(picture_u))  # (B,K,h,w)
@@ -111,10 +111,11 @@ def main(args):
                                                    threshold=args.threshold, size=size)
         lam_semi = args.lam_semi if step > args.semi_start else 0
         if args.d_unlabelled:
-            loss_d = loss_d + model.bce(d_fake_u, 0, valid_u) / 2
+            loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
+        loss_d = (loss_fake + loss_real) / 2
         # d_fake serves both players: each backward pass goes to its own net's weights only
-        opt_seg.zero_grad()
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
+        opt_seg.zero_grad()
         loss.backward(inputs=seg_weights, retain_graph=True)
         opt_disc.zero_grad()
         loss_d.backward(inputs=disc_weights)

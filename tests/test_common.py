@@ -40,9 +40,10 @@ def test_replace_is_whole_or_nothing(tmp_path):
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("name,values,warns", [("loss_d", [0.03] * 10, True), ("loss_d", [0.03] * 9 + [0.3] + [0.03] * 9, False),
-                                               ("loss_d", [0.72] * 10, True), ("loss_d", [0.69] * 30, False), ("kept", [0] * 10, True),
-                                               ("kept", [1] * 10, True), ("kept", [0.01, 0.99] * 10, False)])
+@pytest.mark.parametrize("name,values,warns", [
+    ("loss_d", [0.03] * 10, True), ("loss_d", [0.03] * 9 + [0.3] + [0.03] * 9, False), ("loss_d", [0.72] * 10, True),
+    ("loss_d", [0.69] * 30, False), ("kept", [0] * 10, True), ("kept", [1] * 10, True), ("kept", [0.01, 0.99] * 10, False),
+])
 def test_warns_of_a_starved_run(tmp_path, capsys, name, values, warns):
     run = common.Run.__new__(common.Run)
     run.args = argparse.Namespace(iters=99, log_every=1, eval_every=50)

@@ -88,7 +88,8 @@ def test_scale_one_is_a_plain_crop(voc):
         box, size, flip = data.random_geometry(image.size, 65, (1, 1), data.random.Random(n))
         x, y = int(box[0]), int(box[1])
         want = np.asarray(image)[y:y + 65, x:x + 65]
-        assert (data.place(image, (box, size, flip), 65, Image.Resampling.BILINEAR, 0) == (want[:, ::-1] if flip else want)).all()
+        got = data.place(image, (box, size, flip), 65, Image.Resampling.BILINEAR, 0)
+        assert (got == (want[:, ::-1] if flip else want)).all()
 
 
 def test_a_draw_hangs_on_seed_stream_and_number_alone(voc):
@@ -194,19 +195,19 @@ def spoil(kind, path):
         Image.fromarray(label).convert(kind).save(path)
 
 
-@pytest.mark.parametrize("file,kind,say", [
-    ("JPEGImages/{}.png", "missing", "not there"), ("SegmentationClassAug/{}.png", "missing", "not there"),
-    ("JPEGImages/{}.png", "truncated", "cannot be read"), ("JPEGImages/{}.png", "unreadable", "cannot be read"),
-    ("SegmentationClassAug/{}.png", "truncated", "cannot be read"), ("SegmentationClassAug/{}.png", "unreadable", "cannot be read"),
-    ("SegmentationClassAug/{}.png", "outside", "label value 4 is outside the 4 classes"),
-    ("SegmentationClassAug/{}.png", "size", "96x79, its picture 96x80"), ("SegmentationClassAug/{}.png", "16 bit", "index picture"),
-    ("SegmentationClassAug/{}.png", "RGB", "index picture"), ("SegmentationClassAug/{}.png", "RGBA", "index picture"),
+@pytest.mark.parametrize("folder,kind,say", [
+    ("JPEGImages", "missing", "not there"), ("JPEGImages", "truncated", "cannot be read"),
+    ("JPEGImages", "unreadable", "cannot be read"), ("SegmentationClassAug", "missing", "not there"),
+    ("SegmentationClassAug", "truncated", "cannot be read"), ("SegmentationClassAug", "unreadable", "cannot be read"),
+    ("SegmentationClassAug", "outside", "label value 4 is outside the 4 classes"),
+    ("SegmentationClassAug", "size", "96x79, its picture 96x80"), ("SegmentationClassAug", "16 bit", "index picture"),
+    ("SegmentationClassAug", "RGB", "index picture"), ("SegmentationClassAug", "RGBA", "index picture"),
 ])
-def test_bad_files_are_named(voc, tmp_path, fails, file, kind, say):
+def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
     """In training (all ids labelled, so the first epoch finds it) and in evaluation."""
     from conftest import SMALL
     for i, done in (("train0", False), ("val1", kind != "missing")):
-        path = voc / file.format(i)
+        path = voc / folder / f"{i}.png"
         good = path.read_bytes()
         spoil(kind, path)
         error = fails("train_base", "--data", voc, *SMALL, "--iters", 4, "--split", 1, "--batch-size", 8, "--out", tmp_path / i)

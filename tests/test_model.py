@@ -31,8 +31,8 @@ def test_dilated_net_samples_the_strided_one():
         assert torch.allclose(a.backbone(x), b.backbone(x)[:, :, ::2, ::2], atol=1e-8)
 
 
-@pytest.mark.parametrize("backbone,stride,width", [("resnet18", 8, 512), ("resnet101", 8, 2048), ("efficientnet_lite0", 8, 1280),
-                                                   ("efficientnet_lite0", 16, 1280)])
+@pytest.mark.parametrize("backbone,stride,width", [("resnet18", 8, 512), ("resnet101", 8, 2048),
+                                                   ("efficientnet_lite0", 8, 1280), ("efficientnet_lite0", 16, 1280)])
 def test_logits_are_one_more_than_strides(backbone, stride, width):
     seg = model.DeepLabV2(backbone, 7, stride, "none").eval()
     with torch.no_grad():
@@ -86,7 +86,8 @@ def test_bce_is_its_formula_over_valid_pixels():
     d_logits, valid = torch.randn(2, 1, 3, 3), torch.rand(2, 9, 9) < 0.7
     d = F.interpolate(d_logits, (9, 9), mode="bilinear", align_corners=True)[:, 0].double().sigmoid()[valid]
     for real in (0, 1, 0.75):
-        assert model.bce(d_logits, real, valid).item() == pytest.approx(-(real * d.log() + (1 - real) * (1 - d).log()).mean().item())
+        want = -(real * d.log() + (1 - real) * (1 - d).log()).mean().item()
+        assert model.bce(d_logits, real, valid).item() == pytest.approx(want)
     assert model.bce(d_logits, 1, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
 
 
@@ -104,7 +105,7 @@ def test_checkpoint_comes_back(lite, tmp_path):
     assert not seg.training and torch.equal(seg(x), lite.eval()(x))
     again = model.DeepLabV2("efficientnet_lite0", 5, 16, str(tmp_path / "a.pt")).eval()
     assert torch.equal(again(x), lite(x))
-    other = model.DeepLabV2("efficientnet_lite0", 4, 16, str(tmp_path / "a.pt")).eval()  # another class count: only the backbone
+    other = model.DeepLabV2("efficientnet_lite0", 4, 16, str(tmp_path / "a.pt")).eval()  # only the backbone comes over
     assert torch.equal(other.backbone(x), lite.backbone(x))
     with pytest.raises(common.InputError, match="another net"):
         model.DeepLabV2("resnet18", 5, 8, str(tmp_path / "a.pt"))

@@ -37,7 +37,7 @@ def test_three_steps_and_an_evaluation(voc, tmp_path, script):
     assert torch.load(out / "best.pt", weights_only=True)["miou"] == max(r["miou"] for r in rows)
     assert model.load_segmenter(out / "last.pt")(torch.randn(1, 3, 65, 81)).shape == (1, 4, 5, 6)
 
-    done = python(ROOT / "eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "p", "--json", tmp_path / "s.json")
+    done = python(ROOT / "eval.py", "--ckpt", out / "last.pt", "--out", tmp_path / "p", "--json", tmp_path / "s.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == lines[-1] and str(voc) in done.stdout.splitlines()[-2]
     assert json.loads((tmp_path / "s.json").read_text())["miou"] == pytest.approx(rows[-1]["miou"])
@@ -93,7 +93,8 @@ def test_without_its_loss_adv_is_base_and_semi_is_adv(train):
 def test_threshold_one_trains_as_no_semi_loss(train):
     def run(out, *flags):
         out = train("train_semi", "--iters", 4, "--semi-start", 0, *flags, out=out)
-        return columns(out, ["loss_ce", "loss_adv", "loss_adv_u", "loss_d", "miou"]), torch.load(out / "last.pt", weights_only=True)
+        names = ["loss_ce", "loss_adv", "loss_adv_u", "loss_d", "miou"]
+        return columns(out, names), torch.load(out / "last.pt", weights_only=True)
     (one, a), (none, b), (all_, c) = run("one", "--threshold", 1), run("none", "--lam-semi", 0), run("all", "--threshold", 0)
     assert one == none and all(torch.equal(a["seg"][k], b["seg"][k]) for k in a["seg"])
     assert all(torch.equal(a["disc"][k], b["disc"][k]) for k in a["disc"])
@@ -110,8 +111,8 @@ def test_semi_loss_starts_when_told(train):
 def test_d_sees_unlabelled_predictions_where_told(train):
     plain, both = train("train_semi", out="a"), train("train_semi", "--d-unlabelled", out="b")
     a, b = log(plain)[0], log(both)[0]
-    assert b["loss_d"] == pytest.approx(a["loss_d"] * 3 / 2, rel=0.05)  # at the first step D says 0.69 to everything
-    assert columns(plain, ["loss_d"])[1] != columns(both, ["loss_d"])[1]
+    assert a["loss_ce"] == b["loss_ce"] and a["loss_d"] != b["loss_d"]
+    assert b["loss_d"] == pytest.approx(a["loss_d"], rel=0.05)  # a mean: at the first step D says 0.69 to everything
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -176,12 +177,15 @@ def test_resume(train, tmp_path, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("flags,say", [
-    (["--data", "nowhere"], "--data nowhere: no data there"), (["--split", 0], "--split 0.0: "), (["--split", 1.5], "--split 1.5: "),
-    (["--split", "nan"], "--split nan"), (["--split", 0.01], "leaves none of 8 pictures labelled"), (["--batch-size", 0], "--batch-size 0"),
-    (["--crop", 66], "--crop 66: it must be 16*k+1 and at least 65; the nearest is 65"), (["--crop", 49], "the nearest is 65"),
-    (["--crop", 75], "the nearest is 81"), (["--stride", 12], "--stride 12"), (["--backbone", "resnet18", "--stride", 16], "--stride 16"),
-    (["--iters", 0], "--iters 0"), (["--lr", -1], "--lr -1.0"), (["--lr", "fast"], "--lr"), (["--workers", -1], "--workers -1"),
-    (["--eval-every", 0], "--eval-every 0"), (["--scale", 2, 1], "--scale 2.0 1.0"), (["--input-scale", 0.3], "--input-scale 0.3"),
+    (["--data", "nowhere"], "--data nowhere: no data there"), (["--split", 0], "--split 0.0: "),
+    (["--split", 1.5], "--split 1.5: "), (["--split", "nan"], "--split nan"),
+    (["--split", 0.01], "leaves none of 8 pictures labelled"), (["--batch-size", 0], "--batch-size 0"),
+    (["--crop", 66], "--crop 66: it must be 16*k+1 and at least 65; the nearest is 65"),
+    (["--crop", 49], "the nearest is 65"), (["--crop", 75], "the nearest is 81"), (["--stride", 12], "--stride 12"),
+    (["--backbone", "resnet18", "--stride", 16], "--stride 16"), (["--iters", 0], "--iters 0"),
+    (["--lr", -1], "--lr -1.0"), (["--lr", "fast"], "--lr"), (["--workers", -1], "--workers -1"),
+    (["--eval-every", 0], "--eval-every 0"), (["--scale", 2, 1], "--scale 2.0 1.0"),
+    (["--input-scale", 0.3], "--input-scale 0.3"),
     (["--init", "nowhere.pt"], "--init nowhere.pt: No such file"), (["--init", "coco"], "--init coco"),
     (["--backbone", "vgg"], "--backbone"), (["--labelled-ids", "nowhere.txt"], "nowhere.txt"), (["--nonsense"], "--nonsense"),
 ])
@@ -191,8 +195,10 @@ def test_bad_flags_are_named_and_nothing_is_written(voc, tmp_path, fails, script
     assert not out.exists()
 
 
-@pytest.mark.parametrize("flags,say", [(["--split", 1], "leaves no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
-                                       (["--d-smooth", 1], "--d-smooth"), (["--threshold", "nan"], "--threshold")])
+@pytest.mark.parametrize("flags,say", [
+    (["--split", 1], "leaves no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
+    (["--d-smooth", 1], "--d-smooth"), (["--threshold", "nan"], "--threshold"),
+])
 def test_bad_flags_of_semi(voc, tmp_path, fails, flags, say):
     assert say in fails("train_semi", "--data", voc, *SMALL, "--out", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
@@ -209,7 +215,7 @@ def test_a_worker_finds_a_bad_picture(voc, tmp_path, script):
     path = voc / "JPEGImages/train1.png"
     path.write_bytes(path.read_bytes()[:-60])
     split = 1 if script != "train_semi" else 0.75
-    done = python(f"{script}.py", "--data", voc, *SMALL, "--workers", 2, "--iters", 9, "--split", split, "--out", tmp_path / "out")
+    done = python(f"{script}.py", "--data", voc, *SMALL, "--workers", 2, "--split", split, "--iters", 9, "--out", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout, done.stderr
     assert f"{path}: cannot be read (" in done.stderr and "drop its id" in done.stderr
 
@@ -250,11 +256,11 @@ def test_every_flag_is_read(script):
         for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
                 read |= {node.attr} if ast.unparse(node.value) in ("args", "self.args") else set()
-    assert set(flags_of(script)) - {"help"} <= read | {"eval_every", "save_every"} & read
+    assert set(flags_of(script)) - {"help"} <= read
 
 
 def test_each_script_adds_one_idea():
-    """House rule 2: what train_base has, train_adv has in the same order, and train_semi what train_adv has, but for a few lines."""
+    """What train_base has, train_adv has in the same order, and train_semi what train_adv has, but for a few lines."""
     for one, two, changed in (("train_base", "train_adv", 8), ("train_adv", "train_semi", 8)):
         diff = subprocess.run(["diff", f"{one}.py", f"{two}.py"], cwd=ROOT, capture_output=True, text=True).stdout
         gone = [line for line in diff.splitlines() if line.startswith("<")]
