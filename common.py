@@ -106,14 +106,9 @@ def progress(items, total, what):
 
 
 def commit():
-    """Short hash of the checkout this file is in, with "+" where it has changes; "" outside git."""
-    def git(*words):
-        here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    """Short hash of the checkout this file is in, "-dirty" behind it where it has changes; "" where there is no git."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
 def make_folder(path, aside=None):

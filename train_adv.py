@@ -38,8 +38,8 @@ def flags():
                    "that (paper: 2.5e-4)")
     p.add_argument("--lam-adv", type=float, default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator (paper: adam)")
-    p.add_argument("--d-lr", type=float, default=1e-4, help="first rate of the discriminator, poly decay (paper: 1e-4)")
-    p.add_argument("--d-smooth", type=float, default=0, help="label smoothing: D's answer for a label map is 1 minus this")
+    p.add_argument("--d-lr", type=float, help="first rate of the discriminator, poly decay (paper: 1e-4)")
+    p.add_argument("--d-smooth", type=float, help="D's answer for a label map is 1 minus this, label smoothing (paper: 0)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")

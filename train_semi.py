@@ -39,13 +39,13 @@ def flags():
                    "that (paper: 2.5e-4)")
     p.add_argument("--lam-adv", type=float, default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator (paper: adam)")
-    p.add_argument("--d-lr", type=float, default=1e-4, help="first rate of the discriminator, poly decay (paper: 1e-4)")
-    p.add_argument("--d-smooth", type=float, default=0, help="label smoothing: D's answer for a label map is 1 minus this")
+    p.add_argument("--d-lr", type=float, help="first rate of the discriminator, poly decay (paper: 1e-4)")
+    p.add_argument("--d-smooth", type=float, help="D's answer for a label map is 1 minus this, label smoothing (paper: 0)")
     p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled predictions too, as in the authors' "
                    "code (paper: labelled only)")
     p.add_argument("--lam-adv-u", type=float, default=0.001, help="weight of the adversarial loss on unlabelled pictures "
                    "(the authors' code: 0.001; ICLR text: none)")
-    p.add_argument("--lam-semi", type=float, default=0.1, help="weight of the self-taught loss (paper: 0.1)")
+    p.add_argument("--lam-semi", type=float, help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=float, default=0.2, help="a pixel is trusted where D says more, T_semi (paper: 0.2)")
     p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default --iters / 4 (paper: 5000)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")

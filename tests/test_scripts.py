@@ -226,12 +226,12 @@ def test_bad_checkpoints(train, voc, tmp_path, fails):
     for name in ("text.pt", "other.pt", "missing.pt"):
         assert f"{name}: " in fails("eval", "--ckpt", tmp_path / name)
     ckpt = train("train_base") / "last.pt"
+    assert "no list test.txt" in fails("eval", "--ckpt", ckpt, "--list", "test")
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:100000])
     assert "cut.pt: " in fails("eval", "--ckpt", tmp_path / "cut.pt")
     (voc / "classes.txt").write_text("grey\nred\ngreen\nblue\nextra\n")
     assert "has 4 classes" in fails("eval", "--ckpt", ckpt)
     assert "--resume" in fails("train_base", "--data", voc, *SMALL, "--out", ckpt.parent, "--resume")
-    assert "no list" in fails("eval", "--ckpt", ckpt, "--data", voc, "--list", "test")
 
 
 def flags_of(script):
