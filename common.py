@@ -1,10 +1,10 @@
 """A run's state and nothing else: flags, device, learning rate, log, progress, checkpoints."""
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shutil
 import subprocess
@@ -19,11 +19,12 @@ from csrc import ops
 
 # what a healthy run logs, and what to try where it leaves that for long
 HEALTHY = {
-    "loss_d": (0.05, 0.7, "0.69 is a guess, near 0 the discriminator always wins and starves the other losses: "
-                          "try --d-smooth 0.1, a smaller --d-lr"),
-    "kept": (1e-6, 1 - 1e-6, "the share of unlabelled pixels that are trusted: see loss_d, or move --threshold"),
+    "loss_d": (0.05, 0.7, "near 0 D always wins and starves the other losses: try a smaller --d-lr or --d-smooth 0.1"),
+    "kept": (0.01, 0.99, "the share of unlabelled pixels that are trusted: see loss_d, or move --threshold"),
 }
 PATIENCE = 10  # logged steps in a row before a warning
+FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
+MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
 class InputError(Exception):
@@ -102,7 +103,7 @@ def progress(items, total, what):
         now = time.monotonic()
         if now - said > 10:
             said, rate = now, n / (now - began)
-            print(f"{what} {n}/{total}, {rate:.1f}/s, {clock((total - n) / rate)} left", flush=True)
+            print(f"{what} {n}/{total}, {rate:.1f}/s, {clock((total - n) / rate)} left", file=sys.stderr)
 
 
 def commit():
@@ -111,34 +112,32 @@ def commit():
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def make_folder(path, aside=None):
-    """mkdir -p for --out; what is there is first renamed to `aside`, if given. Errors: InputError."""
+@contextlib.contextmanager
+def writing(path):
+    """Errors: InputError naming `path` where what happens inside cannot be written."""
     try:
-        if aside:
-            path.rename(aside)
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {path}: {e.strerror}; name a folder that can be written") from None
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
+                         "place") from None
 
 
 def replace(path, write):
     """Call write(temporary path) and move the result to `path`: whole or not at all. Errors: InputError."""
     part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
-                         "--out") from None
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            write(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path, flag):
     """The dict that Run.save wrote to `path`, on the CPU. Errors: InputError naming `flag` where it is not one."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
     if not isinstance(checkpoint, dict) or not {"seg", "args", "classes"} <= set(checkpoint):
@@ -155,40 +154,49 @@ class Run:
             raise InputError(f"--out {self.out}: that is a file; name a folder")
         self.device = announce(f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes",
                                args.gpu)
-        self.rows, self.odd, self.begun = [], dict.fromkeys(HEALTHY, 0), False
+        self.rows, self.written, self.unhealthy = [], False, dict.fromkeys(HEALTHY, 0)
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
-        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates done so far, 0 for a new run."""
-        last = self.out / "last.pt"
+        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates done so far, 0 for a new run.
+
+        Errors: InputError where the checkpoint was made with other flags than those that may change on the way.
+        """
+        last, log = self.out / "last.pt", self.out / "log.jsonl"
         if not (self.args.resume and last.exists()):
             return 0
         checkpoint = read_checkpoint(last, "--resume")
+        for key, value in checkpoint["args"].items():
+            now = getattr(self.args, key, None)
+            if now != value and key not in MAY_CHANGE:
+                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the flags "
+                                 "of its run.json or another --out")
         if checkpoint["step"] > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
-        for name, part in parts.items():
-            try:
+        try:
+            for name, part in parts.items():
                 part.load_state_dict(checkpoint[name])
-            except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
-                raise InputError(f"--resume: {last} is of another script, backbone or data; give the flags of its run.json "
-                                 "or another --out") from None
+        except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
+            raise InputError(f"--resume: {last} is of another script or data; name another --out") from None
         torch.set_rng_state(checkpoint["rng"])
-        for key, value in checkpoint["args"].items():
-            if key not in ("resume", "gpu", "workers") and getattr(self.args, key, None) != value:
-                print(f"--resume: --{key.replace('_', '-')} was {value}, is now {getattr(self.args, key, None)}")
-        log = self.out / "log.jsonl"
-        if log.exists():
-            self.rows = [r for r in map(json.loads, log.read_text().splitlines()) if r["step"] <= checkpoint["step"]]
-        self.begin(fresh=False)
+        lines = log.read_text().splitlines() if log.exists() else []
+        # a line without its end was being written when the run was killed: it is past the checkpoint
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self.rows = [r for r in rows if r["step"] <= checkpoint["step"]] or [{"step": checkpoint["step"]}]
         return checkpoint["step"]
 
-    def begin(self, fresh=True):
-        """Write OUT/run.json, labelled.txt and the log so far; a run that lies there already is moved aside, not lost."""
-        self.begun, aside = True, None
-        if fresh and (self.out / "last.pt").exists():
-            aside = next(p for p in (Path(f"{self.out}.{n}") for n in itertools.count(1)) if not p.exists())
-            tqdm.write(f"{self.out} holds a run: moved to {aside}")
-        make_folder(self.out, aside)
+    def begin(self):
+        """Write OUT/run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to OUT/earlier-N."""
+        self.written = True
+        old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if old and not (self.args.resume and self.rows):
+                aside = next(p for p in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not p.exists())
+                aside.mkdir()
+                for f in old:
+                    f.rename(aside / f.name)
+                tqdm.write(f"{self.out} holds a run: its files are now in {aside}")
         facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
                  "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use()}
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
@@ -215,14 +223,14 @@ class Run:
         args = self.args
         if step not in (self.first, args.iters) and step % args.log_every and step % args.eval_every:
             return
-        row = {"step": step} | {k: float(v.detach() if isinstance(v, torch.Tensor) else v) for k, v in values.items()}
+        row = {"step": step} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for name, value in row.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or a loss weight")
-        if not self.begun:
+        if not self.written:
             self.begin()
         self.rows.append(row)
-        with open(self.out / "log.jsonl", "a") as log:
+        with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         now = time.monotonic()
@@ -233,10 +241,18 @@ class Run:
             print(f"step {step}/{args.iters} {shown} | {rate:.2f} steps/s, {left} left", flush=True)
         else:
             self.bar.set_postfix_str(shown, refresh=False)
+        self.warn(row)
+
+    def warn(self, row):
+        """Count logged steps in a row outside HEALTHY; say so after PATIENCE of them."""
+        smooth, start = getattr(self.args, "d_smooth", 0), getattr(self.args, "semi_start", 0)
         for name, (low, high, advice) in HEALTHY.items():
-            self.odd[name] = self.odd[name] + 1 if name in row and not low <= row[name] <= high else 0
-            if self.odd[name] == PATIENCE:
-                tqdm.write(f"warning: {name} was outside {low:g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
+            if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
+                low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
+            counts = name in row and (name != "kept" or row["step"] > start)
+            self.unhealthy[name] = self.unhealthy[name] + 1 if counts and not low <= row[name] <= high else 0
+            if self.unhealthy[name] == PATIENCE:
+                tqdm.write(f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
 
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
@@ -249,8 +265,6 @@ class Run:
         """Put what `evaluate` gave at this step into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
         miou = 100 * evaluation[0]
         before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
-        if not self.rows or self.rows[-1]["step"] != step:
-            self.rows.append({"step": step})
         if self.rows[-1].get("miou") != miou:
             self.rows[-1]["miou"] = miou
             self.write_log()

@@ -45,6 +45,7 @@ class Data:
     defaults: dict
     pictures: dict  # id -> path
     labels: dict  # id -> path
+    label_dir: Path
 
     def ids(self, *names):
         """The ids of the first list there is among `names` (of ImageSets/Segmentation) or of a file of that path.
@@ -66,8 +67,7 @@ class Data:
             if i not in self.pictures:
                 raise InputError(f"{self.root}/JPEGImages/{i}.jpg: not there, but id {i} is in a list; add it or drop the id")
             if labels and i not in self.labels:
-                raise InputError(f"{self.root}/SegmentationClassAug/{i}.png: not there, but id {i} is in a list; add it or "
-                                 "drop the id")
+                raise InputError(f"{self.label_dir}/{i}.png: not there, but id {i} is in a list; add it or drop the id")
         return [(self.pictures[i], self.labels[i] if labels else None) for i in ids]
 
 
@@ -84,13 +84,14 @@ def open_data(root=None):
         make_shapes(SHAPES_ROOT)
     root = SHAPES_ROOT if shapes else Path(root or VOC_ROOT)
     pictures = index(root / "JPEGImages", PICTURES)
-    labels = index(root / "SegmentationClassAug", [".png"]) or index(root / "SegmentationClass", [".png"])
+    label_dir = next((d for d in (root / "SegmentationClassAug", root / "SegmentationClass") if d.is_dir()), root)
+    labels = index(label_dir, [".png"])
     if not pictures or not labels:
         raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg, SegmentationClassAug/*.png and "
                          "ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
     classes, palette = read_classes(root / "classes.txt")
     return Data("shapes" if shapes else str(root), root, classes, palette, SHAPES_DEFAULTS if shapes else VOC_DEFAULTS,
-                pictures, labels), note
+                pictures, labels, label_dir), note
 
 
 def settle(args, defaults):
@@ -109,7 +110,7 @@ def settle(args, defaults):
     for name, value in vars(args).items():
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
-    if not 0 < args.scale[0] <= args.scale[1]:
+    if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
     if args.input_scale not in (1, 0.5, 0.25):
         raise InputError(f"--input-scale {args.input_scale}: it is 1, 0.5 or 0.25")
@@ -133,12 +134,17 @@ def index(folder, suffixes):
     return {f.stem: str(f) for f in map(Path, sorted(e.path for e in os.scandir(folder))) if f.suffix.lower() in suffixes}
 
 
+def read_lines(file):
+    """The lines of a text file, stripped, without empty ones. Errors: InputError."""
+    try:
+        return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{file}: cannot be read as text ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
+
+
 def read_ids(file):
     """The ids in a list file, one a line. Errors: InputError where it cannot be read, is empty, or has an id twice."""
-    try:
-        ids = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read as a list of ids ({getattr(e, 'strerror', None) or e})") from None
+    ids = read_lines(file)
     if not ids:
         raise InputError(f"{file}: holds no ids; write one a line")
     if len(set(ids)) < len(ids):
@@ -152,7 +158,7 @@ def read_classes(file):
     if not file.is_file():
         return VOC_CLASSES, palette
     names = []
-    for line in filter(None, map(str.strip, file.read_text().splitlines())):
+    for line in read_lines(file):
         words = line.split()
         if len(words) > 3 and all(w.isdigit() and int(w) < 256 for w in words[-3:]):
             palette[3 * len(names):3 * len(names) + 3] = map(int, words[-3:])
@@ -335,7 +341,7 @@ def make_shapes(root):
         _, palette = read_classes(part / "classes.txt")
         for name, count in (("train", 400), ("val", 100)):
             ids = [f"{name}_{n:03d}" for n in range(count)]
-            for i in progress(ids, count, f"drawing {root}"):
+            for i in progress(ids, count, f"drawing {root}, {name}"):
                 picture, label = draw_shapes(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
                 label.putpalette(palette)
                 picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
@@ -399,7 +405,7 @@ def draw_shapes(rng, size=128):
         label[grown & ~shrunk] = IGNORE
     light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
     picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label, "P")
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")
 
 
 def main(args):

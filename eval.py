@@ -4,8 +4,11 @@
     python eval.py --ckpt out/semi/last.pt --images holiday/*.jpg --out predictions
 """
 import argparse
+import contextlib
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -74,7 +77,23 @@ def palette_png(ids, size, palette):
     return image
 
 
-def overview(rows, palette):
+@contextlib.contextmanager
+def drafts_of(out):
+    """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
+    if out.exists() and not out.is_dir():
+        raise common.InputError(f"--out {out}: that is a file; name a folder")
+    with common.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drafts = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+    with drafts:
+        yield Path(drafts.name)
+        with common.writing(out):
+            out.mkdir(exist_ok=True)
+            for file in Path(drafts.name).iterdir():
+                os.replace(file, out / file.name)
+
+
+def overview(rows):
     """One picture of rows (picture, label, prediction), each shown 240 pixels wide."""
     tiles = [[tile.convert("RGB").resize((240, round(240 * tile.height / tile.width))) for tile in row] for row in rows]
     sheet = Image.new("RGB", (720, sum(row[0].height for row in tiles)))
@@ -87,11 +106,15 @@ def overview(rows, palette):
 
 
 def main(args):
-    checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
-    seg, classes = model.build_segmenter(checkpoint), checkpoint["classes"]
+    checkpoint = common.read_checkpoint(args.ckpt, "--ckpt")
+    seg, classes = model.build_segmenter(checkpoint, "--ckpt", args.ckpt), checkpoint["classes"]
     trained = argparse.Namespace(**checkpoint["args"])
     trained.workers, trained.amp = args.workers, trained.amp if args.amp is None else args.amp
     out = Path(args.out) if args.out else None
+    if args.workers < 0:
+        raise common.InputError(f"--workers {args.workers}: it must be at least 0")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise common.InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.images:
         if out is None:
             raise common.InputError("--images: name a folder for the predictions with --out")
@@ -104,24 +127,25 @@ def main(args):
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
     device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
-    rows = []
+    rows, drafts = [], None
 
     def write(i, prediction):
         picture = data.read_picture(samples[i][0])
         drawn = palette_png(prediction, picture.size, dataset.palette)
-        common.replace(out / f"{ids[i]}.png", lambda f: drawn.save(f, "PNG"))
+        with common.writing(out):
+            drawn.save(drafts / f"{ids[i]}.png")
         if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
             label = data.read_label(samples[i][1], len(classes), picture.size).convert("P")
             label.putpalette(dataset.palette)
             rows.append((picture, label, drawn))
 
     if out:
-        common.make_folder(out)
-    miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
-    if out:
-        sheet = overview(rows, dataset.palette)
-        common.replace(out / "overview.jpg", lambda f: sheet.save(f, "JPEG", quality=95))
+        with drafts_of(out) as drafts:
+            miou, per_class = evaluate(seg.to(device), samples, trained, device, write)
+            overview(rows).save(drafts / "overview.jpg", quality=95)
         print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
+    else:
+        miou, per_class = evaluate(seg.to(device), samples, trained, device)
     percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
     for name, iou in percent.items():
         print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
@@ -138,18 +162,22 @@ def main(args):
 def predict_images(seg, args, trained, out):
     """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before anything is written."""
     stems = [Path(path).stem for path in args.images]
-    for stem in stems:
+    for path, stem in zip(args.images, stems):
         if stems.count(stem) > 1:
             raise common.InputError(f"--images: two pictures are named {stem}, and both would be {out / stem}.png; rename one")
+        if Path(path).resolve() == (out / f"{stem}.png").resolve():
+            raise common.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
+        data.read_picture(path)  # all are sound before one is predicted
     device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
     seg.to(device)
     multiple = round(trained.stride / trained.input_scale)
-    pictures = [data.read_picture(path) for path in args.images]
-    common.make_folder(out)
-    for picture, stem in zip(common.progress(pictures, len(pictures), "prediction"), stems):
-        pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
-        drawn = palette_png(class_ids(predict(seg, pixels, trained), pixels.shape[2:]), picture.size, data.voc_palette())
-        common.replace(out / f"{stem}.png", lambda f: drawn.save(f, "PNG"))
+    with drafts_of(out) as drafts:
+        for path, stem in zip(common.progress(args.images, len(stems), "prediction"), stems):
+            picture = data.read_picture(path)
+            pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
+            ids = class_ids(predict(seg, pixels, trained), pixels.shape[2:])
+            with common.writing(out):
+                palette_png(ids, picture.size, data.voc_palette()).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")
 
 

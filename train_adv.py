@@ -88,12 +88,12 @@ def main(args):
         loss_adv = model.bce(d_fake, 1, valid)
         loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
         loss_d = (loss_fake + loss_real) / 2
-        # d_fake serves both players: each backward pass goes to its own net's weights only
         loss = loss_ce + args.lam_adv * loss_adv
-        opt_seg.zero_grad()
-        loss.backward(inputs=seg_weights, retain_graph=True)
+        # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
         opt_disc.zero_grad()
-        loss_d.backward(inputs=disc_weights)
+        loss_d.backward(inputs=disc_weights, retain_graph=True)
+        opt_seg.zero_grad()
+        loss.backward(inputs=seg_weights)
         opt_seg.step()
         opt_disc.step()
 

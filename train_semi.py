@@ -67,7 +67,7 @@ def main(args):
     labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
     unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled)
     if not unlabelled_samples:
-        raise common.InputError("--split 1: leaves no picture unlabelled; lower it or name a folder with --unlabelled")
+        raise common.InputError("--split: leaves no picture unlabelled; lower it or name a folder with --unlabelled")
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 
@@ -113,12 +113,12 @@ def main(args):
         if args.d_unlabelled:
             loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
         loss_d = (loss_fake + loss_real) / 2
-        # d_fake serves both players: each backward pass goes to its own net's weights only
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
-        opt_seg.zero_grad()
-        loss.backward(inputs=seg_weights, retain_graph=True)
+        # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
         opt_disc.zero_grad()
-        loss_d.backward(inputs=disc_weights)
+        loss_d.backward(inputs=disc_weights, retain_graph=True)
+        opt_seg.zero_grad()
+        loss.backward(inputs=seg_weights)
         opt_seg.step()
         opt_disc.step()
 

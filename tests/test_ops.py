@@ -174,3 +174,16 @@ def test_seg_ops(monkeypatch):
     monkeypatch.setattr(ops, "SEG_OPS", "fast")
     with pytest.raises(ValueError, match="auto, reference or kernel"):
         ops.in_use()
+
+
+def test_where_looking_would_synchronise_bad_labels_poison(monkeypatch):
+    """What CUDA does, run here: NaN from the loss, a negative first cell however often it happens, no index out of bounds."""
+    monkeypatch.setattr(ops, "_can_look", lambda x: False)
+    good = ops.masked_cross_entropy(Z, T)[0]
+    assert ops.masked_cross_entropy(Z, T + 7)[0].isnan() and ops.masked_cross_entropy(Z, T + 255)[0] == 0 and good.isfinite()
+    out = torch.zeros(3, 3, dtype=torch.int64)
+    for _ in range(5):
+        ops.confusion_matrix(Z, T + 7, out=out)
+        with pytest.raises(ValueError, match="negative"):
+            ops.mean_iou(out)
+    assert ops.confusion_matrix(Z, T)[0, 0] == 16
