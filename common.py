@@ -36,6 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         epilog="A flag that states no default follows the data: the paper's, or a small one for shapes.",
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def convert_arg_line_to_args(self, line):

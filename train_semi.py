@@ -17,12 +17,13 @@ def flags():
     p = common.Parser(__doc__)
     # data
     p.add_argument("--data", metavar="ROOT", help="folder in VOC layout, or shapes (generated); default data/VOC2012")
-    p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1")
+    p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled")
     p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
-    p.add_argument("--crop", type=int, help="side of the training crop in pixels, stride*k+1 (paper: 321)")
-    p.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"), help="random scale of pictures")
+    p.add_argument("--crop", type=int, help="side of a crop in pixels: stride*k+1, at least 65 (paper: 321)")
+    p.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
+                   help="random scale of pictures (default 0.5 1.5)")
     p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
                    "work); scores stay at the labels' own size")
     p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
