@@ -2,6 +2,7 @@
 
     python data.py shapes            writes the generated set to data/shapes (training on it does so by itself)
 """
+import colorsys
 import hashlib
 import math
 import os
@@ -30,8 +31,9 @@ PICTURES = (".jpg", ".jpeg", ".png")
 # slower: with the paper's rate it has won by step 60 (`loss_d` below 0.04), and no unlabelled pixel is trusted.
 VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4,
                     d_lr=1e-4, d_smooth=0.0, lam_semi=0.1)
-SHAPES_DEFAULTS = dict(backbone="efficientnet_lite0", init="imagenet", crop=97, batch_size=4, iters=300, lr=1e-2,
+SHAPES_DEFAULTS = dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-2,
                        d_lr=1e-5, d_smooth=0.1, lam_semi=0.5)
+
 
 
 @dataclass
@@ -355,8 +357,8 @@ def make_shapes(root):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def texture(rng, size=128):
-    """Stripes, checks or blotches of two random colours, (size,size,3) float."""
+def texture(rng, size, hue, saturation):
+    """Stripes, checks or blotches in two tones of a hue (0..1), (size,size,3) float32 in 0..255."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -367,8 +369,9 @@ def texture(rng, size=128):
     else:
         coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
         mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    first, second = rng.uniform(30, 225, (2, 3)).astype(np.float32)
-    return first + (second - first) * np.float32(rng.uniform(0.3, 1)) * mix[..., None]
+    tones = [colorsys.hsv_to_rgb(hue % 1, saturation, value) for value in rng.uniform(0.3, 1, 2)]
+    first, second = 255 * np.array(tones, np.float32)
+    return first + (second - first) * mix[..., None]
 
 
 def outline(kind, rng):
@@ -386,12 +389,17 @@ def outline(kind, rng):
 
 
 def draw_shapes(rng, size=128):
-    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge."""
-    picture, label = texture(rng), np.zeros((size, size), np.uint8)
+    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
+
+    A class has an outline for certain and a hue more often than not: its neighbours' hues reach into its own, and blobs,
+    which count as ground, have any.
+    """
+    picture, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
     kinds = list(SHAPES)
-    for _ in range(rng.randint(3, 7)):
+    for _ in range(rng.randint(2, 6)):
         number = rng.randint(len(kinds))
-        kind, centre, radius = kinds[number], rng.uniform(8, size - 8, 2), rng.uniform(10, 30)
+        kind, centre, radius = kinds[number], rng.uniform(16, size - 16, 2), rng.uniform(18, 44)
+        hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
         mask = Image.new("L", (size, size))
         pen = ImageDraw.Draw(mask)
         corners = outline(kind, rng)
@@ -399,7 +407,7 @@ def draw_shapes(rng, size=128):
         if kind == "ring":
             pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
         inside = np.array(mask) > 0
-        picture = np.where(inside[..., None], texture(rng), picture)
+        picture = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), picture)
         label[inside] = number
         grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
         label[grown & ~shrunk] = IGNORE
