@@ -48,7 +48,7 @@ def flags():
     p.add_argument("--out", default="out/adv", metavar="DIR", help="where log, checkpoints and flags are written")
     p.add_argument("--resume", action="store_true", help="go on from DIR/last.pt where there is one")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations; default a tenth of --iters")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; default --iters / 10, shapes 80")
     p.add_argument("--save-every", type=int, help="steps between checkpoints; default a tenth of --iters")
     return p
 
