@@ -190,7 +190,7 @@ class Run:
         """Write OUT/run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to OUT/earlier-N."""
         self.written = True
         old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
-        with writing(self.out):
+        with writing(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             if old and not (self.args.resume and self.rows):
                 aside = next(p for p in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not p.exists())

@@ -82,12 +82,12 @@ def drafts_of(out):
     """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
     if out.exists() and not out.is_dir():
         raise common.InputError(f"--out {out}: that is a file; name a folder")
-    with common.writing(out):
+    with common.writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         drafts = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
     with drafts:
         yield Path(drafts.name)
-        with common.writing(out):
+        with common.writing(f"--out {out}"):
             out.mkdir(exist_ok=True)
             for file in Path(drafts.name).iterdir():
                 os.replace(file, out / file.name)
@@ -132,7 +132,7 @@ def main(args):
     def write(i, prediction):
         picture = data.read_picture(samples[i][0])
         drawn = palette_png(prediction, picture.size, dataset.palette)
-        with common.writing(out):
+        with common.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
         if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
             label = data.read_label(samples[i][1], len(classes), picture.size).convert("P")
@@ -176,7 +176,7 @@ def predict_images(seg, args, trained, out):
             picture = data.read_picture(path)
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
             ids = class_ids(predict(seg, pixels, trained), pixels.shape[2:])
-            with common.writing(out):
+            with common.writing(f"--out {out}"):
                 palette_png(ids, picture.size, data.voc_palette()).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")
 

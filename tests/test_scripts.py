@@ -66,7 +66,7 @@ def test_predicts_any_pictures(train, tmp_path, fails, capsys):
     ckpt = train("train_base") / "last.pt"
     for name, size in (("a.jpg", (50, 70)), ("b.png", (131, 65))):
         Image.new("RGB", size, (9, 99, 200)).save(tmp_path / name)
-    flags = ["--ckpt", ckpt, "--images", tmp_path / "a.jpg", tmp_path / "b.png", "--gpu", -1]
+    flags = ["--ckpt", ckpt, "--gpu", -1, "--images", tmp_path / "a.jpg", tmp_path / "b.png"]
     assert "--out" in fails("eval", *flags)
     script.main(script.flags().parse_args([*map(str, flags), "--out", str(tmp_path / "p")]))
     assert Image.open(tmp_path / "p/a.png").size == (50, 70) and Image.open(tmp_path / "p/b.png").size == (131, 65)
@@ -194,11 +194,11 @@ def test_resume(train, tmp_path, capsys):
     finally:
         common.Run.report = report
     assert [r["step"] for r in log(tmp_path / "killed")] == [1, 2, 3]
+    with open(tmp_path / "killed/log.jsonl", "a") as f:
+        f.write('{"step": 4, "loss')  # a line that was being written
     killed = train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, "--resume", out="killed")
     assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
-    with open(killed / "log.jsonl", "a") as f:
-        f.write('{"step": 4, "loss')  # a line that was being written when the run was killed
     with pytest.raises(common.InputError, match="--lr was 0.00025 .* is now 0.5"):
         train("train_semi", "--iters", 4, "--resume", "--lr", 0.5, out="killed")
     with pytest.raises(common.InputError, match="--iters 2: .* is at step 4 already"):
