@@ -1,6 +1,4 @@
-"""A run's state and nothing else: flags, device, learning rate, log, progress, checkpoints."""
-import argparse
-import contextlib
+"""A run's state and nothing else: device, learning rate, log, warnings, checkpoints."""
 import itertools
 import json
 import math
@@ -15,7 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cli import InputError, clock, folder, replace, writing
 from csrc import ops
+from model import read_checkpoint
 
 # what a healthy run logs, and what to try where it leaves that for long
 HEALTHY = {
@@ -25,35 +25,6 @@ HEALTHY = {
 PATIENCE = 10  # logged steps in a row before a warning
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
-
-
-class InputError(Exception):
-    """Wrong input from the user: one line that names the file or flag and the cure. Ends a script with status 2."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors and @files of flags."""
-
-    def __init__(self, description):
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         epilog="A flag that states no default follows the data: the paper's, or a small one for shapes.",
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
-
-    def error(self, message):
-        raise InputError(message)
-
-
-def launch(main, flags):
-    """Run a script: parse its flags, call main(args), turn InputError into one line and exit status 2."""
-    try:
-        main(flags().parse_args())
-    except InputError as e:
-        # a loader's worker hands its exception over with the traceback as text: the message is behind the class's name
-        print(f"{Path(sys.argv[0]).name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
-        sys.exit(2)
 
 
 def announce(data, gpu):
@@ -89,70 +60,17 @@ def poly_lr(optimizer, done, iters, power=0.9):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
 
 
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def progress(items, total, what):
-    """Yield `items` under a tqdm bar on a terminal; elsewhere with a line every 10 seconds: count, rate, time left."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=what, total=total, leave=False)
-        return
-    began = said = time.monotonic()
-    for n, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - said > 10:
-            said, rate = now, n / (now - began)
-            print(f"{what} {n}/{total}, {rate:.1f}/s, {clock((total - n) / rate)} left", file=sys.stderr)
-
-
 def commit():
     """Short hash of the checkout this file is in, "-dirty" behind it where it has changes; "" where there is no git."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Errors: InputError naming `path` where what happens inside cannot be written."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
-                         "place") from None
-
-
-def replace(path, write):
-    """Call write(temporary path) and move the result to `path`: whole or not at all. Errors: InputError."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            write(part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-
-
-def read_checkpoint(path, flag):
-    """The dict that Run.save wrote to `path`, on the CPU. Errors: InputError naming `flag` where it is not one."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
-        why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
-        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
-    if not isinstance(checkpoint, dict) or not {"seg", "args", "classes"} <= set(checkpoint):
-        raise InputError(f"{flag} {path}: no checkpoint of this repository; name a last.pt or best.pt of a training here")
-    return checkpoint
-
-
 class Run:
     """What one training writes to --out and to the screen."""
 
     def __init__(self, args, data, note, labelled):
-        self.args, self.data, self.labelled, self.out = args, data, labelled, Path(args.out)
-        if self.out.exists() and not self.out.is_dir():
-            raise InputError(f"--out {self.out}: that is a file; name a folder")
+        self.args, self.data, self.labelled, self.out = args, data, labelled, folder("--out", args.out)
         self.device = announce(f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes",
                                args.gpu)
         self.rows, self.written, self.unhealthy = [], False, dict.fromkeys(HEALTHY, 0)
@@ -168,7 +86,7 @@ class Run:
             return 0
         checkpoint = read_checkpoint(last, "--resume")
         for key, value in checkpoint["args"].items():
-            now = getattr(self.args, key, None)
+            now = getattr(self.args, key, value)
             if now != value and key not in MAY_CHANGE:
                 raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the flags "
                                  "of its run.json or another --out")
@@ -209,7 +127,7 @@ class Run:
 
     def steps(self, done):
         """Yield done + 1 ... --iters, under a progress bar on a terminal (elsewhere `report` prints lines)."""
-        self.first, self.clock = done + 1, (time.monotonic(), done)
+        self.clock = time.monotonic(), done
         with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty()) as self.bar:
             for step in range(done + 1, self.args.iters + 1):
                 yield step
@@ -222,7 +140,7 @@ class Run:
         is not finite.
         """
         args = self.args
-        if step not in (self.first, args.iters) and step % args.log_every and step % args.eval_every:
+        if step not in (1, args.iters) and step % args.log_every and step % args.eval_every:
             return
         row = {"step": step} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
         for name, value in row.items():
@@ -254,6 +172,10 @@ class Run:
             self.unhealthy[name] = self.unhealthy[name] + 1 if counts and not low <= row[name] <= high else 0
             if self.unhealthy[name] == PATIENCE:
                 tqdm.write(f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
+
+    def due(self, done):
+        """Whether an evaluation after `done` updates is wanted and still missing, as it is where a run was killed in it."""
+        return done > 0 and done % self.args.eval_every == 0 and "miou" not in self.rows[-1]
 
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from common import InputError, Parser, launch, progress
+from cli import InputError, Parser, launch, progress
 
 IGNORE = 255
 VOC_ROOT = Path("data/VOC2012")
@@ -32,7 +32,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4,
                     d_lr=1e-4, d_smooth=0.0, lam_semi=0.1)
 SHAPES_DEFAULTS = dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=7e-3,
-                       d_lr=1e-5, d_smooth=0.1, lam_semi=0.5, eval_every=80)
+                       d_lr=1e-5, d_smooth=0.1, lam_semi=0.5, eval_every=160)
 
 
 @dataclass
@@ -119,6 +119,10 @@ def settle(args, defaults):
         args.semi_start = args.iters // 4
     if getattr(args, "d_smooth", 0) >= 1:
         raise InputError(f"--d-smooth {args.d_smooth}: it must be below 1")
+    if getattr(args, "semi_start", 0) < 0:
+        raise InputError(f"--semi-start {args.semi_start}: it must be at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed {args.seed}: it must be in 0 .. 2**63 - 1")
     if args.workers < 0:
         raise InputError(f"--workers {args.workers}: it must be at least 0")
     if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
@@ -130,9 +134,13 @@ def settle(args, defaults):
 
 def index(folder, suffixes):
     """{id: path} of the files in `folder` that end in one of `suffixes`."""
-    if not folder.is_dir():
+    try:
+        files = map(Path, sorted(e.path for e in os.scandir(folder)))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {f.stem: str(f) for f in map(Path, sorted(e.path for e in os.scandir(folder))) if f.suffix.lower() in suffixes}
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be read ({e.strerror}); mend its permissions") from None
+    return {f.stem: str(f) for f in files if f.suffix.lower() in suffixes}
 
 
 def read_lines(file):

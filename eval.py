@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import cli
 import common
 import data
 import model
@@ -22,7 +23,7 @@ from csrc import ops
 
 
 def flags():
-    p = common.Parser(__doc__)
+    p = cli.Parser(__doc__)
     p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training")
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
@@ -56,7 +57,7 @@ def evaluate(seg, samples, args, device, write=None):
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
     whole = data.Whole(samples, seg.num_classes, round(args.stride / args.input_scale))
     loader = torch.utils.data.DataLoader(whole, num_workers=args.workers)
-    for i, (picture, target) in enumerate(common.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
+    for i, (picture, target) in enumerate(cli.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
         ops.confusion_matrix(logits, target.to(device), out=matrix)
         if write:
@@ -79,15 +80,16 @@ def palette_png(ids, size, palette):
 
 @contextlib.contextmanager
 def drafts_of(out):
-    """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
-    if out.exists() and not out.is_dir():
-        raise common.InputError(f"--out {out}: that is a file; name a folder")
-    with common.writing(f"--out {out}"):
+    """A folder to write to; at the end, and only then, its files move to `out`; None for None. Errors: InputError."""
+    if out is None:
+        yield None
+        return
+    with cli.writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        drafts = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-")
+        drafts = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
     with drafts:
         yield Path(drafts.name)
-        with common.writing(f"--out {out}"):
+        with cli.writing(f"--out {out}"):
             out.mkdir(exist_ok=True)
             for file in Path(drafts.name).iterdir():
                 os.replace(file, out / file.name)
@@ -106,46 +108,46 @@ def overview(rows):
 
 
 def main(args):
-    checkpoint = common.read_checkpoint(args.ckpt, "--ckpt")
-    seg, classes = model.build_segmenter(checkpoint, "--ckpt", args.ckpt), checkpoint["classes"]
-    trained = argparse.Namespace(**checkpoint["args"])
+    checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
+    seg, classes = model.build_segmenter(checkpoint, args.ckpt), checkpoint["classes"]
+    trained = argparse.Namespace(**{"data": None, "amp": None, "input_scale": 1} | checkpoint["args"])
     trained.workers, trained.amp = args.workers, trained.amp if args.amp is None else args.amp
-    out = Path(args.out) if args.out else None
+    out = cli.folder("--out", args.out) if args.out else None
     if args.workers < 0:
-        raise common.InputError(f"--workers {args.workers}: it must be at least 0")
+        raise cli.InputError(f"--workers {args.workers}: it must be at least 0")
     if args.json and not Path(args.json).parent.is_dir():
-        raise common.InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
+        raise cli.InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.images:
         if out is None:
-            raise common.InputError("--images: name a folder for the predictions with --out")
+            raise cli.InputError("--images: name a folder for the predictions with --out")
         return predict_images(seg, args, trained, out)
 
     dataset, note = data.open_data(args.data or trained.data)
     if len(dataset.classes) != len(classes):
-        raise common.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; "
+        raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; "
                                 "name the data it was trained on with --data")
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
     device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
-    rows, drafts = [], None
+    rows = []
 
     def write(i, prediction):
         picture = data.read_picture(samples[i][0])
         drawn = palette_png(prediction, picture.size, dataset.palette)
-        with common.writing(f"--out {out}"):
+        with cli.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
         if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
             label = data.read_label(samples[i][1], len(classes), picture.size).convert("P")
             label.putpalette(dataset.palette)
             rows.append((picture, label, drawn))
 
+    with drafts_of(out) as drafts:
+        miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
+        if out:
+            with cli.writing(f"--out {out}"):
+                overview(rows).save(drafts / "overview.jpg", quality=95)
     if out:
-        with drafts_of(out) as drafts:
-            miou, per_class = evaluate(seg.to(device), samples, trained, device, write)
-            overview(rows).save(drafts / "overview.jpg", quality=95)
         print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
-    else:
-        miou, per_class = evaluate(seg.to(device), samples, trained, device)
     percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
     for name, iou in percent.items():
         print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
@@ -153,7 +155,7 @@ def main(args):
         percent = {name: None if math.isnan(iou) else iou for name, iou in percent.items()}
         scores = {"miou": 100 * miou, "per_class": percent, "data": dataset.name, "list": args.list,
                   "ckpt": args.ckpt, "step": checkpoint["step"]}
-        common.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
+        cli.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
     print(f"mIoU {100 * miou:.2f}")
 
@@ -164,22 +166,22 @@ def predict_images(seg, args, trained, out):
     stems = [Path(path).stem for path in args.images]
     for path, stem in zip(args.images, stems):
         if stems.count(stem) > 1:
-            raise common.InputError(f"--images: two pictures are named {stem}, and both would be {out / stem}.png; rename one")
+            raise cli.InputError(f"--images: two pictures are named {stem}, and both would be {out / stem}.png; rename one")
         if Path(path).resolve() == (out / f"{stem}.png").resolve():
-            raise common.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
+            raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
         data.read_picture(path)  # all are sound before one is predicted
     device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
     seg.to(device)
     multiple = round(trained.stride / trained.input_scale)
     with drafts_of(out) as drafts:
-        for path, stem in zip(common.progress(args.images, len(stems), "prediction"), stems):
+        for path, stem in zip(cli.progress(args.images, len(stems), "prediction"), stems):
             picture = data.read_picture(path)
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
             ids = class_ids(predict(seg, pixels, trained), pixels.shape[2:])
-            with common.writing(f"--out {out}"):
+            with cli.writing(f"--out {out}"):
                 palette_png(ids, picture.size, data.voc_palette()).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")
 
 
 if __name__ == "__main__":
-    common.launch(main, flags)
+    cli.launch(main, flags)

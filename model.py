@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torchvision.ops import Conv2dNormActivation
 
-from common import InputError, read_checkpoint
+from cli import InputError
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
 INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # pixels in -1..1, what EfficientNet-Lite was trained on
@@ -189,14 +189,26 @@ def disc_optimizer(disc, name, lr):
     return torch.optim.SGD(disc.parameters(), lr, momentum=0.5, weight_decay=1e-4)
 
 
-def build_segmenter(checkpoint, flag, path):
-    """The trained DeepLabV2 of a checkpoint, in eval mode, on the CPU. Errors: InputError naming `flag` and `path`."""
+def read_checkpoint(path, flag):
+    """The dict that Run.save wrote to `path`, on the CPU. Errors: InputError naming `flag` where it is not one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
+        why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
+        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
+    if not isinstance(checkpoint, dict) or not {"seg", "args", "classes", "step"} <= set(checkpoint):
+        raise InputError(f"{flag} {path}: no checkpoint of this repository; name a last.pt or best.pt of a training here")
+    return checkpoint
+
+
+def build_segmenter(checkpoint, path):
+    """The trained DeepLabV2 of a checkpoint, in eval mode, on the CPU. Errors: InputError naming `path`."""
     args = checkpoint["args"]
     try:
         seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"])
         seg.load_state_dict(checkpoint["seg"])
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{flag} {path}: its weights do not fit the net that its args name; train again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise InputError(f"--ckpt {path}: its weights do not fit the net that its args name; train again") from None
     return seg.eval()
 
 
@@ -205,7 +217,7 @@ def load_segmenter(path):
 
     In eval mode, on the CPU; `.normalise` takes uint8 pictures. Errors: InputError where `path` is no checkpoint.
     """
-    return build_segmenter(read_checkpoint(path, "--ckpt"), "--ckpt", path)
+    return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
 
 def load_init(seg, path):
@@ -233,7 +245,7 @@ def bce(d_logits, real, valid):
     """Binary cross entropy of the discriminator's logits against one answer for all pixels, a float32 scalar.
 
     d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool, and the mean is over its True pixels (0 if there are none).
-    real: 1 for a label map, 0 for a prediction, 0.9 for a label map with smoothing 0.1. Hung et al. 2018, eq. 2 and 4.
+    real: 1 for a label map, 0 for a prediction, 0.9 for a label map with smoothing 0.1. Hung et al. 2018, eq. 1 and 4.
     """
     upsampled = F.interpolate(d_logits.float(), valid.shape[1:], mode="bilinear", align_corners=True)[:, 0]  # (N,H,W)
     loss = F.binary_cross_entropy_with_logits(upsampled, torch.full_like(upsampled, real), reduction="none")

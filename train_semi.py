@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+import cli
 import common
 import data
 import model
@@ -14,11 +15,12 @@ from eval import evaluate
 
 
 def flags():
-    p = common.Parser(__doc__)
+    p = cli.Parser(__doc__)
     # data
-    p.add_argument("--data", metavar="ROOT", help="folder in VOC layout, or shapes (generated); default data/VOC2012")
+    p.add_argument("--data", metavar="ROOT", help="folder in VOC layout, or shapes (generated); default data/VOC2012. "
+                   "Net, sizes and rates follow it where they are not given")
     p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
-    p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled")
+    p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled (default 0)")
     p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
     p.add_argument("--crop", type=int, help="side of a crop in pixels: stride*k+1, at least 65 (paper: 321)")
@@ -26,7 +28,7 @@ def flags():
                    help="random scale of pictures (default 0.5 1.5)")
     p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
                    "work); scores stay at the labels' own size")
-    p.add_argument("--workers", type=int, default=2, help="loader processes a stream; 0 loads in the training process")
+    p.add_argument("--workers", type=int, default=2, help="loader processes a stream (default 2); 0 loads in the script itself")
     # net
     p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
     p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH is a checkpoint (paper: imagenet)")
@@ -51,12 +53,12 @@ def flags():
     p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default --iters / 4 (paper: 5000)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
-    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
-    p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw")
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
+    p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw (default 0)")
     p.add_argument("--out", default="out/semi", metavar="DIR", help="where log, checkpoints and flags are written")
     p.add_argument("--resume", action="store_true", help="go on from DIR/last.pt where there is one")
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines")
-    p.add_argument("--eval-every", type=int, help="steps between evaluations; default --iters / 10, shapes 80")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines (default 10)")
+    p.add_argument("--eval-every", type=int, help="steps between evaluations; default --iters / 10, shapes 160")
     p.add_argument("--save-every", type=int, help="steps between checkpoints; default a tenth of --iters")
     return p
 
@@ -68,7 +70,7 @@ def main(args):
     labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
     unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled)
     if not unlabelled_samples:
-        raise common.InputError("--split: leaves no picture unlabelled; lower it or name a folder with --unlabelled")
+        raise cli.InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give more with --unlabelled")
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 
@@ -88,6 +90,8 @@ def main(args):
     size = args.crop, args.crop
     seg.train()
     for step in run.steps(done):
+        if run.due(step - 1):
+            run.score(step - 1, evaluate(seg, val, args, device), parts)
         common.poly_lr(opt_seg, step - 1, args.iters)
         common.poly_lr(opt_disc, step - 1, args.iters)
         picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
@@ -117,7 +121,8 @@ def main(args):
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
         # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
         opt_disc.zero_grad()
-        loss_d.backward(inputs=disc_weights, retain_graph=True)
+        (loss_real / 2).backward(inputs=disc_weights)
+        (loss_fake / 2).backward(inputs=disc_weights, retain_graph=True)
         opt_seg.zero_grad()
         loss.backward(inputs=seg_weights)
         opt_seg.step()
@@ -127,10 +132,8 @@ def main(args):
                    kept=kept / valid_u.sum(), loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
         if step % args.save_every == 0 or step == args.iters:
             run.save(step, parts)
-        if step % args.eval_every == 0 and step < args.iters:
-            run.score(step, evaluate(seg, val, args, device), parts)
     run.score(args.iters, evaluate(seg, val, args, device), parts)
 
 
 if __name__ == "__main__":
-    common.launch(main, flags)
+    cli.launch(main, flags)

@@ -158,6 +158,8 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
 
 
 def _upsample(x, size):
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
     x = x if x.dtype == torch.float64 else x.float()
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
@@ -168,7 +170,7 @@ def _floating(x, name):
 
 
 def _integers(x, name, like):
-    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0]:
+    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0] or 0 in x.shape:
         raise ValueError(f"{name} must be ({like.shape[0]},H,W) uint8 or int64, got {tuple(x.shape)} {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other argument on {like.device}")

@@ -49,12 +49,12 @@ def train(voc, tmp_path):
 def fails(capsys, monkeypatch):
     """fails(script, *flags) -> the one line on standard error, after checking for exit status 2 and a single line."""
     def run(script, *words):
-        import common
+        import cli
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            common.launch(module.main, module.flags)
+            cli.launch(module.main, module.flags)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1, error
         return error

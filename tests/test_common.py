@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import log, python
 
+import cli
 import common
 
 
@@ -20,11 +21,11 @@ def test_poly_lr():
 
 def test_flags_from_a_file(tmp_path):
     (tmp_path / "r.txt").write_text("# a comment\n--lr 0.5  # another\n\n--steps\n3\n")
-    p = common.Parser("")
+    p = cli.Parser("")
     p.add_argument("--lr", type=float)
     p.add_argument("--steps", type=int)
     assert vars(p.parse_args([f"@{tmp_path}/r.txt", "--steps", "4"])) == {"lr": 0.5, "steps": 4}
-    with pytest.raises(common.InputError, match="nowhere.txt"):
+    with pytest.raises(cli.InputError, match="nowhere.txt"):
         p.parse_args(["@nowhere.txt"])
 
 
@@ -35,8 +36,8 @@ def test_replace_is_whole_or_nothing(tmp_path):
     def broken(f):
         f.write_text("half")
         raise OSError(28, "No space left on device")
-    with pytest.raises(common.InputError, match="a.txt: cannot be written .No space left"):
-        common.replace(target, broken)
+    with pytest.raises(cli.InputError, match="a.txt: cannot be written .No space left"):
+        cli.replace(target, broken)
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
@@ -64,7 +65,7 @@ def test_warnings_know_smoothing_and_the_start(tmp_path, capsys):
 
 
 def test_divergence_stops_with_a_cure(train):
-    with pytest.raises(common.InputError, match="at step 2: the run diverged; lower --lr"):
+    with pytest.raises(cli.InputError, match="at step 2: the run diverged; lower --lr"):
         train("train_base", "--lr", 1e30, "--iters", 6)
 
 

@@ -6,7 +6,7 @@ import torch
 from conftest import COLOURS
 from PIL import Image
 
-import common
+import cli
 import data
 
 
@@ -162,7 +162,7 @@ def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset, note = data.open_data(None)
     assert dataset.name == "shapes" and "data/VOC2012 is not there" in note and "python data.py voc" in note
-    with pytest.raises(common.InputError, match="--data data/VOC2012: no data there"):
+    with pytest.raises(cli.InputError, match="--data data/VOC2012: no data there"):
         data.open_data("data/VOC2012")
     train, val = dataset.train_ids(), dataset.ids("val")
     assert len(train) == 400 and len(val) == 100

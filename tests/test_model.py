@@ -99,14 +99,22 @@ def test_one_hot(dtype):
 
 
 def test_checkpoint_comes_back(lite, tmp_path):
-    import common
+    import cli
     args = {"backbone": "efficientnet_lite0", "stride": 16, "bn": "train"}
-    torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde")}, tmp_path / "a.pt")
+    torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}, tmp_path / "a.pt")
     seg, x = model.load_segmenter(tmp_path / "a.pt"), torch.randn(1, 3, 65, 65)
     assert not seg.training and torch.equal(seg(x), lite.eval()(x))
     again = model.DeepLabV2("efficientnet_lite0", 5, 16, str(tmp_path / "a.pt")).eval()
     assert torch.equal(again(x), lite(x))
     other = model.DeepLabV2("efficientnet_lite0", 4, 16, str(tmp_path / "a.pt")).eval()  # only the backbone comes over
     assert torch.equal(other.backbone(x), lite.backbone(x))
-    with pytest.raises(common.InputError, match="another net"):
+    with pytest.raises(cli.InputError, match="another net"):
         model.DeepLabV2("resnet18", 5, 8, str(tmp_path / "a.pt"))
+
+
+def test_optimisers_are_the_papers():
+    """SGD with Nesterov momentum, ten times the rate for the classifier; Adam as PyTorch has it; SGD as in 2017."""
+    disc = model.Discriminator(5)
+    adam, sgd = model.disc_optimizer(disc, "adam", 1e-4), model.disc_optimizer(disc, "sgd", 0.1)
+    assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.999) and adam.defaults["lr"] == 1e-4
+    assert type(sgd) is torch.optim.SGD and (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.1, 0.5)

@@ -33,6 +33,9 @@ def test_three_steps_and_an_evaluation(voc, tmp_path, script):
 
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert set(checkpoint) == {"step", "args", "classes", "seg", "disc", "opt_seg", "opt_disc", "rng", "miou"}
+    backbone, head = checkpoint["opt_seg"]["param_groups"]
+    assert (backbone["momentum"], backbone["nesterov"], backbone["weight_decay"]) == (0.9, True, 1e-4)
+    assert head["initial_lr"] == 10 * backbone["initial_lr"]
     assert checkpoint["step"] == 3 and checkpoint["classes"] == ["grey", "red", "green", "blue"]
     assert (checkpoint["disc"] is None) == (script == "train_base") and checkpoint["miou"] == rows[-1]["miou"]
     assert torch.load(out / "best.pt", weights_only=True)["miou"] == max(r["miou"] for r in rows)
@@ -172,6 +175,18 @@ def test_extra_unlabelled_pictures(train, tmp_path):
     assert len((out / "labelled.txt").read_text().split()) == 8
 
 
+def test_resume_makes_up_for_an_evaluation(train, tmp_path, monkeypatch):
+    import train_base
+    flags = "train_base", "--iters", 4, "--eval-every", 2, "--save-every", 2, "--log-every", 2
+    whole = train(*flags, out="whole")
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train_base, "evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(*flags, out="killed")
+    assert "miou" not in log(tmp_path / "killed")[-1] and log(tmp_path / "killed")[-1]["step"] == 2
+    assert (train(*flags, "--resume", out="killed") / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    assert [r["step"] for r in log(whole) if "miou" in r] == [2, 4]
+
+
 def test_resume(train, tmp_path, capsys):
     """Killed behind step 3 with a checkpoint of step 2: the log's later lines go, the rest is as in one go."""
     whole = train("train_semi", "--iters", 4, "--eval-every", 9, out="whole")
@@ -180,6 +195,7 @@ def test_resume(train, tmp_path, capsys):
 
     class Killed(Exception):
         pass
+    import cli
     import common
     report = common.Run.report
 
@@ -199,9 +215,9 @@ def test_resume(train, tmp_path, capsys):
     killed = train("train_semi", "--iters", 4, "--eval-every", 9, "--save-every", 2, "--resume", out="killed")
     assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
-    with pytest.raises(common.InputError, match="--lr was 0.00025 .* is now 0.5"):
+    with pytest.raises(cli.InputError, match="--lr was 0.00025 .* is now 0.5"):
         train("train_semi", "--iters", 4, "--resume", "--lr", 0.5, out="killed")
-    with pytest.raises(common.InputError, match="--iters 2: .* is at step 4 already"):
+    with pytest.raises(cli.InputError, match="--iters 2: .* is at step 4 already"):
         train("train_semi", "--iters", 2, "--semi-start", 1, "--resume", out="killed")
     before, text = (killed / "last.pt").stat().st_mtime_ns, (killed / "log.jsonl").read_text()
     capsys.readouterr()
@@ -233,7 +249,7 @@ def test_bad_flags_are_named_and_nothing_is_written(voc, tmp_path, fails, script
 
 
 @pytest.mark.parametrize("flags,say", [
-    (["--split", 1], "leaves no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
+    (["--split", 1], "leave no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
     (["--d-smooth", 1], "--d-smooth"), (["--threshold", "nan"], "--threshold"),
 ])
 def test_bad_flags_of_semi(voc, tmp_path, fails, flags, say):

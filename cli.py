@@ -1,0 +1,86 @@
+"""What every command line here does: errors of one line, @files of flags, progress, files that are whole or not there."""
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Wrong input from the user: one line that names the file or flag and the cure. Ends a script with status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors and @files of flags."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return line.split("#")[0].split()
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def launch(main, flags):
+    """Run a script: parse its flags, call main(args), turn InputError into one line and exit status 2."""
+    try:
+        main(flags().parse_args())
+    except InputError as e:
+        # a loader's worker hands its exception over with the traceback as text: the message is behind the class's name
+        print(f"{Path(sys.argv[0]).name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def progress(items, total, what):
+    """Yield `items` under a tqdm bar on a terminal; elsewhere with a line every 10 seconds: count, rate, time left."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, total=total, leave=False)
+        return
+    began = said = time.monotonic()
+    for n, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said > 10:
+            said, rate = now, n / (now - began)
+            print(f"{what} {n}/{total}, {rate:.1f}/s, {clock((total - n) / rate)} left", file=sys.stderr)
+
+
+def folder(flag, path):
+    """`path` as a Path that a folder can be made at. Errors: InputError naming `flag` where a file is in the way."""
+    try:
+        if Path(path).exists() and not Path(path).is_dir():
+            raise InputError(f"{flag} {path}: that is a file; name a folder")
+    except PermissionError as e:
+        raise InputError(f"{flag} {path}: cannot be reached ({e.strerror}); name another folder") from None
+    return Path(path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Errors: InputError naming `path` where what happens inside cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save says RuntimeError where the disk is full
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
+                         "place") from None
+
+
+def replace(path, write):
+    """Call write(temporary path) and move the result to `path`: whole or not at all. Errors: InputError."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            write(part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
