@@ -5,21 +5,42 @@ float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the
 not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the first
 cell of the matrix negative, on which `mean_iou` raises.
 """
+import math
 import os
+import struct
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from csrc import build
+
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
 
+@torch.compiler.assume_constant_result
+@cache
 def in_use():
-    """Name of the path the operators take: "reference" until kernels are in this folder. Errors: ValueError."""
-    if SEG_OPS == "kernel":
-        raise ValueError("SEG_OPS=kernel: there are no kernels in csrc yet; use SEG_OPS=auto or reference")
-    if SEG_OPS not in ("auto", "reference"):
+    """The path that float32 and bfloat16 tensors on the CPU take: "kernel", or "reference" with the reason behind it.
+
+    Builds the kernels on the first call. Errors: ValueError where SEG_OPS is wrong, or asks for kernels that do not build.
+    """
+    if SEG_OPS not in ("auto", "reference", "kernel"):
         raise ValueError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
-    return "reference"
+    if SEG_OPS == "reference":
+        return "reference"
+    try:
+        build.load()
+    except RuntimeError as e:
+        if SEG_OPS == "kernel":
+            raise ValueError(f"SEG_OPS=kernel: {e}; mend that, or use SEG_OPS=reference") from None
+        return f"reference ({e})"
+    _register()
+    return "kernel"
+
+
+def _kernel(x, *dtypes):
+    return in_use() == "kernel" and x.device.type == "cpu" and all(d in (torch.float32, torch.bfloat16) for d in dtypes)
 
 
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
@@ -36,15 +57,32 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     loss: float32 scalar (float64 for float64 logits), 0 with zero gradient where no pixel counts. kept: int64 scalar,
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
-    in_use()
-    return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
-                                          ignore=ignore, divide=divide)
+    size = _check_cross_entropy(logits, target, confidence, valid, size, divide)
+    if not _kernel(logits, logits.dtype):
+        return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
+                                              ignore=ignore, divide=divide)
+    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
+    if logits.shape[2:] == size:
+        logits = logits.contiguous()
+    loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(
+        logits, target, confidence if confidence is None else confidence.float(), valid, _logit(threshold), *size, ignore,
+        divide == "all")
+    return loss, kept
 
 
-def upsample_softmax(logits, size, dtype=None):
-    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, in the logits' dtype unless given."""
-    in_use()
-    return upsample_softmax_reference(logits, size, dtype)
+def upsample_softmax(logits, size, dtype=None, *, valid=None):
+    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, in the logits' dtype unless given.
+
+    Where valid (N,H,W) bool is False all K are 0, and so is their gradient.
+    """
+    _floating(logits, "logits")
+    size = _check_size(size)
+    _check_valid(valid, (len(logits), *size), logits)
+    dtype = dtype or logits.dtype
+    if not _kernel(logits, logits.dtype, dtype) or logits.shape[2:] == size:
+        return upsample_softmax_reference(logits, size, dtype, valid=valid)
+    return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size,
+                                              dtype == torch.bfloat16)
 
 
 def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=None):
@@ -53,8 +91,18 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     prediction: (N,K,h,w) logits, upsampled to the target and argmaxed on the way, or (N,H,W) class ids with
     `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
     """
-    in_use()
-    return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
+    num_classes = _check_confusion(prediction, target, num_classes, out)
+    if not _kernel(target, prediction.dtype if prediction.is_floating_point() else torch.float32):
+        return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
+    if prediction.shape[2:] == target.shape[1:]:
+        prediction = prediction.max(1).indices  # nothing to upsample; two to five times faster than argmax
+    matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
+    if prediction.is_floating_point():
+        torch.ops.seg_ops.confusion_from_logits(prediction.detach(), target.contiguous(), ignore, counts)
+    else:
+        torch.ops.seg_ops.confusion_from_ids(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
+    return matrix if counts is matrix else matrix.add_(counts)
 
 
 def mean_iou(matrix, absent="exclude"):
@@ -78,17 +126,8 @@ def mean_iou(matrix, absent="exclude"):
 
 def masked_cross_entropy_reference(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None,
                                    ignore=255, divide="kept"):
-    _floating(logits, "logits")
-    if divide not in ("kept", "all"):
-        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
-    if target is None and size is None:
-        raise ValueError("size=(H,W) is needed where target is None")
-    if target is not None:
-        _integers(target, "target", logits)
-        if size is not None and tuple(size) != tuple(target.shape[-2:]):
-            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
-    size = target.shape[-2:] if target is not None else size
-    n, k = logits.shape[:2]
+    size = _check_cross_entropy(logits, target, confidence, valid, size, divide)
+    k = logits.shape[1]
     upsampled = _upsample(logits, size)  # (N,K,H,W)
     bad = None
     if target is None:
@@ -98,16 +137,9 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
         counts = target != ignore
         labels, bad = _in_range(target, counts, k, "target")
     if valid is not None:
-        if valid.dtype != torch.bool or valid.shape != counts.shape or valid.device != logits.device:
-            raise ValueError(f"valid must be {tuple(counts.shape)} bool on {logits.device}, got {tuple(valid.shape)} "
-                             f"{valid.dtype} on {valid.device}")
         counts = counts & valid
     everything = counts.sum()
     if confidence is not None:
-        _floating(confidence, "confidence")
-        if confidence.shape[:2] != (n, 1) or confidence.device != logits.device:
-            raise ValueError(f"confidence must be ({n},1,a,b) on {logits.device}, got {tuple(confidence.shape)} on "
-                             f"{confidence.device}")
         counts = counts & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
     kept = counts.sum()
     # where() and not a product: a NaN on a pixel that does not count must reach neither the loss nor the gradient
@@ -118,27 +150,16 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     return (loss if bad is None else loss.where(~bad, torch.nan)), kept
 
 
-def upsample_softmax_reference(logits, size, dtype=None):
+def upsample_softmax_reference(logits, size, dtype=None, *, valid=None):
     _floating(logits, "logits")
-    return _upsample(logits, size).softmax(1).to(dtype or logits.dtype)
+    probabilities = _upsample(logits, _check_size(size)).softmax(1).to(dtype or logits.dtype)
+    return probabilities if valid is None else probabilities * valid[:, None]
 
 
 def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=255, out=None):
+    num_classes = _check_confusion(prediction, target, num_classes, out)
     if prediction.is_floating_point():
-        _floating(prediction, "prediction")
-        if num_classes not in (None, prediction.shape[1]):
-            raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
-        num_classes = prediction.shape[1]
-        _integers(target, "target", prediction)
         prediction = _upsample(prediction, target.shape[-2:]).argmax(1)  # (N,H,W)
-    elif num_classes is None:
-        raise ValueError("num_classes is needed where prediction holds class ids")
-    if not 1 <= num_classes <= 255:
-        raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
-    _integers(target, "target", prediction)
-    _integers(prediction, "prediction", target)
-    if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
     cells = num_classes * num_classes
     counts = target != ignore
     truth, bad = _in_range(target, counts, num_classes, "target")
@@ -149,19 +170,68 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
     matrix = matrix[:-1].view(num_classes, num_classes)
     if bad is not None:
         matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 44  # far below any count, and many of them do not wrap
-    if out is None:
-        return matrix
-    if out.shape != matrix.shape or out.dtype != torch.int64 or out.device != matrix.device:
-        raise ValueError(f"out must be {tuple(matrix.shape)} int64 on {matrix.device}, got {tuple(out.shape)} "
-                         f"{out.dtype} on {out.device}")
-    return out.add_(matrix)
+    return matrix if out is None else out.add_(matrix)
 
 
 def _upsample(x, size):
+    x = x if x.dtype == torch.float64 else x.float()
+    if x.shape[2:] == tuple(size):
+        return x  # interpolation would multiply neighbours by 0, and infinite ones by that to NaN
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+def _check_size(size):
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
-    x = x if x.dtype == torch.float64 else x.float()
-    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+    return tuple(size)
+
+
+def _check_valid(valid, shape, like):
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != shape or valid.device != like.device):
+        raise ValueError(f"valid must be {tuple(shape)} bool on {like.device}, got {tuple(valid.shape)} {valid.dtype} on "
+                         f"{valid.device}")
+
+
+def _check_cross_entropy(logits, target, confidence, valid, size, divide):
+    _floating(logits, "logits")
+    if divide not in ("kept", "all"):
+        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
+    if target is None and size is None:
+        raise ValueError("size=(H,W) is needed where target is None")
+    if target is not None:
+        _integers(target, "target", logits)
+        if size is not None and tuple(size) != tuple(target.shape[-2:]):
+            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
+    size = _check_size(size if target is None else target.shape[-2:])
+    n = len(logits)
+    _check_valid(valid, (n, *size), logits)
+    if confidence is not None:
+        _floating(confidence, "confidence")
+        if confidence.shape[:2] != (n, 1) or confidence.device != logits.device:
+            raise ValueError(f"confidence must be ({n},1,a,b) on {logits.device}, got {tuple(confidence.shape)} on "
+                             f"{confidence.device}")
+    return size
+
+
+def _check_confusion(prediction, target, num_classes, out):
+    if prediction.is_floating_point():
+        _floating(prediction, "prediction")
+        if num_classes not in (None, prediction.shape[1]):
+            raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
+        num_classes = prediction.shape[1]
+    elif num_classes is None:
+        raise ValueError("num_classes is needed where prediction holds class ids")
+    else:
+        _integers(prediction, "prediction", target)
+        if prediction.shape != target.shape:
+            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
+    if not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
+    _integers(target, "target", prediction)
+    if out is not None and (out.shape != (num_classes, num_classes) or out.dtype != torch.int64 or out.device != target.device):
+        raise ValueError(f"out must be {(num_classes, num_classes)} int64 on {target.device}, got {tuple(out.shape)} "
+                         f"{out.dtype} on {out.device}")
+    return num_classes
 
 
 def _floating(x, name):
@@ -191,3 +261,47 @@ def _in_range(x, counts, k, name):
 def _can_look(x):
     """Whether reading a value costs no synchronisation with a device."""
     return x.device.type == "cpu"
+
+
+def _logit(probability):
+    """The x above which sigmoid(x) > probability, which is compared in float32."""
+    p = struct.unpack("f", struct.pack("f", probability))[0]
+    return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+
+
+def _register():
+    """Shapes and gradients of the C++ operators, for torch.compile and autograd."""
+    @torch.library.register_fake("seg_ops::masked_cross_entropy")
+    def _(logits, *_):
+        return (logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64),
+                logits.new_empty(logits.shape, dtype=torch.float32))
+
+    def keep_gradient(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(output[2])
+
+    def scale_gradient(ctx, upstream, *_):
+        return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
+
+    torch.library.register_autograd("seg_ops::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
+
+    @torch.library.register_fake("seg_ops::upsample_softmax")
+    def _(logits, valid, height, width, bf16):
+        return logits.new_empty((*logits.shape[:2], height, width), dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    @torch.library.register_fake("seg_ops::upsample_softmax_backward")
+    def _(grad, logits, valid):
+        return logits.new_empty(logits.shape, dtype=torch.float32)
+
+    def keep_inputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    def to_low_resolution(ctx, grad):
+        logits, valid = ctx.saved_tensors
+        down = torch.ops.seg_ops.upsample_softmax_backward(grad.contiguous(), logits, valid)
+        return down.to(logits.dtype), None, None, None, None
+
+    torch.library.register_autograd("seg_ops::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
+
+    for name in ("confusion_from_logits", "confusion_from_ids"):
+        torch.library.register_fake(f"seg_ops::{name}", lambda *_: None)

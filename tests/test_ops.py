@@ -167,23 +167,29 @@ def test_wrong_arguments_are_named(match, call):
         call()
 
 
-def test_seg_ops(monkeypatch):
+def test_seg_ops(monkeypatch, tmp_path):
+    """Without a compiler: auto says so and runs the references, kernel is an error."""
+    path = ops.in_use.__wrapped__  # without its cache
+    monkeypatch.setattr(ops.build, "folder", lambda: tmp_path / "nothing built here")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(ops, "SEG_OPS", "auto")
+    assert path() == "reference (no C++ compiler: no-such-compiler)"
     monkeypatch.setattr(ops, "SEG_OPS", "kernel")
-    with pytest.raises(ValueError, match="no kernels"):
-        ops.upsample_softmax(Z, (4, 4))
+    with pytest.raises(ValueError, match="SEG_OPS=kernel: no C.. compiler: no-such-compiler; mend that"):
+        path()
     monkeypatch.setattr(ops, "SEG_OPS", "fast")
     with pytest.raises(ValueError, match="auto, reference or kernel"):
-        ops.in_use()
+        path()
 
 
 def test_where_looking_would_synchronise_bad_labels_poison(monkeypatch):
     """What CUDA does, run here: NaN from the loss, a negative first cell however often it happens, no index out of bounds."""
     monkeypatch.setattr(ops, "_can_look", lambda x: False)
-    good = ops.masked_cross_entropy(Z, T)[0]
-    assert ops.masked_cross_entropy(Z, T + 7)[0].isnan() and ops.masked_cross_entropy(Z, T + 255)[0] == 0 and good.isfinite()
+    loss, matrix = ops.masked_cross_entropy_reference, ops.confusion_matrix_reference
+    assert loss(Z, T + 7)[0].isnan() and loss(Z, T + 255)[0] == 0 and loss(Z, T)[0].isfinite()
     out = torch.zeros(3, 3, dtype=torch.int64)
     for _ in range(5):
-        ops.confusion_matrix(Z, T + 7, out=out)
+        matrix(Z, T + 7, out=out)
         with pytest.raises(ValueError, match="negative"):
             ops.mean_iou(out)
-    assert ops.confusion_matrix(Z, T)[0, 0] == 16
+    assert matrix(Z, T)[0, 0] == 16

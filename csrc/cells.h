@@ -1,0 +1,152 @@
+// Bilinear interpolation by cells, align_corners=True. Four neighbouring low-resolution points span a cell; along a row of the
+// output pixels in it a class's logit is A + fx * B, with A and B linear in fy. A vector holds the same pixel of LANES
+// neighbouring cells: the points are read, and their gradients written, in memory's order without a gather or a shuffle.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "vec.h"
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+// One axis: n low-resolution points, m output positions, in float32 as ATen computes them.
+struct Axis {
+  int n, m;
+  float step;               // distance of two outputs, in cells
+  std::vector<int> first;   // (n+1) cell x holds the outputs first[x] .. first[x+1] - 1
+  std::vector<float> frac;  // (m) where in its cell an output lies
+
+  Axis(int n, int m) : n(n), m(m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), first(n + 1, m), frac(m) {
+    for (int o = m - 1, above = n; o >= 0; o--) {
+      float real = step * o;
+      int x = std::min(int(real), n - 1);
+      frac[o] = x == n - 1 ? 0.f : std::min(real - x, 1.f);
+      while (above > x + 1) first[--above] = o + 1;  // cells without outputs
+      first[above = x] = o;
+    }
+  }
+  int count(int x) const { return x < n ? first[x + 1] - first[x] : 0; }
+};
+
+// The x axis in vectors: vector v holds the cells v*LANES ...; its j-th pixels are row offset[v] + j of `column` and `frac`.
+struct Lanes {
+  int vectors, stride;           // stride: floats of a padded row of points
+  std::vector<int> most, offset; // (vectors) the largest number of pixels in a cell's row
+  std::vector<int> column;       // (rows * LANES) the output column, m where a cell has fewer pixels
+  std::vector<float> frac;       // (rows * LANES)
+
+  explicit Lanes(const Axis& x) : vectors((x.n + LANES - 1) / LANES), stride((vectors + 1) * LANES) {
+    for (int v = 0; v < vectors; v++) {
+      most.push_back(0);
+      for (int l = 0; l < LANES; l++) most[v] = std::max(most[v], x.count(v * LANES + l));
+      offset.push_back(column.size() / LANES);
+      for (int j = 0; j < most[v]; j++)
+        for (int cell = v * LANES; cell < (v + 1) * LANES; cell++) {
+          column.push_back(j < x.count(cell) ? x.first[cell] + j : x.m);
+          frac.push_back(j < x.count(cell) ? x.frac[column.back()] : 0.f);
+        }
+    }
+  }
+};
+
+// Logits (N,K,h,w) as they lie in memory.
+struct Points {
+  const void* data;
+  bool bf16;
+  int64_t sizes[4], strides[4];
+
+  float at(int64_t i) const {
+    if (!bf16) return static_cast<const float*>(data)[i];
+    uint32_t bits = uint32_t(static_cast<const uint16_t*>(data)[i]) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+  }
+  // Row y of picture n to rows[k * stride ...], the last point repeated behind the end.
+  void row(int64_t n, int64_t y, const Lanes& lanes, float* rows) const {
+    y = std::min(y, sizes[2] - 1);
+    for (int64_t k = 0; k < sizes[1]; k++, rows += lanes.stride) {
+      int64_t start = n * strides[0] + k * strides[1] + y * strides[2];
+      for (int64_t x = 0; x < sizes[3]; x++) rows[x] = at(start + x * strides[3]);
+      std::fill(rows + sizes[3], rows + lanes.stride, rows[sizes[3] - 1]);
+    }
+  }
+};
+
+// A class in LANES cells: the logit at (fy,fx) is a + fy*down + fx*(right + fy*both).
+struct Cell {
+  V a, down, right, both;
+};
+
+// Read the cells of vector v between the rows `top` and `bottom` (of Points::row) and their largest corner. Returns false where
+// they are not fit for `exponentials`: a corner is not finite, or an exponential could underflow and yet matter.
+inline bool read_cells(const float* top, const float* bottom, int K, int v, const Lanes& lanes, Cell* cells, V& largest) {
+  largest = splat(-INFINITY);
+  V floor = largest, steepest{}, broken{};
+  for (int k = 0; k < K; k++) {
+    const float *t = top + k * lanes.stride + v * LANES, *u = bottom + k * lanes.stride + v * LANES;
+    V a = load(t), b = load(t + 1), c = load(u), d = load(u + 1);
+    largest = max(max(max(a, b), max(c, d)), largest);
+    floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
+    steepest = max(max(abs(b - a), abs(d - c)), steepest);
+    broken += (a + b + c + d) * 0;  // 0, or NaN
+    cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
+  }
+  return all((largest - floor + steepest < 64) & (broken == 0));
+}
+
+// The four corners as they are, in the order of the fields above: for what `read_cells` says is not fit.
+inline void read_corners(const float* top, const float* bottom, int K, int v, const Lanes& lanes, Cell* cells) {
+  for (int k = 0; k < K; k++) {
+    const float *t = top + k * lanes.stride + v * LANES, *u = bottom + k * lanes.stride + v * LANES;
+    cells[k] = {load(t), load(u), load(t + 1), load(u + 1)};
+  }
+}
+
+// The logits e[k] of one pixel of every cell of `read_corners`, by ATen's formula, the largest and its class: the lowest on a
+// tie, the first NaN where there is one.
+inline void exact(const Cell* corners, int K, float fy, V fx, V* e, V& top, I& arg) {
+  top = splat(-INFINITY), arg = I{};
+  for (int k = 0; k < K; k++) {
+    const Cell& c = corners[k];
+    e[k] = (1 - fy) * ((1 - fx) * c.a + fx * c.right) + fy * ((1 - fx) * c.down + fx * c.both);
+    I larger = (e[k] > top) | ((e[k] != e[k]) & (top == top));
+    top = larger ? e[k] : top, arg = larger ? k - I{} : arg;
+  }
+}
+
+// e[k*P + p] = exp(logit - shift) of class k at the p-th of P pixels in a row, at fx[p*LANES ...], and their sums over k.
+template <int P>
+inline void exponentials(const Cell* cells, int K, float fy, const float* fx, float step, V shift, V* e, V* sums) {
+  const V f = load(fx);
+  V total[P] = {};
+  for (int k = 0; k < K; k++, e += P) {
+    V right = LOG2E * (cells[k].right + fy * cells[k].both);
+    V now = exp2(LOG2E * (cells[k].a + fy * cells[k].down - shift) + f * right);
+    V m = P > 1 ? exp2_minus_1(step * right) : V{};
+    for (int p = 0; p < P; p++) {
+      e[p] = now;
+      total[p] += now;
+      now += now * m;
+    }
+  }
+  for (int p = 0; p < P; p++) sums[p] = total[p];
+}
+
+// The largest logit of P pixels in a row and its class, the lowest on a tie.
+template <int P>
+inline void argmax(const Cell* cells, int K, float fy, const float* fx, V* top, I* arg) {
+  V largest[P], f[P];
+  I which[P] = {};
+  for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), f[p] = load(fx + p * LANES);
+  for (int k = 0; k < K; k++) {
+    V a = cells[k].a + fy * cells[k].down, right = cells[k].right + fy * cells[k].both;
+    for (int p = 0; p < P; p++) {
+      V logit = a + f[p] * right;
+      I larger = logit > largest[p];
+      largest[p] = larger ? logit : largest[p];
+      which[p] = larger ? k - I{} : which[p];
+    }
+  }
+  for (int p = 0; p < P; p++) top[p] = largest[p], arg[p] = which[p];
+}

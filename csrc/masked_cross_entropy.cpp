@@ -1,0 +1,289 @@
+// Cross entropy of bilinearly upsampled logits over the pixels that count, and its gradient at the low resolution.
+//
+// In: logits (N,K,h,w) float32 or bfloat16, any strides. Out: the mean loss, the number of pixels counted, the gradient of that
+// mean (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
+//
+// A cell row is what lies between two rows of low-resolution points. Along a row of pixels in a cell a class's logit is
+// A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A and m = 2^(step*B) - 1, then e += e*m from pixel to pixel,
+// which costs half an ulp each time. The shift that keeps exponentials in range is the cell's largest corner; where a logit falls
+// too far within a cell, or a corner is not finite, `exact` computes pixel by pixel as ATen does.
+//
+// The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Cell rows are taken
+// in two rounds, the even ones and the odd ones, so that no two threads write to one row of the gradient: the same bits for
+// any number of threads. Losses are summed in float over a row of a cell, in double and in order over those.
+#include "counted.h"
+#include "tensors.h"
+
+namespace {
+constexpr int PIXELS = 8;
+
+struct Result : Counted::Tally {
+  double loss = 0;
+};
+
+struct Sums {  // over the pixels of a cell, of p minus the label's one: plain, times fx, times fy, times both
+  V one, x, y, xy;
+};
+
+struct Problem {
+  Points logits;
+  Counted counted;
+  Axis y, x;
+  Lanes lanes;
+  float* grad;  // (N,K,h,w)
+  int K() const { return logits.sizes[1]; }
+};
+
+struct Scratch {  // of one thread
+  std::vector<float> top, bottom, confidence, grad_top, grad_bottom, label_one, label_x;
+  std::vector<int16_t> codes;
+  std::vector<Cell> cells;
+  std::vector<Sums> sums;
+  std::vector<V> e;
+  explicit Scratch(const Problem& p)
+      : top(p.K() * p.lanes.stride), bottom(top), confidence(p.counted.cx.n + 1), grad_top(top), grad_bottom(top),
+        label_one((p.K() + 1) * LANES), label_x(label_one), cells(p.K()), sums(p.K()), e(p.K() * PIXELS) {}
+};
+
+// P pixels of a row in LANES cells, the first being row `at` of the lanes' tables: loss to `loss`, gradient to `s.sums`.
+template <int P, bool ARGMAX>
+void pixels(const Problem& problem, Scratch& s, const int16_t* row, int at, float fy, bool fit,
+            V largest, D& total) {
+  const int K = problem.K();
+  const int* column = &problem.lanes.column[at * LANES];
+  const float* fx = &problem.lanes.frac[at * LANES];
+  int32_t codes[P * LANES];
+  int any = 0;
+  for (int i = 0; i < P * LANES; i++) codes[i] = row[column[i]], any |= codes[i] - K;
+  if (!any) return;
+
+  V loss{}, sums[P], top[P];  // top: what the loss of a pixel is beside log(sum), but for its label's logit
+  I arg[P], counts[P];
+  for (int p = 0; p < P; p++) std::memcpy(&counts[p], codes + p * LANES, sizeof(I)), counts[p] = counts[p] != K;
+  if (fit) {
+    exponentials<P>(s.cells.data(), K, fy, fx, problem.x.step, largest, s.e.data(), sums);
+    if (ARGMAX) argmax<P>(s.cells.data(), K, fy, fx, top, arg);
+    for (int p = 0; p < P; p++) top[p] = ARGMAX ? largest - top[p] : V{};
+  } else {  // P is 1, and the cells are those of `read_corners`
+    exact(s.cells.data(), K, fy, load(fx), s.e.data(), top[0], arg[0]);
+    sums[0] = V{};
+    for (int l = 0; l < LANES; l++)
+      if (!ARGMAX && counts[0][l]) loss[l] -= s.e[codes[l]][l];
+    for (int k = 0; k < K; k++) {
+      V e = exp2(LOG2E * (s.e[k] - top[0]));
+      sums[0] += e;
+      s.e[k] = counts[0] ? e : V{};  // a NaN that does not count must not reach the gradient
+    }
+    if (ARGMAX) top[0] = V{};
+  }
+
+  V one[P], x[P];
+  for (int p = 0; p < P; p++) {
+    V f = load(fx + p * LANES);
+    one[p] = counts[p] ? 1 / sums[p] : V{};
+    x[p] = one[p] * f;
+    loss += counts[p] ? LN2 * log2(sums[p]) + top[p] : V{};
+    for (int l = 0; l < LANES; l++) {
+      int i = p * LANES + l, k = ARGMAX && counts[p][l] ? arg[p][l] : codes[i];
+      s.label_one[k * LANES + l] -= 1;
+      s.label_x[k * LANES + l] -= fx[i];
+    }
+  }
+  for (int k = 0; k < K; k++) {
+    float *label_one = &s.label_one[k * LANES], *label_x = &s.label_x[k * LANES];
+    V a = load(label_one), b = load(label_x);
+    store(label_one, V{}), store(label_x, V{});
+    const Cell& c = s.cells[k];
+    if (!ARGMAX && fit) loss += a * (c.a + fy * c.down - largest) + b * (c.right + fy * c.both);
+    const V* e = &s.e[k * P];
+    for (int p = 0; p < P; p++) a += one[p] * e[p], b += x[p] * e[p];
+    Sums& sum = s.sums[k];
+    sum.one += a, sum.x += b, sum.y += fy * a, sum.xy += fy * b;
+  }
+  total += __builtin_convertvector(loss, D);
+}
+
+template <bool ARGMAX>
+void cell_row(const Problem& problem, Scratch& s, int64_t n, int y, Result& result) {
+  const int K = problem.K(), first = problem.y.first[y], rows = problem.y.count(y);
+  const int64_t h = problem.y.n, w = problem.x.n, codes_stride = problem.x.m + 1;
+  const Lanes& lanes = problem.lanes;
+  if (!rows) return;
+  s.codes.resize(rows * codes_stride);
+  for (int i = 0; i < rows; i++)
+    problem.counted.row(n, first + i, &s.codes[i * codes_stride], s.confidence.data(), result);
+  problem.logits.row(n, y, lanes, s.top.data());
+  problem.logits.row(n, y + 1, lanes, s.bottom.data());
+  std::fill(s.grad_top.begin(), s.grad_top.end(), 0.f);
+  std::fill(s.grad_bottom.begin(), s.grad_bottom.end(), 0.f);
+  for (int v = 0; v < lanes.vectors; v++) {
+    V largest;
+    D loss{};
+    bool fit = read_cells(s.top.data(), s.bottom.data(), K, v, lanes, s.cells.data(), largest);
+    if (!fit) read_corners(s.top.data(), s.bottom.data(), K, v, lanes, s.cells.data());
+    std::fill(s.sums.begin(), s.sums.end(), Sums{});
+    for (int i = 0; i < rows; i++) {
+      const int16_t* codes = &s.codes[i * codes_stride];
+      float fy = problem.y.frac[first + i];
+      for (int j = 0, at = lanes.offset[v]; j < lanes.most[v];) {
+        int left = lanes.most[v] - j, P = !fit ? 1 : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (P == 8) pixels<8, ARGMAX>(problem, s, codes, at + j, fy, fit, largest, loss);
+        if (P == 4) pixels<4, ARGMAX>(problem, s, codes, at + j, fy, fit, largest, loss);
+        if (P == 2) pixels<2, ARGMAX>(problem, s, codes, at + j, fy, fit, largest, loss);
+        if (P == 1) pixels<1, ARGMAX>(problem, s, codes, at + j, fy, fit, largest, loss);
+        j += P;
+      }
+    }
+    result.loss += sum(loss);
+    for (int k = 0; k < K; k++) {
+      const Sums& sum = s.sums[k];
+      float *top = &s.grad_top[k * lanes.stride + v * LANES], *bottom = &s.grad_bottom[k * lanes.stride + v * LANES];
+      store(top, load(top) + (sum.one - sum.x - sum.y + sum.xy));
+      store(top + 1, load(top + 1) + (sum.x - sum.xy));
+      store(bottom, load(bottom) + (sum.y - sum.xy));
+      store(bottom + 1, load(bottom + 1) + sum.xy);
+    }
+  }
+  for (int k = 0; k < K; k++)
+    for (int64_t x = 0; x < w; x++) {
+      float* grad = problem.grad + ((n * K + k) * h + y) * w + x;
+      grad[0] += s.grad_top[k * lanes.stride + x];
+      if (y + 1 < h) grad[w] += s.grad_bottom[k * lanes.stride + x];
+    }
+}
+
+// Without upsampling: P vectors of pixels in a row, codes and logits in memory's order.
+template <class T, int P, bool ARGMAX>
+void plain(const T* logits, float* grad, int64_t plane, int K, int width, const int16_t* codes, float share, V* e,
+           D& sums) {
+  V loss{}, top[P], total[P] = {};
+  I which[P] = {}, counts[P];
+  for (int p = 0; p < P; p++) top[p] = splat(-INFINITY);
+  for (int k = 0; k < K; k++)
+    for (int p = 0; p < P; p++) {
+      V logit = load_some(logits + k * plane + p * LANES, width - p * LANES);
+      I larger = logit > top[p];
+      top[p] = larger ? logit : top[p];
+      if (ARGMAX) which[p] = larger ? k - I{} : which[p];
+      e[k * P + p] = logit;
+    }
+  for (int p = 0; p < P; p++) {
+    I code;
+    for (int l = 0; l < LANES; l++) code[l] = p * LANES + l < width ? codes[p * LANES + l] : K;
+    counts[p] = code != K;
+    if (ARGMAX) continue;
+    which[p] = code;
+    for (int l = 0; l < LANES; l++)
+      if (code[l] != K) loss[l] -= e[code[l] * P + p][l];
+  }
+  for (int k = 0; k < K; k++)
+    for (int p = 0; p < P; p++) {
+      V now = exp2(LOG2E * (e[k * P + p] - top[p]));
+      total[p] += now;
+      e[k * P + p] = counts[p] ? now : V{};
+    }
+  for (int p = 0; p < P; p++) {
+    loss += counts[p] ? LN2 * log2(total[p]) + (ARGMAX ? V{} : top[p]) : V{};
+    total[p] = counts[p] ? share / total[p] : V{};
+  }
+  for (int k = 0; k < K; k++)
+    for (int p = 0; p < P; p++)
+      store_some(grad + k * plane + p * LANES, width - p * LANES,
+                 e[k * P + p] * total[p] - ((counts[p] & (which[p] == k)) ? splat(share) : V{}));
+  sums += __builtin_convertvector(loss, D);
+}
+
+// (loss, kept, gradient) as csrc/ops.py says
+std::tuple<Tensor, Tensor, Tensor> masked_cross_entropy(Tensor logits, std::optional<Tensor> target,
+                                                        std::optional<Tensor> confidence, std::optional<Tensor> valid,
+                                                        double cutoff, int64_t height, int64_t width, int64_t ignore,
+                                                        bool divide_all) {
+  const int64_t N = logits.size(0), K = logits.size(1), h = logits.size(2), w = logits.size(3);
+  const bool same = h == height && w == width;
+  Counted counted{target ? target->data_ptr() : nullptr,
+                  target && target->scalar_type() == ScalarType::Long,
+                  valid ? valid->const_data_ptr<bool>() : nullptr,
+                  confidence ? confidence->const_data_ptr<float>() : nullptr,
+                  height, width, K, ignore, float(cutoff),
+                  Axis(confidence ? confidence->size(2) : 1, height), Axis(confidence ? confidence->size(3) : 1, width)};
+  Tensor grad = same ? torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float)
+                     : torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float);
+  Axis y(h, height), x(w, width);
+  Lanes lanes(x);
+  Problem problem{points(logits), counted, y, x, lanes, same ? nullptr : grad.mutable_data_ptr<float>()};
+  std::vector<Result> results(N * std::max(h, height));
+  Result all;
+  auto add_up = [&] {
+    for (const Result& r : results) {
+      if (r.has_bad)
+        throw std::invalid_argument("target holds " + std::to_string(r.bad) + ", outside 0.." + std::to_string(K - 1) +
+                                    " and not ignored");
+      all.kept += r.kept, all.everything += r.everything, all.loss += r.loss;
+    }
+  };
+  if (!same) {
+    for (int64_t odd = 0; odd < 2; odd++) {
+      const int64_t rows = (h + 1 - odd) / 2;
+      torch::stable::parallel_for(0, N * rows, 1, [&](int64_t begin, int64_t end) {
+        Scratch scratch(problem);
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t n = i / rows, row = 2 * (i % rows) + odd;
+          auto run = target ? cell_row<false> : cell_row<true>;
+          run(problem, scratch, n, row, results[n * h + row]);
+        }
+      });
+    }
+    add_up();
+    const float share = 1. / std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
+    float* g = grad.mutable_data_ptr<float>();
+    for (int64_t i = 0, total = N * K * h * w; i < total; i++) g[i] *= share;
+  } else {
+    for (int round = 0; round < 2; round++) {  // count, then compute
+      const float share = 1. / std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
+      torch::stable::parallel_for(0, N * height, 16, [&](int64_t begin, int64_t end) {
+        std::vector<int16_t> codes(width + 1);
+        std::vector<float> scratch(counted.cx.n + 1);
+        std::vector<V> e(4 * K);
+        for (int64_t i = begin; i < end; i++) {
+          Counted::Tally tally;
+          counted.row(i / height, i % height, codes.data(), scratch.data(), tally);
+          if (round == 0) {
+            static_cast<Counted::Tally&>(results[i]) = tally;
+            continue;
+          }
+          const int64_t start = i / height * K * height * width + i % height * width;
+          D loss{};
+          auto row = [&](auto* in) {
+            using T = std::decay_t<decltype(*in)>;
+            float* out = grad.mutable_data_ptr<float>() + start;
+            for (int64_t x = 0; x < width;) {
+              const bool wide = width - x >= 4 * LANES;
+              auto run = wide ? (target ? plain<T, 4, false> : plain<T, 4, true>)
+                              : (target ? plain<T, 1, false> : plain<T, 1, true>);
+              run(in + start + x, out + x, height * width, K, width - x, &codes[x], share, e.data(), loss);
+              x += wide ? 4 * LANES : LANES;
+            }
+          };
+          if (logits.scalar_type() == ScalarType::Float) row(logits.const_data_ptr<float>());
+          else row(static_cast<const uint16_t*>(logits.data_ptr()));
+          results[i].loss = sum(loss);
+        }
+      });
+      if (round == 0) add_up();
+    }
+    for (const Result& r : results) all.loss += r.loss;
+  }
+  const int64_t pixels = divide_all ? all.everything : all.kept;
+  Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
+  Tensor kept = torch::stable::new_empty(logits, {}, ScalarType::Long);
+  *loss.mutable_data_ptr<float>() = all.loss / std::max<int64_t>(pixels, 1);
+  *kept.mutable_data_ptr<int64_t>() = all.kept;
+  return {loss, kept, grad};
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) {
+  m.def("masked_cross_entropy(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, int height, "
+        "int width, int ignore, bool divide_all) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) { m.impl("masked_cross_entropy", TORCH_BOX(&masked_cross_entropy)); }

@@ -1,0 +1,262 @@
+"""The C++ operators against the float64 reference: at most twice the error of the float32 one, on every kind of input."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from csrc import ops
+
+pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="the kernels are not in use")
+
+# N, K, h, w, H, W
+SHAPES = [(2, 21, 41, 41, 321, 321), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 5, 6, 33, 41),
+          (1, 7, 9, 9, 5, 3), (1, 19, 3, 70, 17, 553), (2, 4, 33, 47, 33, 47), (1, 6, 2, 3, 3, 40), (3, 11, 9, 9, 129, 129),
+          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1)]
+
+
+def inputs(n, k, h, w, height, width, scale=3.0, ignored=0.3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, k, (n, height, width), generator=g)
+    target[torch.rand(n, height, width, generator=g) < ignored] = 255
+    return (torch.randn(n, k, h, w, generator=g) * scale, target.to(torch.uint8), torch.randn(n, 1, 3, 2, generator=g) * 2,
+            torch.rand(n, height, width, generator=g) < 0.8)
+
+
+def both_ways(op, logits, *args, upstream=1.0, **kw):
+    """The operator's outputs and the gradient of its first one."""
+    logits = logits.detach().requires_grad_()
+    out = op(logits, *args, **kw)
+    first, *rest = out if isinstance(out, tuple) else (out,)
+    first.backward(upstream if isinstance(upstream, torch.Tensor) else torch.full_like(first, upstream))
+    return first.detach(), logits.grad, *rest
+
+
+def close(ours, eager, exact, floor=1e-6):
+    """At most twice eager's error, or `floor` of the largest value, which is what one rounding of a sum or two can cost."""
+    for a, b, c in zip(ours, eager, exact):
+        a, b, c = a.double(), b.double(), c.double()
+        bound = max(2 * (b - c).abs().max().item(), floor * c.abs().max().item())
+        assert (a - c).abs().max().item() <= bound, f"{(a - c).abs().max():.3g} against {bound:.3g}"
+
+
+def cross_entropy_ways(logits, target, confidence, valid):
+    size = tuple(target.shape[1:])
+    return [dict(target=target), dict(target=target.long(), confidence=confidence, valid=valid, threshold=0.3, divide="all"),
+            dict(size=size), dict(confidence=confidence, valid=valid, threshold=0.2, size=size)]
+
+
+def doubled(kw):
+    return {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kw.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cross_entropy(shape, dtype):
+    logits, *rest = inputs(*shape)
+    logits = logits.to(dtype)
+    for kw in cross_entropy_ways(logits, *rest):
+        before = logits.clone()
+        ours = both_ways(ops.masked_cross_entropy, logits, upstream=3, **kw)
+        eager = both_ways(ops.masked_cross_entropy_reference, logits, upstream=3, **kw)
+        exact = both_ways(ops.masked_cross_entropy_reference, logits.double(), upstream=3, **doubled(kw))
+        close(ours, eager, exact)
+        assert ours[2].dtype == torch.int64 and abs(ours[2] - exact[2]) <= 0 and ours[1].dtype == dtype
+        assert ours[0].dtype == torch.float32 and torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsample_softmax(shape, dtype):
+    logits, _, _, valid = inputs(*shape)
+    logits, size = logits.to(dtype), shape[4:]
+    grad = torch.randn(*shape[:2], *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for kw in (dict(), dict(valid=valid)):
+        ours = both_ways(ops.upsample_softmax, logits, size, upstream=grad, **kw)
+        eager = both_ways(ops.upsample_softmax_reference, logits, size, upstream=grad, **kw)
+        exact = both_ways(ops.upsample_softmax_reference, logits.double(), size, upstream=grad.double(), **kw)
+        close(ours, eager, exact, floor=1e-6 if dtype == torch.float32 else 4e-3)
+        assert ours[0].dtype == ours[1].dtype == dtype
+    assert ops.upsample_softmax(logits, size, torch.float32).dtype == torch.float32
+    assert ops.upsample_softmax(logits.float(), size, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confusion_matrix(shape, dtype):
+    logits, target, *_ = inputs(*shape)
+    logits = logits.to(dtype)
+    exact = ops.confusion_matrix_reference(logits.double(), target)
+    assert torch.equal(ops.confusion_matrix(logits, target), exact)
+    out = torch.ones_like(exact)
+    assert ops.confusion_matrix(logits, target.long(), out=out) is out and torch.equal(out, exact + 1)
+    k, guess = shape[1], target.flip(1).clamp(max=shape[1] - 1)
+    exact = ops.confusion_matrix_reference(guess, target, k)
+    for a in (guess, guess.long()):
+        for b in (target, target.long()):
+            assert torch.equal(ops.confusion_matrix(a, b, k), exact)
+    out = torch.ones(2 * k, k, dtype=torch.int64)[::2]  # not contiguous
+    assert ops.confusion_matrix(guess, target, k, out=out) is out and torch.equal(out, exact + 1)
+
+
+@pytest.mark.parametrize("k", range(2, 256, 11))
+def test_every_number_of_classes(k):
+    logits, target, *_ = inputs(1, k, 3, 4, 17, 25)
+    close(both_ways(ops.masked_cross_entropy, logits, target), both_ways(ops.masked_cross_entropy_reference, logits, target),
+          both_ways(ops.masked_cross_entropy_reference, logits.double(), target))
+
+
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_nothing_ignored_and_everything(ignored):
+    logits, target, confidence, _ = inputs(2, 5, 4, 4, 25, 25, ignored=ignored)
+    loss, grad, kept = both_ways(ops.masked_cross_entropy, logits, target)
+    assert kept == (0 if ignored else target.numel()) and (loss == 0) == (grad == 0).all() == bool(ignored)
+    for size in ((25, 25), (4, 4)):
+        loss, grad, kept = both_ways(ops.masked_cross_entropy, logits, confidence=confidence, threshold=1.0, size=size)
+        assert loss == 0 and kept == 0 and (grad == 0).all()
+
+
+def test_second_backward_is_the_same():
+    logits, target, *_ = inputs(1, 5, 4, 4, 25, 25)
+    logits.requires_grad_()
+    loss, _ = ops.masked_cross_entropy(logits, target)
+    probs = ops.upsample_softmax(logits, (25, 25))
+    for y in (loss, probs.square().sum()):
+        first, second = (torch.autograd.grad(y * 2, logits, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second) and first.abs().max() > 0
+
+
+def layouts(x):
+    """The same numbers with other strides; the last one is expanded, where every picture is the first."""
+    n, k, h, w = x.shape
+    wide = torch.zeros(n, k, h, 2 * w)
+    wide[..., ::2] = x
+    return [wide[..., ::2], x.transpose(2, 3).contiguous().transpose(2, 3), x.contiguous(memory_format=torch.channels_last),
+            x[:1].expand(n, -1, -1, -1)]
+
+
+@pytest.mark.parametrize("size", [(25, 25), (4, 4)])
+def test_layouts(size):
+    logits, target, confidence, valid = inputs(2, 5, 4, 4, *size)
+    grad = torch.randn(2, 5, *size)
+    for x in layouts(logits):
+        y = x.contiguous()
+        strided = target.transpose(1, 2).contiguous().transpose(1, 2), valid.transpose(1, 2).contiguous().transpose(1, 2)
+        for a, b in [(both_ways(ops.masked_cross_entropy, x, strided[0], confidence, valid=strided[1]),
+                      both_ways(ops.masked_cross_entropy, y, target, confidence, valid=valid)),
+                     (both_ways(ops.upsample_softmax, x, size, valid=strided[1], upstream=layouts(grad)[2]),
+                      both_ways(ops.upsample_softmax, y, size, valid=valid, upstream=grad)),
+                     ([ops.confusion_matrix(x, strided[0])], [ops.confusion_matrix(y, target)])]:
+            assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+def test_ties_go_to_the_lowest_class():
+    logits = torch.zeros(1, 6, 5, 5)
+    logits[:, [2, 4]] = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(0)).abs() + 1  # two equal winners
+    target = torch.zeros(1, 33, 33, dtype=torch.uint8)
+    assert ops.confusion_matrix(logits, target)[0].tolist() == [0, 0, 33 * 33, 0, 0, 0]
+    grad = both_ways(ops.masked_cross_entropy, logits, size=(33, 33))[1]
+    assert (grad[:, 2] < 0).all() and (grad[:, 4] > 0).all()
+    same = both_ways(ops.masked_cross_entropy, logits, size=(5, 5))[1]
+    assert (same[:, 2] < 0).all() and (same[:, 4] > 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
+def test_not_finite(bad, size):
+    """NaN where eager PyTorch on the counted pixels gives NaN; a pixel that does not count changes nothing."""
+    logits, target, *_ = inputs(1, 6, 5, 5, *size, ignored=0)
+    for k, y, x in ((0, 0, 0), (3, 2, 4), (5, 4, 4)):
+        broken = logits.clone()
+        broken[0, k, y, x] = bad
+        eager, ours = (f(broken, target)[0] for f in (ops.masked_cross_entropy_reference, ops.masked_cross_entropy))
+        torch.testing.assert_close(ours, eager, equal_nan=True)
+        eager, ours = (f(broken, size=size)[0] for f in (ops.masked_cross_entropy_reference, ops.masked_cross_entropy))
+        torch.testing.assert_close(ours, eager, equal_nan=True)
+        eager, ours = (f(broken, size) for f in (ops.upsample_softmax_reference, ops.upsample_softmax))
+        torch.testing.assert_close(ours, eager, equal_nan=True)
+        assert torch.equal(ops.confusion_matrix(broken, target), ops.confusion_matrix_reference(broken, target))
+        touched = F.interpolate(broken, size, mode="bilinear", align_corners=True).isfinite().all(1).logical_not()
+        far = target.masked_fill(touched, 255)
+        ours, clean = (both_ways(ops.masked_cross_entropy, x, far) for x in (broken, logits))
+        assert ours[0].isfinite() and ours[0] == pytest.approx(clean[0].item(), rel=1e-5)
+        assert ours[1].isfinite().all()
+
+
+def test_steep_logits():
+    """Falls of hundreds within a cell, where an exponential underflows on the way."""
+    for scale in (30, 100, 1000):
+        logits, target, *_ = inputs(1, 6, 4, 4, 25, 25, scale=scale)
+        for kw in (dict(target=target), dict(size=(25, 25))):
+            close(both_ways(ops.masked_cross_entropy, logits, **kw),
+                  both_ways(ops.masked_cross_entropy_reference, logits, **kw),
+                  both_ways(ops.masked_cross_entropy_reference, logits.double(), **kw), floor=4e-6)
+
+
+def test_confidence_that_does_not_count():
+    logits, *_ = inputs(1, 4, 3, 3, 17, 17)
+    for value, threshold, counts in [(float("nan"), 0.0, False), (0.0, 0.5, False), (1e-3, 0.5, True), (-200, 0.2, False),
+                                     (200, 0.2, True), (200, 1.0, False), (-5, 0.0, True)]:
+        confidence = torch.full((1, 1, 2, 2), float(value))
+        for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
+            assert (f(logits, confidence=confidence, threshold=threshold, size=(17, 17))[1] > 0) == counts, (value, threshold)
+
+
+@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
+def test_bad_labels(size):
+    logits, target, *_ = inputs(1, 6, 5, 5, *size)
+    for value in (6, 254, -1, 1 << 40):
+        bad = target.long()
+        bad[0, 2, 3] = value
+        for labels in [bad, bad.to(torch.uint8)] if 0 <= value < 255 else [bad]:
+            for call in (lambda: ops.masked_cross_entropy(logits, labels), lambda: ops.confusion_matrix(logits, labels),
+                         lambda: ops.confusion_matrix(labels.clamp(0, 5), labels, 6)):
+                with pytest.raises(ValueError, match=f"target holds {value}, outside 0..5"):
+                    call()
+            with pytest.raises(ValueError, match=f"prediction holds {value}, outside 0..5"):
+                ops.confusion_matrix(labels.masked_fill(labels == 255, 0), torch.zeros_like(labels), 6)
+
+
+def test_same_bits_for_any_number_of_threads():
+    logits, target, confidence, valid = inputs(3, 21, 17, 17, 129, 129)
+    grad, threads, results = torch.randn(3, 21, 129, 129), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append([*both_ways(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
+                            *both_ways(ops.masked_cross_entropy, logits, size=(129, 129)),
+                            *both_ways(ops.masked_cross_entropy, logits, size=(17, 17)),
+                            *both_ways(ops.upsample_softmax, logits, (129, 129), upstream=grad),
+                            ops.confusion_matrix(logits, target)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_opcheck():
+    logits, target, confidence, valid = inputs(1, 4, 3, 3, 9, 9)
+    logits.requires_grad_()
+    seg = torch.ops.seg_ops
+    for args in [(logits, target, None, None, 0.0, 9, 9, 255, False), (logits, None, confidence, valid, 0.0, 9, 9, 255, True)]:
+        torch.library.opcheck(seg.masked_cross_entropy, args)
+    torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, False))
+    torch.library.opcheck(seg.confusion_from_logits, (logits.detach(), target, 255, torch.zeros(4, 4, dtype=torch.int64)))
+    ids = target.clamp(max=3)
+    torch.library.opcheck(seg.confusion_from_ids, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
+
+
+def test_compiles():
+    logits, target, confidence, valid = inputs(1, 4, 3, 3, 17, 17)
+
+    def step(logits):
+        loss, _ = ops.masked_cross_entropy(logits, target, confidence, valid=valid)
+        return loss + ops.upsample_softmax(logits, (17, 17), valid=valid).square().mean()
+    eager, compiled = both_ways(step, logits), both_ways(torch.compile(step, fullgraph=True, backend="aot_eager"), logits)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
+
+
+def test_gradcheck_of_the_references():
+    logits, target, confidence, valid = inputs(1, 3, 3, 2, 6, 5)
+    logits = logits.double().requires_grad_()
+    f = ops.masked_cross_entropy_reference
+    torch.autograd.gradcheck(lambda x: f(x, target, confidence, valid=valid, threshold=0.3)[0], logits)
+    torch.autograd.gradcheck(lambda x: f(x, confidence=confidence, size=(6, 5))[0], logits)
+    torch.autograd.gradcheck(lambda x: ops.upsample_softmax_reference(x, (6, 5), valid=valid), logits)
