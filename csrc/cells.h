@@ -49,6 +49,21 @@ struct Lanes {
   }
 };
 
+// Whether P * LANES pixels with these columns lie side by side, so that `interleave_8` puts them in memory's order.
+template <int P>
+inline bool dense(const int* column) {
+  return P == 8 && column[P * LANES - 1] - column[0] == P * LANES - 1;
+}
+
+// Add the padded rows of `grad_rows` to row y of grad (N,K,h,w).
+inline void add_row(const float* rows, int stride, float* grad, int64_t n, int64_t K, int64_t h, int64_t w, int64_t y) {
+  if (y >= h) return;
+  for (int64_t k = 0; k < K; k++) {
+    float* __restrict to = grad + ((n * K + k) * h + y) * w;
+    for (int64_t x = 0; x < w; x++) to[x] += rows[k * stride + x];
+  }
+}
+
 // Logits (N,K,h,w) as they lie in memory.
 struct Points {
   const void* data;
@@ -67,7 +82,8 @@ struct Points {
     y = std::min(y, sizes[2] - 1);
     for (int64_t k = 0; k < sizes[1]; k++, rows += lanes.stride) {
       int64_t start = n * strides[0] + k * strides[1] + y * strides[2];
-      for (int64_t x = 0; x < sizes[3]; x++) rows[x] = at(start + x * strides[3]);
+      if (!bf16 && strides[3] == 1) std::memcpy(rows, static_cast<const float*>(data) + start, 4 * sizes[3]);
+      else for (int64_t x = 0; x < sizes[3]; x++) rows[x] = at(start + x * strides[3]);
       std::fill(rows + sizes[3], rows + lanes.stride, rows[sizes[3] - 1]);
     }
   }
@@ -92,7 +108,7 @@ inline bool read_cells(const float* top, const float* bottom, int K, int v, cons
     broken += (a + b + c + d) * 0;  // 0, or NaN
     cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
   }
-  return all((largest - floor + steepest < 64) & (broken == 0));
+  return all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
 }
 
 // The four corners as they are, in the order of the fields above: for what `read_cells` says is not fit.

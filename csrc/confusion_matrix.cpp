@@ -45,45 +45,6 @@ void count_all(int64_t units, int64_t grain, int64_t K, int64_t ignore, Tensor& 
   for (int64_t i = 0; i < K * K; i++) cells[i] += total.cells[i] + total.cells[K * K + i];
 }
 
-template <class T>
-void from_logits(const Points& logits, const T* target, int64_t height, int64_t width, int64_t ignore, Tensor& out) {
-  const int64_t N = logits.sizes[0], K = logits.sizes[1], h = logits.sizes[2];
-  const Axis y(h, height), x(logits.sizes[3], width);
-  const Lanes lanes(x);
-  count_all(N * h, 1, K, ignore, out, [&](int64_t begin, int64_t end, Counter& counter) {
-    std::vector<float> top(K * lanes.stride), bottom(top);
-    std::vector<Cell> cells(K);
-    std::vector<V> e(K);
-    V largest, logit[8];
-    I arg[8];
-    for (int64_t unit = begin; unit < end; unit++) {
-      const int64_t n = unit / h, cell = unit % h;
-      if (!y.count(cell)) continue;
-      logits.row(n, cell, lanes, top.data());
-      logits.row(n, cell + 1, lanes, bottom.data());
-      for (int v = 0; v < lanes.vectors; v++) {
-        const bool fit = read_cells(top.data(), bottom.data(), K, v, lanes, cells.data(), largest);
-        if (!fit) read_corners(top.data(), bottom.data(), K, v, lanes, cells.data());
-        for (int row = y.first[cell]; row < y.first[cell + 1]; row++) {
-          const T* truth = target + (n * height + row) * width;
-          for (int j = 0; j < lanes.most[v];) {
-            const int at = (lanes.offset[v] + j) * LANES, P = fit && lanes.most[v] - j >= 8 ? 8 : 1;
-            const float* fx = &lanes.frac[at];
-            if (P == 8) argmax<8>(cells.data(), K, y.frac[row], fx, logit, arg);
-            else if (fit) argmax<1>(cells.data(), K, y.frac[row], fx, logit, arg);
-            else exact(cells.data(), K, y.frac[row], load(fx), e.data(), logit[0], arg[0]);
-            for (int i = 0; i < P * LANES; i++) {
-              const int column = lanes.column[at + i];
-              if (column < width) counter.add(truth[column], arg[i / LANES][i % LANES], i);
-            }
-            j += P;
-          }
-        }
-      }
-    }
-  });
-}
-
 // Labels come in runs: eight that are equal are counted at once.
 inline bool run_of_8(const uint8_t* p) {
   uint64_t bytes;
@@ -97,17 +58,74 @@ inline bool run_of_8(const int64_t* p) {
 }
 
 template <class G, class T>
+void count(const G* guess, const T* truth, int64_t pixels, Counter& counter) {
+  int64_t i = 0;
+  for (; i + 8 <= pixels; i += 8) {
+    if (run_of_8(truth + i) && run_of_8(guess + i)) {
+      counter.add(truth[i], guess[i], i >> 3, 8);
+    } else {
+      for (int j = 0; j < 8; j++) counter.add(truth[i + j], guess[i + j], j);
+    }
+  }
+  for (; i < pixels; i++) counter.add(truth[i], guess[i], i);
+}
+
+template <class G, class T>
 void from_ids(const G* guess, const T* truth, int64_t pixels, int64_t K, int64_t ignore, Tensor& out) {
   count_all(pixels, 1 << 15, K, ignore, out, [&](int64_t begin, int64_t end, Counter& counter) {
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8) {
-      if (run_of_8(truth + i) && run_of_8(guess + i)) {
-        counter.add(truth[i], guess[i], i >> 3, 8);
-      } else {
-        for (int j = 0; j < 8; j++) counter.add(truth[i + j], guess[i + j], j);
+    count(guess + begin, truth + begin, end - begin, counter);
+  });
+}
+
+
+template <class T>
+void from_logits(const Points& logits, const T* target, int64_t height, int64_t width, int64_t ignore, Tensor& out) {
+  const int64_t N = logits.sizes[0], K = logits.sizes[1], h = logits.sizes[2];
+  const Axis y(h, height), x(logits.sizes[3], width);
+  const Lanes lanes(x);
+  count_all(N * h, 1, K, ignore, out, [&](int64_t begin, int64_t end, Counter& counter) {
+    std::vector<float> top(K * lanes.stride), bottom(top);
+    std::vector<Cell> cells(K);
+    std::vector<V> e(K);
+    V largest, logit[8];
+    I arg[8];
+    std::vector<uint8_t> guess;
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t n = unit / h, cell = unit % h;
+      if (!y.count(cell)) continue;
+      logits.row(n, cell, lanes, top.data());
+      logits.row(n, cell + 1, lanes, bottom.data());
+      const int first = y.first[cell], rows = y.count(cell);
+      guess.resize(rows * width);
+      for (int v = 0; v < lanes.vectors; v++) {
+        const bool fit = read_cells(top.data(), bottom.data(), K, v, lanes, cells.data(), largest);
+        if (!fit) read_corners(top.data(), bottom.data(), K, v, lanes, cells.data());
+        for (int row = 0; row < rows; row++) {
+          const float fy = y.frac[first + row];
+          for (int j = 0; j < lanes.most[v];) {
+            const int at = (lanes.offset[v] + j) * LANES, P = fit && lanes.most[v] - j >= 8 ? 8 : 1;
+            const int* column = &lanes.column[at];
+            const float* fx = &lanes.frac[at];
+            uint8_t* to = &guess[row * width];
+            if (P == 8) argmax<8>(cells.data(), K, fy, fx, logit, arg);
+            else if (fit) argmax<1>(cells.data(), K, fy, fx, logit, arg);
+            else exact(cells.data(), K, fy, load(fx), e.data(), logit[0], arg[0]);
+            if (P == 8 && dense<8>(column)) {
+              interleave_8(arg);
+              for (int p = 0; p < P; p++) {
+                const U8 ids = __builtin_convertvector(arg[p], U8);
+                std::memcpy(to + column[0] + p * LANES, &ids, sizeof ids);
+              }
+            } else {
+              for (int i = 0; i < P * LANES; i++)
+                if (column[i] < width) to[column[i]] = arg[i / LANES][i % LANES];
+            }
+            j += P;
+          }
+        }
       }
+      count(guess.data(), target + (n * height + first) * width, rows * width, counter);
     }
-    for (; i < end; i++) counter.add(truth[i], guess[i], i);
   });
 }
 

@@ -17,32 +17,47 @@ struct Counted {
   };
 
   // codes[x]: the label (0 without target) of pixel (n,y,x), K where it does not count; codes[width] = K. `scratch`: cx.n + 1.
-  void row(int64_t n, int y, int16_t* codes, float* scratch, Tally& tally) const {
-    int64_t start = (n * height + y) * width;
-    for (int64_t x = 0; x < width; x++) {
-      int64_t label = !target ? 0 : wide ? static_cast<const int64_t*>(target)[start + x]
-                                         : static_cast<const uint8_t*>(target)[start + x];
-      bool counts = !target || label != ignore;
-      if (counts && (label < 0 || label >= K)) {
-        if (!tally.has_bad) tally.bad = label;
-        tally.has_bad = true, counts = false;
-      }
-      if (valid) counts &= valid[start + x];
-      tally.everything += counts;
-      codes[x] = counts ? label : K;
-    }
-    codes[width] = K;
+  void row(int64_t n, int y, int32_t* codes, float* scratch, Tally& tally) const {
+    const int64_t start = (n * height + y) * width;
+    if (!target) std::fill(codes, codes + width, 0);
+    else if (wide) read(static_cast<const int64_t*>(target) + start, codes, tally);
+    else read(static_cast<const uint8_t*>(target) + start, codes, tally);
+    const int32_t none = K;
+    codes[width] = none;
+    if (valid)
+      for (int64_t x = 0; x < width; x++) codes[x] = valid[start + x] ? codes[x] : none;
+    tally.everything += count(codes);
     if (confidence) {
-      int cell = std::upper_bound(cy.first.begin(), cy.first.end() - 1, y) - cy.first.begin() - 1;
+      const int cell = std::upper_bound(cy.first.begin(), cy.first.end() - 1, y) - cy.first.begin() - 1;
       const float *p = confidence + (n * cy.n + cell) * cx.n, *q = cell + 1 < cy.n ? p + cx.n : p;
       for (int i = 0; i < cx.n; i++) scratch[i] = (1 - cy.frac[y]) * p[i] + cy.frac[y] * q[i];
       scratch[cx.n] = scratch[cx.n - 1];
-      for (int i = 0; i < cx.n; i++)
-        for (int x = cx.first[i]; x < cx.first[i + 1]; x++) {
-          float here = (1 - cx.frac[x]) * scratch[i] + cx.frac[x] * scratch[i + 1];
-          codes[x] = here > cutoff ? codes[x] : K;
-        }
+      for (int i = 0; i < cx.n; i++) {
+        const float left = scratch[i], right = scratch[i + 1];
+        for (int x = cx.first[i]; x < cx.first[i + 1]; x++)
+          codes[x] = (1 - cx.frac[x]) * left + cx.frac[x] * right > cutoff ? codes[x] : none;
+      }
     }
-    for (int64_t x = 0; x < width; x++) tally.kept += codes[x] != K;
+    tally.kept += count(codes);
+  }
+
+  int64_t count(const int32_t* codes) const {
+    int32_t not_counted = 0;
+    for (int64_t x = 0; x < width; x++) not_counted += codes[x] == int32_t(K);
+    return width - not_counted;
+  }
+
+  template <class T>
+  void read(const T* labels, int32_t* codes, Tally& tally) const {
+    const T none = T(ignore), end = T(K);
+    const bool can_ignore = ignore == int64_t(none);
+    bool bad = false;
+    for (int64_t x = 0; x < width; x++) {
+      const bool ignored = can_ignore & (labels[x] == none), outside = (labels[x] < 0) | (labels[x] >= end);
+      bad |= outside & !ignored;
+      codes[x] = ignored | outside ? int32_t(K) : int32_t(labels[x]);
+    }
+    for (int64_t x = 0; bad && !tally.has_bad && x < width; x++)
+      if ((labels[x] < 0 || labels[x] >= end) && !(can_ignore && labels[x] == none)) tally.bad = labels[x], tally.has_bad = true;
   }
 };

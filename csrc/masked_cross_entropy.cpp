@@ -36,7 +36,7 @@ struct Problem {
 
 struct Scratch {  // of one thread
   std::vector<float> top, bottom, confidence, grad_top, grad_bottom, label_one, label_x;
-  std::vector<int16_t> codes;
+  std::vector<int32_t> codes;
   std::vector<Cell> cells;
   std::vector<Sums> sums;
   std::vector<V> e;
@@ -47,19 +47,27 @@ struct Scratch {  // of one thread
 
 // P pixels of a row in LANES cells, the first being row `at` of the lanes' tables: loss to `loss`, gradient to `s.sums`.
 template <int P, bool ARGMAX>
-void pixels(const Problem& problem, Scratch& s, const int16_t* row, int at, float fy, bool fit,
+void pixels(const Problem& problem, Scratch& s, const int32_t* row, int at, float fy, bool fit,
             V largest, D& total) {
   const int K = problem.K();
   const int* column = &problem.lanes.column[at * LANES];
   const float* fx = &problem.lanes.frac[at * LANES];
+  I code[P], any{};
+  if (dense<P>(column)) {
+    std::memcpy(code, row + column[0], sizeof code);
+    if constexpr (P == 8) deinterleave_8(code);
+  } else {
+    for (int p = 0; p < P; p++)
+      for (int l = 0; l < LANES; l++) code[p][l] = row[column[p * LANES + l]];
+  }
+  I counts[P];
+  for (int p = 0; p < P; p++) counts[p] = code[p] != K, any |= counts[p];
+  if (all(any == 0)) return;
   int32_t codes[P * LANES];
-  int any = 0;
-  for (int i = 0; i < P * LANES; i++) codes[i] = row[column[i]], any |= codes[i] - K;
-  if (!any) return;
+  std::memcpy(codes, code, sizeof codes);
 
   V loss{}, sums[P], top[P];  // top: what the loss of a pixel is beside log(sum), but for its label's logit
-  I arg[P], counts[P];
-  for (int p = 0; p < P; p++) std::memcpy(&counts[p], codes + p * LANES, sizeof(I)), counts[p] = counts[p] != K;
+  I arg[P];
   if (fit) {
     exponentials<P>(s.cells.data(), K, fy, fx, problem.x.step, largest, s.e.data(), sums);
     if (ARGMAX) argmax<P>(s.cells.data(), K, fy, fx, top, arg);
@@ -79,15 +87,21 @@ void pixels(const Problem& problem, Scratch& s, const int16_t* row, int at, floa
 
   V one[P], x[P];
   for (int p = 0; p < P; p++) {
-    V f = load(fx + p * LANES);
     one[p] = counts[p] ? 1 / sums[p] : V{};
-    x[p] = one[p] * f;
-    loss += counts[p] ? LN2 * log2(sums[p]) + top[p] : V{};
-    for (int l = 0; l < LANES; l++) {
-      int i = p * LANES + l, k = ARGMAX && counts[p][l] ? arg[p][l] : codes[i];
-      s.label_one[k * LANES + l] -= 1;
-      s.label_x[k * LANES + l] -= fx[i];
-    }
+    x[p] = one[p] * load(fx + p * LANES);
+    loss += counts[p] ? top[p] : V{};
+    sums[p] = counts[p] ? sums[p] : splat(1);
+  }
+  constexpr int PAIR = P > 1 ? 2 : 1;  // one logarithm for two: a sum is at least e^-40
+  for (int p = 0; p < P; p += PAIR) loss += LN2 * log2(PAIR == 2 ? sums[p] * sums[p + PAIR - 1] : sums[p]);
+  if (ARGMAX) {
+    for (int p = 0; p < P; p++) arg[p] = counts[p] ? arg[p] : K - I{};
+    std::memcpy(codes, arg, sizeof codes);
+  }
+  for (int i = 0; i < P * LANES; i++) {
+    const int at = codes[i] * LANES + i % LANES;
+    s.label_one[at] -= 1;
+    s.label_x[at] -= fx[i];
   }
   for (int k = 0; k < K; k++) {
     float *label_one = &s.label_one[k * LANES], *label_x = &s.label_x[k * LANES];
@@ -123,7 +137,7 @@ void cell_row(const Problem& problem, Scratch& s, int64_t n, int y, Result& resu
     if (!fit) read_corners(s.top.data(), s.bottom.data(), K, v, lanes, s.cells.data());
     std::fill(s.sums.begin(), s.sums.end(), Sums{});
     for (int i = 0; i < rows; i++) {
-      const int16_t* codes = &s.codes[i * codes_stride];
+      const int32_t* codes = &s.codes[i * codes_stride];
       float fy = problem.y.frac[first + i];
       for (int j = 0, at = lanes.offset[v]; j < lanes.most[v];) {
         int left = lanes.most[v] - j, P = !fit ? 1 : left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -144,17 +158,13 @@ void cell_row(const Problem& problem, Scratch& s, int64_t n, int y, Result& resu
       store(bottom + 1, load(bottom + 1) + sum.xy);
     }
   }
-  for (int k = 0; k < K; k++)
-    for (int64_t x = 0; x < w; x++) {
-      float* grad = problem.grad + ((n * K + k) * h + y) * w + x;
-      grad[0] += s.grad_top[k * lanes.stride + x];
-      if (y + 1 < h) grad[w] += s.grad_bottom[k * lanes.stride + x];
-    }
+  add_row(s.grad_top.data(), lanes.stride, problem.grad, n, K, h, w, y);
+  add_row(s.grad_bottom.data(), lanes.stride, problem.grad, n, K, h, w, y + 1);
 }
 
 // Without upsampling: P vectors of pixels in a row, codes and logits in memory's order.
 template <class T, int P, bool ARGMAX>
-void plain(const T* logits, float* grad, int64_t plane, int K, int width, const int16_t* codes, float share, V* e,
+void plain(const T* logits, float* grad, int64_t plane, int K, int width, const int32_t* codes, float share, V* e,
            D& sums) {
   V loss{}, top[P], total[P] = {};
   I which[P] = {}, counts[P];
@@ -241,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_entropy(Tensor logits, std::opti
     for (int round = 0; round < 2; round++) {  // count, then compute
       const float share = 1. / std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
       torch::stable::parallel_for(0, N * height, 16, [&](int64_t begin, int64_t end) {
-        std::vector<int16_t> codes(width + 1);
+        std::vector<int32_t> codes(width + 1);
         std::vector<float> scratch(counted.cx.n + 1);
         std::vector<V> e(4 * K);
         for (int64_t i = begin; i < end; i++) {

@@ -19,12 +19,16 @@ SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
 
 @torch.compiler.assume_constant_result
-@cache
 def in_use():
     """The path that float32 and bfloat16 tensors on the CPU take: "kernel", or "reference" with the reason behind it.
 
     Builds the kernels on the first call. Errors: ValueError where SEG_OPS is wrong, or asks for kernels that do not build.
     """
+    return _choose()
+
+
+@cache
+def _choose():
     if SEG_OPS not in ("auto", "reference", "kernel"):
         raise ValueError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
     if SEG_OPS == "reference":

@@ -18,8 +18,6 @@ struct Row {
   int width;
 
   bool there(int i) const { return column[i] < width && (!valid || valid[column[i]]); }
-  // whether the pixels are P * LANES columns without a gap
-  bool dense(int P) const { return P == PIXELS && column[P * LANES - 1] - column[0] == P * LANES - 1; }
 };
 
 // The numerators e[k*P + p] of the softmax and their sums over k, for P pixels in LANES cells.
@@ -38,13 +36,13 @@ template <int P, class T>
 void write(const Row<T>& row, int K, const V* e, const V* sums) {
   V share[P];
   for (int i = 0; i < P * LANES; i++) share[i / LANES][i % LANES] = row.there(i) ? 1 : 0;
-  const bool dense = row.dense(P);
+  const bool side_by_side = dense<P>(row.column);
   for (int p = 0; p < P; p++) share[p] = share[p] == 0 ? V{} : 1 / sums[p];
   for (int k = 0; k < K; k++, e += P) {
     T* out = row.data + k * row.plane;
     V probability[P];
     for (int p = 0; p < P; p++) probability[p] = share[p] == 0 ? V{} : e[p] * share[p];
-    if (dense) {
+    if (side_by_side) {
       if constexpr (P == 8) interleave_8(probability);
       for (int p = 0; p < P; p++) store(out + row.column[0] + p * LANES, probability[p]);
     } else {
@@ -66,13 +64,13 @@ struct Sums {
 template <int P, class T>
 void read(const Row<T>& row, int K, const V* e, const V* sums, const float* fx, float fy, V* g, Sums* to) {
   V share[P], dot[P] = {}, f[P];
-  const bool dense = row.dense(P);
+  const bool side_by_side = dense<P>(row.column);
   for (int i = 0; i < P * LANES; i++) share[i / LANES][i % LANES] = row.there(i) ? 1 : 0;
   for (int p = 0; p < P; p++) share[p] = share[p] == 0 ? V{} : 1 / sums[p], f[p] = load(fx + p * LANES);
   for (int k = 0; k < K; k++) {
     const T* in = row.data + k * row.plane;
     V* grad = g + k * P;
-    if (dense) {
+    if (side_by_side) {
       for (int p = 0; p < P; p++) grad[p] = load(in + row.column[0] + p * LANES);
       if constexpr (P == 8) deinterleave_8(grad);
     } else {
@@ -150,12 +148,9 @@ struct Job {
           store(q + 1, load(q + 1) + s.xy);
         }
       }
-      for (int64_t k = 0; k < K && grad; k++)
-        for (int64_t x = 0; x < w; x++) {
-          float* out = grad + ((n * K + k) * h + cell) * w + x;
-          out[0] += grad_top[k * lanes.stride + x];
-          if (cell + 1 < h) out[w] += grad_bottom[k * lanes.stride + x];
-        }
+      if (!grad) continue;
+      add_row(grad_top.data(), lanes.stride, grad, n, K, h, w, cell);
+      add_row(grad_bottom.data(), lanes.stride, grad, n, K, h, w, cell + 1);
     }
   }
 };

@@ -20,6 +20,7 @@ typedef double D __attribute__((vector_size(8 * LANES)));
 inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
 typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));
+typedef uint8_t U8 __attribute__((vector_size(LANES)));
 inline V load(const uint16_t* p) {  // bfloat16
   U16 half;
   std::memcpy(&half, p, sizeof half);
@@ -83,9 +84,10 @@ inline double sum(D a) {
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #endif
-inline void interleave_8(V* v) {
+template <class T>
+inline void interleave_8(T* v) {
   for (int round = 0; round < 3; round++) {
-    V next[8];
+    T next[8];
     for (int i = 0; i < 4; i++) {
       next[2 * i] = __builtin_shufflevector(v[i], v[i + 4], LOW);
       next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], HIGH);
@@ -93,9 +95,10 @@ inline void interleave_8(V* v) {
     for (int i = 0; i < 8; i++) v[i] = next[i];
   }
 }
-inline void deinterleave_8(V* v) {
+template <class T>
+inline void deinterleave_8(T* v) {
   for (int round = 0; round < 3; round++) {
-    V next[8];
+    T next[8];
     for (int i = 0; i < 4; i++) {
       next[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], EVEN);
       next[i + 4] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], ODD);
