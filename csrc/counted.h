@@ -42,22 +42,25 @@ struct Counted {
   }
 
   int64_t count(const int32_t* codes) const {
-    int32_t not_counted = 0;
-    for (int64_t x = 0; x < width; x++) not_counted += codes[x] == int32_t(K);
-    return width - not_counted;
+    const int32_t none = K, end = width;
+    int32_t counted = 0;
+    for (int32_t x = 0; x < end; x++) counted += codes[x] != none;
+    return counted;
   }
 
   template <class T>
-  void read(const T* labels, int32_t* codes, Tally& tally) const {
-    const T none = T(ignore), end = T(K);
-    const bool can_ignore = ignore == int64_t(none);
-    bool bad = false;
-    for (int64_t x = 0; x < width; x++) {
-      const bool ignored = can_ignore & (labels[x] == none), outside = (labels[x] < 0) | (labels[x] >= end);
-      bad |= outside & !ignored;
-      codes[x] = ignored | outside ? int32_t(K) : int32_t(labels[x]);
+  void read(const T* __restrict labels, int32_t* __restrict codes, Tally& tally) const {
+    const T void_label = T(ignore), end = T(K);
+    const bool none_ignored = ignore != int64_t(void_label);
+    const int32_t none = K, n = width;
+    int32_t bad = 0;
+    for (int32_t x = 0; x < n; x++) {
+      const bool kept = none_ignored | (labels[x] != void_label), inside = (labels[x] >= 0) & (labels[x] < end);
+      bad |= kept & !inside;
+      codes[x] = kept & inside ? int32_t(labels[x]) : none;
     }
-    for (int64_t x = 0; bad && !tally.has_bad && x < width; x++)
-      if ((labels[x] < 0 || labels[x] >= end) && !(can_ignore && labels[x] == none)) tally.bad = labels[x], tally.has_bad = true;
+    for (int32_t x = 0; bad && !tally.has_bad && x < n; x++)
+      if ((none_ignored || labels[x] != void_label) && !(labels[x] >= 0 && labels[x] < end))
+        tally.bad = labels[x], tally.has_bad = true;
   }
 };

@@ -95,13 +95,23 @@ void pixels(const Problem& problem, Scratch& s, const int32_t* row, int at, floa
   constexpr int PAIR = P > 1 ? 2 : 1;  // one logarithm for two: a sum is at least e^-40
   for (int p = 0; p < P; p += PAIR) loss += LN2 * log2(PAIR == 2 ? sums[p] * sums[p + PAIR - 1] : sums[p]);
   if (ARGMAX) {
-    for (int p = 0; p < P; p++) arg[p] = counts[p] ? arg[p] : K - I{};
-    std::memcpy(codes, arg, sizeof codes);
+    for (int p = 0; p < P; p++) code[p] = counts[p] ? arg[p] : K - I{};
+    std::memcpy(codes, code, sizeof codes);
   }
-  for (int i = 0; i < P * LANES; i++) {
-    const int at = codes[i] * LANES + i % LANES;
-    s.label_one[at] -= 1;
-    s.label_x[at] -= fx[i];
+  I run = code[0] == code[0];  // most pixels of a cell's row have one label
+  V width{};
+  for (int p = 0; p < P; p++) run &= code[p] == code[0], width += load(fx + p * LANES);
+  for (int l = 0; l < LANES; l++) {
+    float *label_one = &s.label_one[l], *label_x = &s.label_x[l];
+    if (run[l]) {
+      label_one[codes[l] * LANES] -= P;
+      label_x[codes[l] * LANES] -= width[l];
+      continue;
+    }
+    for (int i = l; i < P * LANES; i += LANES) {
+      label_one[codes[i] * LANES] -= 1;
+      label_x[codes[i] * LANES] -= fx[i];
+    }
   }
   for (int k = 0; k < K; k++) {
     float *label_one = &s.label_one[k * LANES], *label_x = &s.label_x[k * LANES];
