@@ -88,7 +88,7 @@ def main(args):
         loss_ce, _ = ops.masked_cross_entropy(logits, target)
         valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
         with model.autocast(args.amp, device, "disc"):
-            d_fake = disc(ops.upsample_softmax(logits, size) * valid[:, None])  # (B,1,a,b)
+            d_fake = disc(ops.upsample_softmax(logits, size, valid=valid))  # (B,1,a,b)
             d_real = disc(model.one_hot(target, num_classes))
         loss_adv = model.bce(d_fake, 1, valid)
         loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)

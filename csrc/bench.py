@@ -6,6 +6,7 @@
 The best eager PyTorch upsamples once, takes labels as int64 and argmax as max(1).indices; malloc keeps its memory, so no time
 goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds.
 """
+import ctypes
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from pathlib import Path
 
 # glibc reads these when a process starts
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
+SMALL = {name: str(1 << 14) for name in TUNED}  # for memory: what is freed goes back at once
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -102,11 +104,9 @@ def ids_case(n=10, k=21, size=321, runs=True):
                                                 .reshape(k, k)),))
 
 
-def timed(paths, seconds=6):
+def timed(paths, seconds, dtype):
     """{name: median seconds}, all paths in turn, after checking that they agree (eager bfloat16 agrees with nothing)."""
-    results = {name: f() for name, f in paths.items()}
-    if results["ours"][-1].dtype == torch.bfloat16:
-        del results["eager"]
+    results = {name: f() for name, f in paths.items() if name != "eager" or dtype != torch.bfloat16}
     for name, result in results.items():
         for ours, theirs in zip(results["ours"], result):
             if not torch.allclose(ours.double(), theirs.double(), atol=2e-2 * theirs.double().abs().max(), rtol=2e-2):
@@ -134,19 +134,22 @@ def exponential_floor():
 def peak(case, operator, path):
     """Bytes that one call adds to the largest size of this process; in a process of its own."""
     def largest():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cases(1, 3, 5, 33, torch.float32)[operator][path]()  # loads what has to be loaded
     f = cases(*case, torch.float32)[operator][path]
-    x = np.ones(max(0, largest() - int(Path("/proc/self/statm").read_text().split()[1]) * 4096), np.uint8)  # up to the mark
+    ctypes.CDLL(None).malloc_trim(0)
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    ballast = np.ones(max(0, largest() - now), np.uint8)  # fills this process up to its largest size so far
     before = largest()
     f()
-    return largest() - before + 0 * x[:1].sum()
+    return largest() - before + 0 * len(ballast)
 
 
 def flags():
     p = Parser(__doc__)
     p.add_argument("what", nargs="?", choices=["ops", "step", "peak"], default="ops")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
+    p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids` or `321, 321`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each line (default 6)")
     p.add_argument("--of", nargs="*", help="for peak: what to measure, used by this script itself")
     return p
@@ -165,11 +168,12 @@ def main(args):
     rows = []
     for case in [*SIZES, PLAIN]:
         for dtype in (torch.float32, torch.bfloat16):
-            for operator, paths in cases(*case, dtype).items():
-                rows.append(line(operator, case, dtype, timed(paths, args.seconds), dtype == torch.float32))
-    for runs in (True, False):
-        rows.append(line("confusion matrix, ids" + (" in runs" if runs else ", random"), (10, 21, 321, 321), torch.uint8,
-                         timed(ids_case(runs=runs), args.seconds), False))
+            for operator, paths in cases(*case, dtype).items() if args.only in f"{case} {dtype} ops" else ():
+                rows.append(line(operator, case, dtype, timed(paths, args.seconds, dtype), dtype == torch.float32))
+    for runs in ("in runs", "random"):
+        if args.only in f"ids {runs}":
+            rows.append(line(f"confusion matrix, ids {runs}", (10, 21, 321, 321), torch.uint8,
+                             timed(ids_case(runs=runs == "in runs"), args.seconds, torch.uint8), False))
     n, k, _, size = SIZES[0]
     floor, ours = exponential_floor() * n * k * size * size, rows[0]["ours"]
     print(f"\nFirst row: {ours * 1e3:.1f} ms; the {n * k * size * size / 1e6:.1f} M exponentials alone, by torch.exp: "
@@ -185,7 +189,7 @@ def line(operator, case, dtype, times, memory):
     row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], **times}
     for path in ("ours", "eager") if memory else ():
         done = subprocess.run([sys.executable, __file__, "peak", "--of", json.dumps(case), operator, path],
-                              capture_output=True, text=True, check=True)
+                              capture_output=True, text=True, check=True, env=os.environ | SMALL)
         row[f"memory_{path}"] = int(done.stdout) / (4 * n * k * size * size)
     cells = [f"{times[name] / times['ours']:.1f}x" if name in times else "" for name in ("reference", "eager", "numpy")]
     share = f"{100 * row['memory_ours']:.1f} / {100 * row['memory_eager']:.0f}" if memory else ""

@@ -1,79 +1,130 @@
 // Confusion matrix (K,K), rows truth, columns prediction, from logits at any resolution (upsampled and argmaxed on the way) or
 // from class ids. Never stored: anything of the size of the pixels. Each thread counts for itself and adds its table to the
 // result at the end; sums of integers do not depend on their order.
+#include <algorithm>
 #include <mutex>
 
 #include "tensors.h"
 
 namespace {
+typedef uint16_t W __attribute__((vector_size(64)));  // 32 ids
+constexpr int WIDE = 32, BLOCK = 64;
+constexpr uint16_t IGNORED = 511, OUTSIDE = 256;
+
+inline W smaller(W a, W b) { return a < b ? a : b; }
+inline bool same(W a, W b) {
+  W d = a ^ b;
+  uint64_t part[8], any = 0;
+  std::memcpy(part, &d, sizeof part);
+  for (uint64_t p : part) any |= p;
+  return !any;
+}
+inline W wide(uint16_t id) {
+  W v;
+  for (int i = 0; i < WIDE; i++) v[i] = id;
+  return v;
+}
+
+// WIDE ids as 16 bits, those equal to `ignore` as IGNORED and those outside 0..254 as OUTSIDE.
+inline W narrow(const uint8_t* ids, int64_t ignore) {
+#ifdef __AVX512BW__
+  const W id = (W)_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids)));
+#else
+  W id;
+  for (int i = 0; i < WIDE; i++) id[i] = ids[i];
+#endif
+  return id == wide(ignore < 0 || ignore > 255 ? IGNORED : ignore) ? wide(IGNORED) : id;
+}
+inline W narrow(const int64_t* ids, int64_t ignore) {
+  W to;
+  for (int i = 0; i < WIDE; i++) to[i] = ids[i] == ignore ? IGNORED : uint64_t(ids[i]) > 254 ? OUTSIDE : ids[i];
+  return to;
+}
+
+// Counts in tables of (K+1) x (K+1), where row and column K take what is ignored or out of range. Four tables take turns (two
+// where four would leave the first cache): a counter that is written twice in a row would wait for itself.
 struct Counter {
-  int64_t K, ignore;
-  std::vector<int64_t> cells;  // two tables in turn: a counter that is written twice in a row would wait for itself
+  const int64_t K, size, tables, ignore;
+  std::vector<uint32_t> cells;  // of fewer than 2^32 pixels a thread
+  int64_t filling = 0, bad_value = 0;
   const char* bad_name = nullptr;
-  int64_t bad_value = 0;
 
-  Counter(int64_t K, int64_t ignore) : K(K), ignore(ignore), cells(2 * K * K) {}
+  Counter(int64_t K, int64_t ignore)
+      : K(K), size((K + 1) * (K + 1)), tables(K <= 40 ? 4 : 2), ignore(ignore), cells(tables * size) {}
 
-  void add(int64_t truth, int64_t guess, int64_t turn, int64_t times = 1) {
-    if (truth == ignore) return;
-    if (uint64_t(truth) >= uint64_t(K)) {
-      bad_name = "target", bad_value = truth;
-    } else if (uint64_t(guess) >= uint64_t(K)) {
-      bad_name = "prediction", bad_value = guess;
-    } else {
-      cells[(turn & 1) * K * K + truth * K + guess] += times;
+  template <class G, class T>
+  void count(const G* guess, const T* truth, int64_t pixels) {
+    int64_t i = 0;
+    for (; i + BLOCK <= pixels; i += BLOCK) block(guess + i, truth + i);
+    if (i == pixels) return;
+    G last_guess[BLOCK] = {};
+    T last_truth[BLOCK] = {};
+    std::copy(guess + i, guess + pixels, last_guess);
+    std::copy(truth + i, truth + pixels, last_truth);
+    block(last_guess, last_truth);
+    filling += ignore == 0 ? 0 : BLOCK - (pixels - i);  // ids that are 0 and no pixels
+  }
+  template <class G, class T>
+  void block(const G* guess, const T* truth) {
+    const W end = wide(K), width = wide(K + 1), ignored = wide(IGNORED);
+    W cell[BLOCK / WIDE], outside{};
+    for (int i = 0; i < BLOCK / WIDE; i++) {
+      const W t = narrow(truth + i * WIDE, ignore), g = narrow(guess + i * WIDE, -1);
+      const W row = smaller(t, end), column = smaller(g, end);
+      outside |= (W)((row == end) & (t != ignored)) | (W)((row < end) & (column == end));
+      cell[i] = row * width + column;
+    }
+    if (!same(outside, W{})) find(guess, truth);
+    uint32_t* table = cells.data();
+    const W first = wide(cell[0][0]);
+    if (same(cell[0], first) && same(cell[1], first)) {
+      table[cell[0][0]] += BLOCK;  // labels come in runs
+      return;
+    }
+    uint16_t at[BLOCK];
+    std::memcpy(at, cell, sizeof at);
+    for (int i = 0; i < BLOCK; i += 4)
+      for (int j = 0; j < 4; j++) table[(j & (tables - 1)) * size + at[i + j]]++;
+  }
+  template <class G, class T>
+  void find(const G* guess, const T* truth) {
+    for (int j = 0; j < BLOCK; j++) {
+      const int64_t t = truth[j], g = guess[j];
+      if (t == ignore) continue;
+      if (t < 0 || t >= K) bad_name = "target", bad_value = t;
+      else if (g < 0 || g >= K) bad_name = "prediction", bad_value = g;
     }
   }
 };
 
-// Call count(begin, end, counter) on all threads and add what they counted to `out`, or throw if a label was out of range.
+// Call count(begin, end, counter) on all threads and add what they counted to `out`; throws if an id was out of range.
 template <class F>
 void count_all(int64_t units, int64_t grain, int64_t K, int64_t ignore, Tensor& out, const F& count) {
   std::mutex lock;
-  Counter total(K, ignore);
+  std::vector<int64_t> total(K * K);
+  const char* bad_name = nullptr;
+  int64_t bad_value = 0;
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     Counter mine(K, ignore);
     count(begin, end, mine);
     std::lock_guard<std::mutex> guard(lock);
-    if (mine.bad_name) total.bad_name = mine.bad_name, total.bad_value = mine.bad_value;
-    for (size_t i = 0; i < total.cells.size(); i++) total.cells[i] += mine.cells[i];
+    if (mine.bad_name) bad_name = mine.bad_name, bad_value = mine.bad_value;
+    total[0] -= mine.filling;
+    for (int table = 0; table < mine.tables; table++)
+      for (int64_t i = 0; i < K; i++)
+        for (int64_t j = 0; j < K; j++) total[i * K + j] += mine.cells[table * mine.size + i * (K + 1) + j];
   });
-  if (total.bad_name)
-    throw std::invalid_argument(std::string(total.bad_name) + " holds " + std::to_string(total.bad_value) +
-                                ", outside 0.." + std::to_string(K - 1) + " and not ignored");
+  if (bad_name)
+    throw std::invalid_argument(std::string(bad_name) + " holds " + std::to_string(bad_value) + ", outside 0.." +
+                                std::to_string(K - 1) + " and not ignored");
   int64_t* cells = out.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < K * K; i++) cells[i] += total.cells[i] + total.cells[K * K + i];
-}
-
-// Labels come in runs: eight that are equal are counted at once.
-inline bool run_of_8(const uint8_t* p) {
-  uint64_t bytes;
-  std::memcpy(&bytes, p, 8);
-  return bytes == p[0] * 0x0101010101010101u;
-}
-inline bool run_of_8(const int64_t* p) {
-  int64_t other = 0;
-  for (int i = 1; i < 8; i++) other |= p[i] ^ p[0];
-  return !other;
-}
-
-template <class G, class T>
-void count(const G* guess, const T* truth, int64_t pixels, Counter& counter) {
-  int64_t i = 0;
-  for (; i + 8 <= pixels; i += 8) {
-    if (run_of_8(truth + i) && run_of_8(guess + i)) {
-      counter.add(truth[i], guess[i], i >> 3, 8);
-    } else {
-      for (int j = 0; j < 8; j++) counter.add(truth[i + j], guess[i + j], j);
-    }
-  }
-  for (; i < pixels; i++) counter.add(truth[i], guess[i], i);
+  for (int64_t i = 0; i < K * K; i++) cells[i] += total[i];
 }
 
 template <class G, class T>
 void from_ids(const G* guess, const T* truth, int64_t pixels, int64_t K, int64_t ignore, Tensor& out) {
   count_all(pixels, 1 << 15, K, ignore, out, [&](int64_t begin, int64_t end, Counter& counter) {
-    count(guess + begin, truth + begin, end - begin, counter);
+    counter.count(guess + begin, truth + begin, end - begin);
   });
 }
 
@@ -124,7 +175,7 @@ void from_logits(const Points& logits, const T* target, int64_t height, int64_t 
           }
         }
       }
-      count(guess.data(), target + (n * height + first) * width, rows * width, counter);
+      counter.count(guess.data(), target + (n * height + first) * width, rows * width);
     }
   });
 }

@@ -1,6 +1,6 @@
 // Which pixels count, and with which label: a row at a time, from labels, a mask of padding and the discriminator's confidence.
 #pragma once
-#include "cells.h"
+#include "tensors.h"
 
 struct Counted {
   const void* target;  // (N,H,W) uint8 or int64, or null
@@ -64,3 +64,30 @@ struct Counted {
         tally.bad = labels[x], tally.has_bad = true;
   }
 };
+
+inline Counted counted(int64_t K, int64_t height, int64_t width, const std::optional<Tensor>& target,
+                       const std::optional<Tensor>& confidence, const std::optional<Tensor>& valid, double cutoff,
+                       int64_t ignore) {
+  return {target ? target->data_ptr() : nullptr,
+          target && target->scalar_type() == ScalarType::Long,
+          valid ? valid->const_data_ptr<bool>() : nullptr,
+          confidence ? confidence->const_data_ptr<float>() : nullptr,
+          height, width, K, ignore, float(cutoff),
+          Axis(confidence ? confidence->size(2) : 1, height), Axis(confidence ? confidence->size(3) : 1, width)};
+}
+
+struct Result : Counted::Tally {
+  double loss = 0;
+};
+
+// The sum of all, in order. Throws where a label was out of range.
+inline Result add_up(const std::vector<Result>& results, int64_t K) {
+  Result all;
+  for (const Result& r : results) {
+    if (r.has_bad)
+      throw std::invalid_argument("target holds " + std::to_string(r.bad) + ", outside 0.." + std::to_string(K - 1) +
+                                  " and not ignored");
+    all.kept += r.kept, all.everything += r.everything, all.loss += r.loss;
+  }
+  return all;
+}

@@ -12,14 +12,9 @@
 // in two rounds, the even ones and the odd ones, so that no two threads write to one row of the gradient: the same bits for
 // any number of threads. Losses are summed in float over a row of a cell, in double and in order over those.
 #include "counted.h"
-#include "tensors.h"
 
 namespace {
 constexpr int PIXELS = 8;
-
-struct Result : Counted::Tally {
-  double loss = 0;
-};
 
 struct Sums {  // over the pixels of a cell, of p minus the label's one: plain, times fx, times fy, times both
   V one, x, y, xy;
@@ -172,133 +167,33 @@ void cell_row(const Problem& problem, Scratch& s, int64_t n, int y, Result& resu
   add_row(s.grad_bottom.data(), lanes.stride, problem.grad, n, K, h, w, y + 1);
 }
 
-// Without upsampling: P vectors of pixels in a row, codes and logits in memory's order.
-template <class T, int P, bool ARGMAX>
-void plain(const T* logits, float* grad, int64_t plane, int K, int width, const int32_t* codes, float share, V* e,
-           D& sums) {
-  V loss{}, top[P], total[P] = {};
-  I which[P] = {}, counts[P];
-  for (int p = 0; p < P; p++) top[p] = splat(-INFINITY);
-  for (int k = 0; k < K; k++)
-    for (int p = 0; p < P; p++) {
-      V logit = load_some(logits + k * plane + p * LANES, width - p * LANES);
-      I larger = logit > top[p];
-      top[p] = larger ? logit : top[p];
-      if (ARGMAX) which[p] = larger ? k - I{} : which[p];
-      e[k * P + p] = logit;
-    }
-  for (int p = 0; p < P; p++) {
-    I code;
-    for (int l = 0; l < LANES; l++) code[l] = p * LANES + l < width ? codes[p * LANES + l] : K;
-    counts[p] = code != K;
-    if (ARGMAX) continue;
-    which[p] = code;
-    for (int l = 0; l < LANES; l++)
-      if (code[l] != K) loss[l] -= e[code[l] * P + p][l];
-  }
-  for (int k = 0; k < K; k++)
-    for (int p = 0; p < P; p++) {
-      V now = exp2(LOG2E * (e[k * P + p] - top[p]));
-      total[p] += now;
-      e[k * P + p] = counts[p] ? now : V{};
-    }
-  for (int p = 0; p < P; p++) {
-    loss += counts[p] ? LN2 * log2(total[p]) + (ARGMAX ? V{} : top[p]) : V{};
-    total[p] = counts[p] ? share / total[p] : V{};
-  }
-  for (int k = 0; k < K; k++)
-    for (int p = 0; p < P; p++)
-      store_some(grad + k * plane + p * LANES, width - p * LANES,
-                 e[k * P + p] * total[p] - ((counts[p] & (which[p] == k)) ? splat(share) : V{}));
-  sums += __builtin_convertvector(loss, D);
-}
-
 // (loss, kept, gradient) as csrc/ops.py says
 std::tuple<Tensor, Tensor, Tensor> masked_cross_entropy(Tensor logits, std::optional<Tensor> target,
                                                         std::optional<Tensor> confidence, std::optional<Tensor> valid,
                                                         double cutoff, int64_t height, int64_t width, int64_t ignore,
                                                         bool divide_all) {
-  const int64_t N = logits.size(0), K = logits.size(1), h = logits.size(2), w = logits.size(3);
-  const bool same = h == height && w == width;
-  Counted counted{target ? target->data_ptr() : nullptr,
-                  target && target->scalar_type() == ScalarType::Long,
-                  valid ? valid->const_data_ptr<bool>() : nullptr,
-                  confidence ? confidence->const_data_ptr<float>() : nullptr,
-                  height, width, K, ignore, float(cutoff),
-                  Axis(confidence ? confidence->size(2) : 1, height), Axis(confidence ? confidence->size(3) : 1, width)};
-  Tensor grad = same ? torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float)
-                     : torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float);
-  Axis y(h, height), x(w, width);
-  Lanes lanes(x);
-  Problem problem{points(logits), counted, y, x, lanes, same ? nullptr : grad.mutable_data_ptr<float>()};
-  std::vector<Result> results(N * std::max(h, height));
-  Result all;
-  auto add_up = [&] {
-    for (const Result& r : results) {
-      if (r.has_bad)
-        throw std::invalid_argument("target holds " + std::to_string(r.bad) + ", outside 0.." + std::to_string(K - 1) +
-                                    " and not ignored");
-      all.kept += r.kept, all.everything += r.everything, all.loss += r.loss;
-    }
-  };
-  if (!same) {
-    for (int64_t odd = 0; odd < 2; odd++) {
-      const int64_t rows = (h + 1 - odd) / 2;
-      torch::stable::parallel_for(0, N * rows, 1, [&](int64_t begin, int64_t end) {
-        Scratch scratch(problem);
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t n = i / rows, row = 2 * (i % rows) + odd;
-          auto run = target ? cell_row<false> : cell_row<true>;
-          run(problem, scratch, n, row, results[n * h + row]);
-        }
-      });
-    }
-    add_up();
-    const float share = 1. / std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
-    float* g = grad.mutable_data_ptr<float>();
-    for (int64_t i = 0, total = N * K * h * w; i < total; i++) g[i] *= share;
-  } else {
-    for (int round = 0; round < 2; round++) {  // count, then compute
-      const float share = 1. / std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
-      torch::stable::parallel_for(0, N * height, 16, [&](int64_t begin, int64_t end) {
-        std::vector<int32_t> codes(width + 1);
-        std::vector<float> scratch(counted.cx.n + 1);
-        std::vector<V> e(4 * K);
-        for (int64_t i = begin; i < end; i++) {
-          Counted::Tally tally;
-          counted.row(i / height, i % height, codes.data(), scratch.data(), tally);
-          if (round == 0) {
-            static_cast<Counted::Tally&>(results[i]) = tally;
-            continue;
-          }
-          const int64_t start = i / height * K * height * width + i % height * width;
-          D loss{};
-          auto row = [&](auto* in) {
-            using T = std::decay_t<decltype(*in)>;
-            float* out = grad.mutable_data_ptr<float>() + start;
-            for (int64_t x = 0; x < width;) {
-              const bool wide = width - x >= 4 * LANES;
-              auto run = wide ? (target ? plain<T, 4, false> : plain<T, 4, true>)
-                              : (target ? plain<T, 1, false> : plain<T, 1, true>);
-              run(in + start + x, out + x, height * width, K, width - x, &codes[x], share, e.data(), loss);
-              x += wide ? 4 * LANES : LANES;
-            }
-          };
-          if (logits.scalar_type() == ScalarType::Float) row(logits.const_data_ptr<float>());
-          else row(static_cast<const uint16_t*>(logits.data_ptr()));
-          results[i].loss = sum(loss);
-        }
-      });
-      if (round == 0) add_up();
-    }
-    for (const Result& r : results) all.loss += r.loss;
+  const int64_t N = logits.size(0), K = logits.size(1), h = logits.size(2);
+  Tensor grad = torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float);
+  float* g = grad.mutable_data_ptr<float>();
+  const Axis x(logits.size(3), width);
+  const Problem problem{points(logits), counted(K, height, width, target, confidence, valid, cutoff, ignore),
+                        Axis(h, height), x, Lanes(x), g};
+  std::vector<Result> results(N * h);
+  for (int64_t odd = 0; odd < 2; odd++) {
+    const int64_t rows = (h + 1 - odd) / 2;
+    torch::stable::parallel_for(0, N * rows, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch(problem);
+      for (int64_t i = begin; i < end; i++) {
+        const int64_t n = i / rows, row = 2 * (i % rows) + odd;
+        auto run = target ? cell_row<false> : cell_row<true>;
+        run(problem, scratch, n, row, results[n * h + row]);
+      }
+    });
   }
-  const int64_t pixels = divide_all ? all.everything : all.kept;
-  Tensor loss = torch::stable::new_empty(logits, {}, ScalarType::Float);
-  Tensor kept = torch::stable::new_empty(logits, {}, ScalarType::Long);
-  *loss.mutable_data_ptr<float>() = all.loss / std::max<int64_t>(pixels, 1);
-  *kept.mutable_data_ptr<int64_t>() = all.kept;
-  return {loss, kept, grad};
+  const Result all = add_up(results, K);
+  const int64_t pixels = std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
+  for (int64_t i = 0, total = N * K * h * x.n; i < total; i++) g[i] *= 1.f / pixels;
+  return {scalar(logits, float(all.loss / pixels)), scalar(logits, all.kept), grad};
 }
 }  // namespace
 

@@ -66,11 +66,13 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
+    confidence = confidence if confidence is None else confidence.float()
     if logits.shape[2:] == size:
-        logits = logits.contiguous()
-    loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(
-        logits, target, confidence if confidence is None else confidence.float(), valid, _logit(threshold), *size, ignore,
-        divide == "all")
+        loss, kept, *_ = torch.ops.seg_ops.plain_cross_entropy(logits.contiguous(), target, confidence, valid,
+                                                               _logit(threshold), ignore, divide == "all")
+    else:
+        loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(logits, target, confidence, valid, _logit(threshold), *size,
+                                                               ignore, divide == "all")
     return loss, kept
 
 
@@ -288,6 +290,26 @@ def _register():
         return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
 
     torch.library.register_autograd("seg_ops::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
+
+    @torch.library.register_fake("seg_ops::plain_cross_entropy")
+    def _(logits, *_):
+        pixels = logits.shape[:1] + logits.shape[2:]
+        scalar = logits.new_empty((), dtype=torch.float32)
+        return (scalar, logits.new_empty((), dtype=torch.int64), torch.empty_like(scalar),
+                logits.new_empty(pixels, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.uint8))
+
+    @torch.library.register_fake("seg_ops::plain_cross_entropy_backward")
+    def _(upstream, logits, lse, labels):
+        return torch.empty_like(logits)
+
+    def keep_logits(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], *output[2:])
+
+    def compute_gradient(ctx, upstream, *_):
+        logits, share, lse, labels = ctx.saved_tensors
+        return torch.ops.seg_ops.plain_cross_entropy_backward(upstream * share, logits, lse, labels), *[None] * 6
+
+    torch.library.register_autograd("seg_ops::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
 
     @torch.library.register_fake("seg_ops::upsample_softmax")
     def _(logits, valid, height, width, bf16):

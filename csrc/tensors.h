@@ -19,3 +19,14 @@ inline Points points(const Tensor& t) {
   for (int i = 0; i < 4; i++) p.sizes[i] = t.size(i), p.strides[i] = t.stride(i);
   return p;
 }
+
+inline Tensor scalar(const Tensor& like, float value) {
+  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Float);
+  *t.mutable_data_ptr<float>() = value;
+  return t;
+}
+inline Tensor scalar(const Tensor& like, int64_t value) {
+  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Long);
+  *t.mutable_data_ptr<int64_t>() = value;
+  return t;
+}

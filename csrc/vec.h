@@ -36,12 +36,12 @@ inline void store(uint16_t* p, V v) {  // to the nearest bfloat16, ties to even
   U16 half = __builtin_convertvector(bits >> 16, U16);
   std::memcpy(p, &half, sizeof half);
 }
-// The first n of LANES only, the others are 0.
+// The first n of LANES only (none for n < 0), the others are 0.
 template <class T>
 inline V load_some(const T* p, int n) {
   if (n >= LANES) return load(p);
   T some[LANES] = {};
-  std::memcpy(some, p, n * sizeof(T));
+  if (n > 0) std::memcpy(some, p, n * sizeof(T));
   return load(some);
 }
 template <class T>
@@ -49,7 +49,7 @@ inline void store_some(T* p, int n, V v) {
   if (n >= LANES) return store(p, v);
   T some[LANES];
   store(some, v);
-  std::memcpy(p, some, n * sizeof(T));
+  if (n > 0) std::memcpy(p, some, n * sizeof(T));
 }
 inline V splat(float x) { return x - V{}; }  // 0 - x would lose the sign of zero
 inline V max(V a, V b) { return a > b ? a : b; }

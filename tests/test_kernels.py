@@ -237,6 +237,8 @@ def test_opcheck():
     seg = torch.ops.seg_ops
     for args in [(logits, target, None, None, 0.0, 9, 9, 255, False), (logits, None, confidence, valid, 0.0, 9, 9, 255, True)]:
         torch.library.opcheck(seg.masked_cross_entropy, args)
+    same = inputs(1, 4, 9, 9, 9, 9)[0].requires_grad_()
+    torch.library.opcheck(seg.plain_cross_entropy, (same, target, confidence, valid, 0.0, 255, False))
     torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, False))
     torch.library.opcheck(seg.confusion_from_logits, (logits.detach(), target, 255, torch.zeros(4, 4, dtype=torch.int64)))
     ids = target.clamp(max=3)
