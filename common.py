@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from cli import InputError, clock, folder, replace, writing
-from csrc import ops
+from csrc import build, ops
 from model import read_checkpoint
 
 # what a healthy run logs, and what to try where it leaves that for long
@@ -42,7 +42,7 @@ def announce(data, gpu):
     else:
         device = torch.device("cpu")
     try:
-        path = ops.in_use()
+        path = ops.in_use() + build.note
     except ValueError as e:
         raise InputError(str(e)) from None
     print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}; ops {path}",

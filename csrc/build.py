@@ -6,6 +6,7 @@ that was killed leaves no `ready` file and is done again.
 """
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+note = ""  # of a build in this process, for the first line of a run
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020e000000000000",
          *os.environ.get("SEG_OPS_CFLAGS", "").split()]
 
@@ -59,9 +61,13 @@ def build(place):
         if (place / "ready").exists():
             return
         (place / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
-        print(f"csrc: building the kernels in {place} ...", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            print(f"building the kernels in {place} ...", file=sys.stderr)
         began = time.monotonic()
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it would speak of CUDA, which is not needed
         from torch.utils import cpp_extension
+        # ninja is beside python in an environment that was not activated
+        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         try:
             cpp_extension.load("seg_ops", [str(f) for f in sorted(HERE.glob("*.cpp"))], extra_cflags=FLAGS,
                                extra_ldflags=[f for f in FLAGS if f.startswith("-fsanitize")],
@@ -70,4 +76,5 @@ def build(place):
             errors = [line for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
             raise RuntimeError(f"the build in {place} failed: {errors[0]}") from None
         (place / "ready").touch()
-        print(f"csrc: built in {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        global note
+        note = f", built in {time.monotonic() - began:.0f} s"

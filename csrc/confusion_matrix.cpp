@@ -13,6 +13,9 @@ constexpr uint16_t IGNORED = 511, OUTSIDE = 256;
 
 inline W smaller(W a, W b) { return a < b ? a : b; }
 inline bool same(W a, W b) {
+#ifdef __AVX512BW__
+  return !_mm512_cmpneq_epu16_mask((__m512i)a, (__m512i)b);
+#endif
   W d = a ^ b;
   uint64_t part[8], any = 0;
   std::memcpy(part, &d, sizeof part);
@@ -20,6 +23,9 @@ inline bool same(W a, W b) {
   return !any;
 }
 inline W wide(uint16_t id) {
+#ifdef __AVX512BW__
+  return (W)_mm512_set1_epi16(id);
+#endif
   W v;
   for (int i = 0; i < WIDE; i++) v[i] = id;
   return v;
@@ -36,9 +42,11 @@ inline W narrow(const uint8_t* ids, int64_t ignore) {
   return id == wide(ignore < 0 || ignore > 255 ? IGNORED : ignore) ? wide(IGNORED) : id;
 }
 inline W narrow(const int64_t* ids, int64_t ignore) {
-  W to;
+  uint16_t to[WIDE];
   for (int i = 0; i < WIDE; i++) to[i] = ids[i] == ignore ? IGNORED : uint64_t(ids[i]) > 254 ? OUTSIDE : ids[i];
-  return to;
+  W id;
+  std::memcpy(&id, to, sizeof id);
+  return id;
 }
 
 // Counts in tables of (K+1) x (K+1), where row and column K take what is ignored or out of range. Four tables take turns (two
