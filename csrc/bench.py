@@ -1,7 +1,6 @@
 """Time and peak memory of each operator against its reference and against the best eager PyTorch, as a Markdown table.
 
-    python csrc/bench.py [--json FILE]     about 3 minutes on two cores
-    python csrc/bench.py step              a whole step of train_semi.py, kernels against references
+    python csrc/bench.py [--json FILE]     about 10 minutes on two cores
 
 The best eager PyTorch upsamples once, takes labels as int64 and argmax as max(1).indices; malloc keeps its memory, so no time
 goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds.
@@ -147,7 +146,7 @@ def peak(case, operator, path):
 
 def flags():
     p = Parser(__doc__)
-    p.add_argument("what", nargs="?", choices=["ops", "step", "peak"], default="ops")
+    p.add_argument("what", nargs="?", choices=["ops", "peak"], default="ops")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids` or `321, 321`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each line (default 6)")
