@@ -7,6 +7,7 @@
 
 #include "vec.h"
 
+constexpr int PIXELS = 8;  // of a cell's row at once
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 // One axis: n low-resolution points, m output positions, in float32 as ATen computes them.
@@ -55,7 +56,7 @@ inline bool dense(const int* column) {
   return P == 8 && column[P * LANES - 1] - column[0] == P * LANES - 1;
 }
 
-// Add the padded rows of `grad_rows` to row y of grad (N,K,h,w).
+// Add the padded `rows` to row y of grad (N,K,h,w).
 inline void add_row(const float* rows, int stride, float* grad, int64_t n, int64_t K, int64_t h, int64_t w, int64_t y) {
   if (y >= h) return;
   for (int64_t k = 0; k < K; k++) {
@@ -110,6 +111,21 @@ inline bool read_cells(const float* top, const float* bottom, int K, int v, cons
   }
   return all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
 }
+
+// A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
+struct Sums {
+  V one, x, y, xy;
+
+  // Add what the row at fy sums up to: `a` plain, `b` times fx.
+  void add(V a, V b, float fy) { one += a, x += b, y += fy * a, xy += fy * b; }
+  // Hand the sums to the cells' corners, `top` and `bottom` being the places of the left ones.
+  void to_corners(float* top, float* bottom) const {
+    store(top, load(top) + (one - x - y + xy));
+    store(top + 1, load(top + 1) + (x - xy));
+    store(bottom, load(bottom) + (y - xy));
+    store(bottom + 1, load(bottom + 1) + xy);
+  }
+};
 
 // The four corners as they are, in the order of the fields above: for what `read_cells` says is not fit.
 inline void read_corners(const float* top, const float* bottom, int K, int v, const Lanes& lanes, Cell* cells) {

@@ -136,7 +136,6 @@ void from_ids(const G* guess, const T* truth, int64_t pixels, int64_t K, int64_t
   });
 }
 
-
 template <class T>
 void from_logits(const Points& logits, const T* target, int64_t height, int64_t width, int64_t ignore, Tensor& out) {
   const int64_t N = logits.sizes[0], K = logits.sizes[1], h = logits.sizes[2];

@@ -14,12 +14,6 @@
 #include "counted.h"
 
 namespace {
-constexpr int PIXELS = 8;
-
-struct Sums {  // over the pixels of a cell, of p minus the label's one: plain, times fx, times fy, times both
-  V one, x, y, xy;
-};
-
 struct Problem {
   Points logits;
   Counted counted;
@@ -116,8 +110,7 @@ void pixels(const Problem& problem, Scratch& s, const int32_t* row, int at, floa
     if (!ARGMAX && fit) loss += a * (c.a + fy * c.down - largest) + b * (c.right + fy * c.both);
     const V* e = &s.e[k * P];
     for (int p = 0; p < P; p++) a += one[p] * e[p], b += x[p] * e[p];
-    Sums& sum = s.sums[k];
-    sum.one += a, sum.x += b, sum.y += fy * a, sum.xy += fy * b;
+    s.sums[k].add(a, b, fy);
   }
   total += __builtin_convertvector(loss, D);
 }
@@ -154,14 +147,7 @@ void cell_row(const Problem& problem, Scratch& s, int64_t n, int y, Result& resu
       }
     }
     result.loss += sum(loss);
-    for (int k = 0; k < K; k++) {
-      const Sums& sum = s.sums[k];
-      float *top = &s.grad_top[k * lanes.stride + v * LANES], *bottom = &s.grad_bottom[k * lanes.stride + v * LANES];
-      store(top, load(top) + (sum.one - sum.x - sum.y + sum.xy));
-      store(top + 1, load(top + 1) + (sum.x - sum.xy));
-      store(bottom, load(bottom) + (sum.y - sum.xy));
-      store(bottom + 1, load(bottom + 1) + sum.xy);
-    }
+    for (int k = 0, at = v * LANES; k < K; k++, at += lanes.stride) s.sums[k].to_corners(&s.grad_top[at], &s.grad_bottom[at]);
   }
   add_row(s.grad_top.data(), lanes.stride, problem.grad, n, K, h, w, y);
   add_row(s.grad_bottom.data(), lanes.stride, problem.grad, n, K, h, w, y + 1);

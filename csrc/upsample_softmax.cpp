@@ -6,8 +6,6 @@
 #include "tensors.h"
 
 namespace {
-constexpr int PIXELS = 8;
-
 // One row of pixels of one picture, all classes: (K,W) at `plane` elements from class to class.
 template <class T>
 struct Row {
@@ -56,10 +54,6 @@ void write(const Row<T>& row, int K, const V* e, const V* sums) {
   }
 }
 
-struct Sums {
-  V one, x, y, xy;
-};
-
 // grad of logit k: p_k * (g_k - sum of p_j * g_j); to the corners' sums.
 template <int P, class T>
 void read(const Row<T>& row, int K, const V* e, const V* sums, const float* fx, float fy, V* g, Sums* to) {
@@ -90,7 +84,7 @@ void read(const Row<T>& row, int K, const V* e, const V* sums, const float* fx, 
       V grad = share[p] == 0 ? V{} : e[k * P + p] * share[p] * (g[k * P + p] - dot[p]);
       a += grad, b += grad * f[p];
     }
-    to[k].one += a, to[k].x += b, to[k].y += fy * a, to[k].xy += fy * b;
+    to[k].add(a, b, fy);
   }
 }
 
@@ -139,14 +133,7 @@ struct Job {
             j += P;
           }
         }
-        for (int k = 0; k < K && grad; k++) {
-          const Sums& s = sums[k];
-          float *p = &grad_top[k * lanes.stride + v * LANES], *q = &grad_bottom[k * lanes.stride + v * LANES];
-          store(p, load(p) + (s.one - s.x - s.y + s.xy));
-          store(p + 1, load(p + 1) + (s.x - s.xy));
-          store(q, load(q) + (s.y - s.xy));
-          store(q + 1, load(q + 1) + s.xy);
-        }
+        for (int k = 0, at = v * LANES; k < K && grad; k++, at += lanes.stride) sums[k].to_corners(&grad_top[at], &grad_bottom[at]);
       }
       if (!grad) continue;
       add_row(grad_top.data(), lanes.stride, grad, n, K, h, w, cell);

@@ -1,0 +1,60 @@
+"""What torch.compile and autograd must know of the C++ operators: shapes of results, gradients."""
+import torch
+
+
+def register():
+    """To be called once, when the operators are loaded."""
+    @torch.library.register_fake("seg_ops::masked_cross_entropy")
+    def _(logits, *_):
+        return (logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64),
+                logits.new_empty(logits.shape, dtype=torch.float32))
+
+    def keep_gradient(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+        ctx.save_for_backward(output[2])
+
+    def scale_gradient(ctx, upstream, *_):
+        return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
+
+    torch.library.register_autograd("seg_ops::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
+
+    @torch.library.register_fake("seg_ops::plain_cross_entropy")
+    def _(logits, *_):
+        pixels = logits.shape[:1] + logits.shape[2:]
+        scalar = logits.new_empty((), dtype=torch.float32)
+        return (scalar, logits.new_empty((), dtype=torch.int64), torch.empty_like(scalar),
+                logits.new_empty(pixels, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.uint8))
+
+    @torch.library.register_fake("seg_ops::plain_cross_entropy_backward")
+    def _(upstream, logits, lse, labels):
+        return torch.empty_like(logits)
+
+    def keep_logits(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0], *output[2:])
+
+    def compute_gradient(ctx, upstream, *_):
+        logits, share, lse, labels = ctx.saved_tensors
+        return torch.ops.seg_ops.plain_cross_entropy_backward(upstream * share, logits, lse, labels), *[None] * 6
+
+    torch.library.register_autograd("seg_ops::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
+
+    @torch.library.register_fake("seg_ops::upsample_softmax")
+    def _(logits, valid, height, width, bf16):
+        return logits.new_empty((*logits.shape[:2], height, width), dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    @torch.library.register_fake("seg_ops::upsample_softmax_backward")
+    def _(grad, logits, valid):
+        return logits.new_empty(logits.shape, dtype=torch.float32)
+
+    def keep_inputs(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+
+    def to_low_resolution(ctx, grad):
+        logits, valid = ctx.saved_tensors
+        down = torch.ops.seg_ops.upsample_softmax_backward(grad.contiguous(), logits, valid)
+        return down.to(logits.dtype), None, None, None, None
+
+    torch.library.register_autograd("seg_ops::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
+
+    for name in ("confusion_from_logits", "confusion_from_ids"):
+        torch.library.register_fake(f"seg_ops::{name}", lambda *_: None)
