@@ -50,7 +50,7 @@ def predict(seg, pictures, args):
 def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
-    write(index, class ids (H,W) on the CPU), if given, gets every prediction; padding is still on it.
+    write(index, class ids (H,W) uint8 on the CPU), if given, gets every prediction; padding is still on it.
     """
     was = seg.training
     seg.eval()
@@ -59,16 +59,12 @@ def evaluate(seg, samples, args, device, write=None):
     loader = torch.utils.data.DataLoader(whole, num_workers=args.workers)
     for i, (picture, target) in enumerate(cli.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
-        ops.confusion_matrix(logits, target.to(device), out=matrix)
+        ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
+        ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
         if write:
-            write(i, class_ids(logits, target.shape[1:]))
+            write(i, ids[0].cpu())
     seg.train(was)
     return ops.mean_iou(matrix)
-
-
-def class_ids(logits, size):
-    """The predicted classes (H,W) uint8, on the CPU, of one picture's logits (1,K,h,w)."""
-    return F.interpolate(logits.float(), size, mode="bilinear", align_corners=True).argmax(1)[0].to(torch.uint8).cpu()
 
 
 def palette_png(ids, size, palette):
@@ -177,7 +173,7 @@ def predict_images(seg, args, trained, out):
         for path, stem in zip(cli.progress(args.images, len(stems), "prediction"), stems):
             picture = data.read_picture(path)
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
-            ids = class_ids(predict(seg, pixels, trained), pixels.shape[2:])
+            ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()
             with cli.writing(f"--out {out}"):
                 palette_png(ids, picture.size, data.voc_palette()).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")

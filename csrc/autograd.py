@@ -51,10 +51,13 @@ def register():
 
     def to_low_resolution(ctx, grad):
         logits, valid = ctx.saved_tensors
-        down = torch.ops.seg_ops.upsample_softmax_backward(grad.contiguous(), logits, valid)
+        down = torch.ops.seg_ops.upsample_softmax_backward(grad, logits, valid)
         return down.to(logits.dtype), None, None, None, None
 
     torch.library.register_autograd("seg_ops::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
 
-    for name in ("confusion_from_logits", "confusion_from_ids"):
-        torch.library.register_fake(f"seg_ops::{name}", lambda *_: None)
+    @torch.library.register_fake("seg_ops::upsample_argmax")
+    def _(logits, height, width):
+        return logits.new_empty((len(logits), height, width), dtype=torch.uint8)
+
+    torch.library.register_fake("seg_ops::confusion_matrix", lambda *_: None)

@@ -1,10 +1,14 @@
 """Time and peak memory of each operator against its reference and against the best eager PyTorch, as a Markdown table.
 
-    python csrc/bench.py [--json FILE]     about 10 minutes on two cores
+    python csrc/bench.py [--json FILE]       the operators, about 10 minutes on two cores
+    python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, kernels against references, about 5 minutes
 
-The best eager PyTorch upsamples once, takes labels as int64 and argmax as max(1).indices; malloc keeps its memory, so no time
-goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds.
+The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16; malloc keeps its memory,
+so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in which
+what is short is called for 5 ms.
+A step is the script's own, with pictures loaded beforehand. Peak memory is of a process of its own.
 """
+import contextlib
 import ctypes
 import json
 import os
@@ -18,7 +22,6 @@ from pathlib import Path
 
 # glibc reads these when a process starts
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
-SMALL = {name: str(1 << 14) for name in TUNED}  # for memory: what is freed goes back at once
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -26,9 +29,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+import common  # noqa: E402
 from cli import InputError, Parser, launch  # noqa: E402
-from common import commit  # noqa: E402
-from csrc import ops  # noqa: E402
+from csrc import bench_step, ops  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W
 PLAIN = (4, 21, 321, 321)
@@ -91,19 +94,25 @@ def cases(n, k, h, size, dtype, seed=0):
     return found
 
 
-def ids_case(n=10, k=21, size=321, runs=True):
+def ids_case(side, n=10, k=21, size=321):
+    """uint8 ids and labels with blocks of side x side pictures' sizes, 5 % of the labels void. {way: f}, to count them."""
     g = torch.Generator().manual_seed(0)
-    side = 24 if runs else size
     label, guess = (F.interpolate(torch.randint(0, k, (n, 1, side, side), generator=g).float(), (size, size))[:, 0]
                     .to(torch.uint8) for _ in range(2))
+    label[:, :size // 20] = 255
     a, b, long, wide = label.numpy(), guess.numpy(), label.long(), guess.long()
-    return dict(ours=lambda: (ops.confusion_matrix(guess, label, k),),
-                eager=lambda: (torch.bincount((long * k + wide).flatten(), minlength=k * k).view(k, k),),
-                numpy=lambda: (torch.from_numpy(np.bincount((a.astype(np.uint16) * k + b).ravel(), minlength=k * k)
-                                                .reshape(k, k)),))
+
+    def part(counts):  # label 255 has rows of its own
+        return (torch.as_tensor(counts[:k * k]).view(k, k),)
+
+    return {"ours": lambda: (ops.confusion_matrix(guess, label, k),),
+            "reference": lambda: (ops.confusion_matrix_reference(guess, label, k),),
+            "bincount": lambda: part(torch.bincount((long * k + wide).flatten(), minlength=256 * k)),
+            "bincount of int16": lambda: part(torch.bincount((label.to(torch.int16) * k + guess).flatten(), minlength=256 * k)),
+            "numpy": lambda: part(np.bincount((a.astype(np.uint16) * k + b).ravel(), minlength=256 * k))}
 
 
-def timed(paths, seconds, dtype):
+def timed(paths, seconds, dtype=None):
     """{name: median seconds}, all paths in turn, after checking that they agree (eager bfloat16 agrees with nothing)."""
     results = {name: f() for name, f in paths.items() if name != "eager" or dtype != torch.bfloat16}
     for name, result in results.items():
@@ -114,9 +123,11 @@ def timed(paths, seconds, dtype):
     times, end = {name: [] for name in paths}, time.monotonic() + seconds
     while time.monotonic() < end or len(times["ours"]) < 5:
         for name, f in paths.items():
-            began = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - began)
+            calls, began = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - began < 5e-3:
+                f()
+                calls += 1
+            times[name].append((time.perf_counter() - began) / calls)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -130,38 +141,59 @@ def exponential_floor():
     return statistics.median(times) / x.numel()
 
 
-def peak(case, operator, path):
-    """Bytes that one call adds to the largest size of this process; in a process of its own."""
+@contextlib.contextmanager
+def growth(found):
+    """Appends the bytes that this process held more than before, at the most."""
     def largest():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    cases(1, 3, 5, 33, torch.float32)[operator][path]()  # loads what has to be loaded
-    f = cases(*case, torch.float32)[operator][path]
     ctypes.CDLL(None).malloc_trim(0)
     now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     ballast = np.ones(max(0, largest() - now), np.uint8)  # fills this process up to its largest size so far
     before = largest()
-    f()
-    return largest() - before + 0 * len(ballast)
+    yield
+    found.append(largest() - before + 0 * len(ballast))
+
+
+def peak(case, operator, path):
+    """[bytes] that one call adds"""
+    found = []
+    cases(1, 3, 5, 33, torch.float32)[operator][path]()  # loads what has to be loaded
+    f = cases(*case, torch.float32)[operator][path]
+    with growth(found):
+        f()
+    return found
+
+
+def alone(function, *args, path="kernel"):
+    """What peak or step_peak gives in a process of its own, whose memory goes back at once when it is freed."""
+    done = subprocess.run([sys.executable, __file__, function, json.dumps(args)], stdout=subprocess.PIPE, text=True, check=True,
+                          env=os.environ | {name: str(1 << 14) for name in TUNED} | {"SEG_OPS": path})
+    return json.loads(done.stdout)
 
 
 def flags():
     p = Parser(__doc__)
-    p.add_argument("what", nargs="?", choices=["ops", "peak"], default="ops")
+    p.add_argument("what", nargs="?", choices=["ops", "step"], default="ops")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
-    p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids` or `321, 321`")
-    p.add_argument("--seconds", type=float, default=6, help="of rounds for each line (default 6)")
-    p.add_argument("--of", nargs="*", help="for peak: what to measure, used by this script itself")
+    p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids`, `321, 321` or `semi`")
+    p.add_argument("--seconds", type=float, default=6, help="of rounds for each operator (default 6)")
+    p.add_argument("--iters", type=int, default=40, help="steps of each training (default 40)")
     return p
 
 
 def main(args):
-    if args.what == "peak":
-        return print(peak(json.loads(args.of[0]), args.of[1], args.of[2]))
     if not ops.in_use().startswith("kernel"):
         raise InputError(f"the kernels are not in use: {ops.in_use()}")
     machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                     if line.startswith("model name")), platform.processor())
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit()}\n")
+    about = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": common.commit()}
+    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
+    about["rows"] = bench_step.table(args, alone) if args.what == "step" else operator_table(args) + ids_table(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(about, indent=1) + "\n")
+
+
+def operator_table(args):
     print("| operator | input | dtype | ours, ms | reference | best eager | numpy | extra memory, ours / eager, % |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -169,17 +201,26 @@ def main(args):
         for dtype in (torch.float32, torch.bfloat16):
             for operator, paths in cases(*case, dtype).items() if args.only in f"{case} {dtype} ops" else ():
                 rows.append(line(operator, case, dtype, timed(paths, args.seconds, dtype), dtype == torch.float32))
-    for runs in ("in runs", "random"):
-        if args.only in f"ids {runs}":
-            rows.append(line(f"confusion matrix, ids {runs}", (10, 21, 321, 321), torch.uint8,
-                             timed(ids_case(runs=runs == "in runs"), args.seconds, torch.uint8), False))
-    n, k, _, size = SIZES[0]
-    floor, ours = exponential_floor() * n * k * size * size, rows[0]["ours"]
-    print(f"\nFirst row: {ours * 1e3:.1f} ms; the {n * k * size * size / 1e6:.1f} M exponentials alone, by torch.exp: "
-          f"{floor * 1e3:.1f} ms, ratio {ours / floor:.2f}")
-    if args.json:
-        Path(args.json).write_text(json.dumps({"machine": machine, "torch": torch.__version__, "commit": commit(),
-                                               "floor": floor, "rows": rows}, indent=1) + "\n")
+    if rows and rows[0]["operator"] == "cross entropy, labels":
+        (n, k, _, size), ours = rows[0]["case"], rows[0]["ours"]
+        floor = exponential_floor() * n * k * size * size
+        print(f"\nFirst row: {ours * 1e3:.1f} ms; its {n * k * size * size / 1e6:.1f} M exponentials alone, by torch.exp: "
+              f"{floor * 1e3:.1f} ms, ratio {ours / floor:.2f}")
+        rows.append({"operator": "exponentials of the first row", "ours": floor})
+    return rows
+
+
+def ids_table(args):
+    """(10,321,321) class ids of 21 classes, uint8; bincount of int64 is given int64, all else uint8."""
+    rows = []
+    print("| confusion matrix of ids | ours, ms | reference | bincount | bincount of int16 | numpy |\n|---|---|---|---|---|---|")
+    for name, side in (("ids in runs of 13 pixels", 24), ("ids of random pixels", 321)):
+        if args.only in name:
+            times = timed(ids_case(side), args.seconds)
+            rows.append({"operator": name, **times})
+            print(f"| {name} | {times['ours'] * 1e3:.2f} | " + " | ".join(f"{t / times['ours']:.1f}x" for name, t in times.items() if name != "ours") + " |",
+                  flush=True)
+    return rows
 
 
 def line(operator, case, dtype, times, memory):
@@ -187,9 +228,7 @@ def line(operator, case, dtype, times, memory):
     n, k, h, size = case
     row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], **times}
     for path in ("ours", "eager") if memory else ():
-        done = subprocess.run([sys.executable, __file__, "peak", "--of", json.dumps(case), operator, path],
-                              capture_output=True, text=True, check=True, env=os.environ | SMALL)
-        row[f"memory_{path}"] = int(done.stdout) / (4 * n * k * size * size)
+        row[f"memory_{path}"] = alone("peak", case, operator, path)[0] / (4 * n * k * size * size)
     cells = [f"{times[name] / times['ours']:.1f}x" if name in times else "" for name in ("reference", "eager", "numpy")]
     share = f"{100 * row['memory_ours']:.1f} / {100 * row['memory_eager']:.0f}" if memory else ""
     print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {times['ours'] * 1e3:.2f} | {' | '.join(cells)} | "
@@ -198,6 +237,10 @@ def line(operator, case, dtype, times, memory):
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux" and not TUNED.items() <= os.environ.items() and "peak" not in sys.argv:
+    if sys.argv[1:2] == ["peak"]:  # for `alone`
+        sys.exit(print(json.dumps(peak(*json.loads(sys.argv[2])))))
+    if sys.argv[1:2] == ["step_peak"]:
+        sys.exit(print(json.dumps(bench_step.step_peak(*json.loads(sys.argv[2]), growth))))
+    if sys.platform == "linux" and not TUNED.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
     launch(main, flags)

@@ -95,23 +95,6 @@ struct Cell {
   V a, down, right, both;
 };
 
-// Read the cells of vector v between the rows `top` and `bottom` (of Points::row) and their largest corner. Returns false where
-// they are not fit for `exponentials`: a corner is not finite, or an exponential could underflow and yet matter.
-inline bool read_cells(const float* top, const float* bottom, int K, int v, const Lanes& lanes, Cell* cells, V& largest) {
-  largest = splat(-INFINITY);
-  V floor = largest, steepest{}, broken{};
-  for (int k = 0; k < K; k++) {
-    const float *t = top + k * lanes.stride + v * LANES, *u = bottom + k * lanes.stride + v * LANES;
-    V a = load(t), b = load(t + 1), c = load(u), d = load(u + 1);
-    largest = max(max(max(a, b), max(c, d)), largest);
-    floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
-    steepest = max(max(abs(b - a), abs(d - c)), steepest);
-    broken += (a + b + c + d) * 0;  // 0, or NaN
-    cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
-  }
-  return all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
-}
-
 // A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
 struct Sums {
   V one, x, y, xy;
@@ -127,35 +110,85 @@ struct Sums {
   }
 };
 
-// The four corners as they are, in the order of the fields above: for what `read_cells` says is not fit.
-inline void read_corners(const float* top, const float* bottom, int K, int v, const Lanes& lanes, Cell* cells) {
-  for (int k = 0; k < K; k++) {
-    const float *t = top + k * lanes.stride + v * LANES, *u = bottom + k * lanes.stride + v * LANES;
-    cells[k] = {load(t), load(u), load(t + 1), load(u + 1)};
+// A thread's walk over cells, LANES of them at a time.
+struct Walk {
+  const Points& logits;
+  const Axis& y;
+  const Lanes& lanes;
+  const int K;
+  const float step;                // of the x axis
+  std::vector<float> top, bottom;  // the rows of points above and below
+  std::vector<Cell> cells;         // (K) where not fit the four corners as they are, in memory's order
+  bool fit = true;                 // for `exponentials`: the corners are finite, no exponential underflows that matters
+  V largest{};                     // corner
+
+  Walk(const Points& logits, const Axis& y, const Axis& x, const Lanes& lanes)
+      : logits(logits), y(y), lanes(lanes), K(logits.sizes[1]), step(x.step), top(K * lanes.stride), bottom(top), cells(K) {}
+
+  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: block(P, row, at) for each P
+  // pixels of an output row, the first being row `at` of the lanes' tables (P is an integral_constant, 1 where not fit); then
+  // end(x), x being the first cell.
+  template <class Block, class End>
+  void operator()(int64_t n, int64_t cell, const Block& block, const End& end) {
+    logits.row(n, cell, lanes, top.data());
+    logits.row(n, cell + 1, lanes, bottom.data());
+    for (int v = 0; v < lanes.vectors; v++) {
+      read(v * LANES);
+      for (int row = y.first[cell]; row < y.first[cell + 1]; row++)
+        for (int at = lanes.offset[v], last = at + lanes.most[v]; at < last;) {
+          const int left = fit ? last - at : 1;
+          if (left >= 8) block(std::integral_constant<int, 8>(), row, at), at += 8;
+          else if (left >= 4) block(std::integral_constant<int, 4>(), row, at), at += 4;
+          else if (left >= 2) block(std::integral_constant<int, 2>(), row, at), at += 2;
+          else block(std::integral_constant<int, 1>(), row, at), at += 1;
+        }
+      end(v * LANES);
+    }
   }
+
+ private:
+  void read(int x) {
+    V floor = largest = splat(-INFINITY), steepest{}, broken{};
+    for (int k = 0; k < K; k++) {
+      const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
+      V a = load(t), b = load(t + 1), c = load(u), d = load(u + 1);
+      largest = max(max(max(a, b), max(c, d)), largest);
+      floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
+      steepest = max(max(abs(b - a), abs(d - c)), steepest);
+      broken += (a + b + c + d) * 0;  // 0, or NaN
+      cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
+    }
+    fit = all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
+    for (int k = 0; k < K && !fit; k++) {
+      const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
+      cells[k] = {load(t), load(t + 1), load(u), load(u + 1)};
+    }
+  }
+};
+
+// The logit of a pixel in cells that are not fit, by ATen's formula.
+inline V exact(const Cell& corners, float fy, V fx) {
+  return (1 - fy) * ((1 - fx) * corners.a + fx * corners.down) + fy * ((1 - fx) * corners.right + fx * corners.both);
 }
 
-// The logits e[k] of one pixel of every cell of `read_corners`, by ATen's formula, the largest and its class: the lowest on a
-// tie, the first NaN where there is one.
-inline void exact(const Cell* corners, int K, float fy, V fx, V* e, V& top, I& arg) {
-  top = splat(-INFINITY), arg = I{};
-  for (int k = 0; k < K; k++) {
-    const Cell& c = corners[k];
-    e[k] = (1 - fy) * ((1 - fx) * c.a + fx * c.right) + fy * ((1 - fx) * c.down + fx * c.both);
-    I larger = (e[k] > top) | ((e[k] != e[k]) & (top == top));
-    top = larger ? e[k] : top, arg = larger ? k - I{} : arg;
-  }
-}
-
-// e[k*P + p] = exp(logit - shift) of class k at the p-th of P pixels in a row, at fx[p*LANES ...], and their sums over k.
+// e[k*P + p] = exp(logit - shift) of class k at the p-th of P pixels in a row, at fx[p*LANES ...], and their sums over k;
+// -> shift.
 template <int P>
-inline void exponentials(const Cell* cells, int K, float fy, const float* fx, float step, V shift, V* e, V* sums) {
+inline V exponentials(const Walk& walk, float fy, const float* fx, V* e, V* sums) {
   const V f = load(fx);
-  V total[P] = {};
-  for (int k = 0; k < K; k++, e += P) {
-    V right = LOG2E * (cells[k].right + fy * cells[k].both);
-    V now = exp2(LOG2E * (cells[k].a + fy * cells[k].down - shift) + f * right);
-    V m = P > 1 ? exp2_minus_1(step * right) : V{};
+  V total[P] = {}, shift = walk.largest;
+  if (P == 1 && !walk.fit) {
+    shift = splat(-INFINITY);
+    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.cells[k], fy, f), shift = max(e[k], shift);
+    for (int k = 0; k < walk.K; k++) e[k] = exp2(LOG2E * (e[k] - shift)), total[0] += e[k];
+    sums[0] = total[0];
+    return shift;
+  }
+  for (int k = 0; k < walk.K; k++, e += P) {
+    const Cell& c = walk.cells[k];
+    V right = LOG2E * (c.right + fy * c.both);
+    V now = exp2(LOG2E * (c.a + fy * c.down - shift) + f * right);
+    V m = P > 1 ? exp2_minus_1(walk.step * right) : V{};
     for (int p = 0; p < P; p++) {
       e[p] = now;
       total[p] += now;
@@ -163,19 +196,22 @@ inline void exponentials(const Cell* cells, int K, float fy, const float* fx, fl
     }
   }
   for (int p = 0; p < P; p++) sums[p] = total[p];
+  return shift;
 }
 
-// The largest logit of P pixels in a row and its class, the lowest on a tie.
+// The largest logit of P pixels in a row and its class: the lowest on a tie, the first NaN where there is one.
 template <int P>
-inline void argmax(const Cell* cells, int K, float fy, const float* fx, V* top, I* arg) {
+inline void argmax(const Walk& walk, float fy, const float* fx, V* top, I* arg) {
   V largest[P], f[P];
   I which[P] = {};
   for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), f[p] = load(fx + p * LANES);
-  for (int k = 0; k < K; k++) {
-    V a = cells[k].a + fy * cells[k].down, right = cells[k].right + fy * cells[k].both;
+  for (int k = 0; k < walk.K; k++) {
+    const Cell& c = walk.cells[k];
+    V a = c.a + fy * c.down, right = c.right + fy * c.both;
     for (int p = 0; p < P; p++) {
-      V logit = a + f[p] * right;
+      V logit = P > 1 || walk.fit ? a + f[p] * right : exact(c, fy, f[p]);
       I larger = logit > largest[p];
+      if (P == 1) larger |= (logit != logit) & (largest[p] == largest[p]);
       largest[p] = larger ? logit : largest[p];
       which[p] = larger ? k - I{} : which[p];
     }

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from csrc import autograd, build
+from csrc import autograd, build, checks
 
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
@@ -61,7 +61,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     loss: float32 scalar (float64 for float64 logits), 0 with zero gradient where no pixel counts. kept: int64 scalar,
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
-    size = _check_cross_entropy(logits, target, confidence, valid, size, divide)
+    size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
     if not _kernel(logits, logits.dtype):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
@@ -81,14 +81,25 @@ def upsample_softmax(logits, size, dtype=None, *, valid=None):
 
     Where valid (N,H,W) bool is False all K are 0, and so is their gradient.
     """
-    _floating(logits, "logits")
-    size = _check_size(size)
-    _check_valid(valid, (len(logits), *size), logits)
+    checks.floating(logits, "logits")
+    size = checks.size_of(size)
+    checks.valid_mask(valid, (len(logits), *size), logits)
     dtype = dtype or logits.dtype
     if not _kernel(logits, logits.dtype, dtype) or logits.shape[2:] == size:
         return upsample_softmax_reference(logits, size, dtype, valid=valid)
     return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size,
                                               dtype == torch.bfloat16)
+
+
+def upsample_argmax(logits, size):
+    """Class ids (N,H,W) uint8 of logits (N,K,h,w) upsampled to `size`: the most probable, the lowest class on a tie."""
+    checks.floating(logits, "logits")
+    size = checks.size_of(size)
+    if logits.shape[2:] == size:
+        return logits.max(1).indices.to(torch.uint8)  # two to five times faster than argmax
+    if not _kernel(logits, logits.dtype):
+        return upsample_argmax_reference(logits, size)
+    return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size)
 
 
 def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=None):
@@ -97,17 +108,14 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     prediction: (N,K,h,w) logits, upsampled to the target and argmaxed on the way, or (N,H,W) class ids with
     `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
     """
-    num_classes = _check_confusion(prediction, target, num_classes, out)
-    if not _kernel(target, prediction.dtype if prediction.is_floating_point() else torch.float32):
+    num_classes = checks.confusion(prediction, target, num_classes, out)
+    if prediction.is_floating_point():
+        prediction = upsample_argmax(prediction, target.shape[1:])
+    if not _kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
-    if prediction.shape[2:] == target.shape[1:]:
-        prediction = prediction.max(1).indices  # nothing to upsample; two to five times faster than argmax
     matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64)
     counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
-    if prediction.is_floating_point():
-        torch.ops.seg_ops.confusion_from_logits(prediction.detach(), target.contiguous(), ignore, counts)
-    else:
-        torch.ops.seg_ops.confusion_from_ids(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
+    torch.ops.seg_ops.confusion_matrix(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
 
@@ -132,7 +140,7 @@ def mean_iou(matrix, absent="exclude"):
 
 def masked_cross_entropy_reference(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None,
                                    ignore=255, divide="kept"):
-    size = _check_cross_entropy(logits, target, confidence, valid, size, divide)
+    size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
     k = logits.shape[1]
     upsampled = _upsample(logits, size)  # (N,K,H,W)
     bad = None
@@ -157,15 +165,20 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
 
 
 def upsample_softmax_reference(logits, size, dtype=None, *, valid=None):
-    _floating(logits, "logits")
-    probabilities = _upsample(logits, _check_size(size)).softmax(1).to(dtype or logits.dtype)
+    checks.floating(logits, "logits")
+    probabilities = _upsample(logits, checks.size_of(size)).softmax(1).to(dtype or logits.dtype)
     return probabilities if valid is None else probabilities * valid[:, None]
 
 
+def upsample_argmax_reference(logits, size):
+    checks.floating(logits, "logits")
+    return _upsample(logits, checks.size_of(size)).argmax(1).to(torch.uint8)
+
+
 def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=255, out=None):
-    num_classes = _check_confusion(prediction, target, num_classes, out)
+    num_classes = checks.confusion(prediction, target, num_classes, out)
     if prediction.is_floating_point():
-        prediction = _upsample(prediction, target.shape[-2:]).argmax(1)  # (N,H,W)
+        prediction = upsample_argmax_reference(prediction, target.shape[1:])
     cells = num_classes * num_classes
     counts = target != ignore
     truth, bad = _in_range(target, counts, num_classes, "target")
@@ -184,72 +197,6 @@ def _upsample(x, size):
     if x.shape[2:] == tuple(size):
         return x  # interpolation would multiply neighbours by 0, and infinite ones by that to NaN
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
-
-
-def _check_size(size):
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
-    return tuple(size)
-
-
-def _check_valid(valid, shape, like):
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != shape or valid.device != like.device):
-        raise ValueError(f"valid must be {tuple(shape)} bool on {like.device}, got {tuple(valid.shape)} {valid.dtype} on "
-                         f"{valid.device}")
-
-
-def _check_cross_entropy(logits, target, confidence, valid, size, divide):
-    _floating(logits, "logits")
-    if divide not in ("kept", "all"):
-        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
-    if target is None and size is None:
-        raise ValueError("size=(H,W) is needed where target is None")
-    if target is not None:
-        _integers(target, "target", logits)
-        if size is not None and tuple(size) != tuple(target.shape[-2:]):
-            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
-    size = _check_size(size if target is None else target.shape[-2:])
-    n = len(logits)
-    _check_valid(valid, (n, *size), logits)
-    if confidence is not None:
-        _floating(confidence, "confidence")
-        if confidence.shape[:2] != (n, 1) or confidence.device != logits.device:
-            raise ValueError(f"confidence must be ({n},1,a,b) on {logits.device}, got {tuple(confidence.shape)} on "
-                             f"{confidence.device}")
-    return size
-
-
-def _check_confusion(prediction, target, num_classes, out):
-    if prediction.is_floating_point():
-        _floating(prediction, "prediction")
-        if num_classes not in (None, prediction.shape[1]):
-            raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
-        num_classes = prediction.shape[1]
-    elif num_classes is None:
-        raise ValueError("num_classes is needed where prediction holds class ids")
-    else:
-        _integers(prediction, "prediction", target)
-        if prediction.shape != target.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    if not 1 <= num_classes <= 255:
-        raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
-    _integers(target, "target", prediction)
-    if out is not None and (out.shape != (num_classes, num_classes) or out.dtype != torch.int64 or out.device != target.device):
-        raise ValueError(f"out must be {(num_classes, num_classes)} int64 on {target.device}, got {tuple(out.shape)} "
-                         f"{out.dtype} on {out.device}")
-    return num_classes
-
-
-def _floating(x, name):
-    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape or x.shape[1] > 255:
-        raise ValueError(f"{name} must be (N,K,h,w) floating point with 1 <= K <= 255, got {tuple(x.shape)} {x.dtype}")
-
-
-def _integers(x, name, like):
-    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0] or 0 in x.shape:
-        raise ValueError(f"{name} must be ({like.shape[0]},H,W) uint8 or int64, got {tuple(x.shape)} {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, the other argument on {like.device}")
 
 
 def _in_range(x, counts, k, name):

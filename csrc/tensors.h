@@ -30,3 +30,17 @@ inline Tensor scalar(const Tensor& like, int64_t value) {
   *t.mutable_data_ptr<int64_t>() = value;
   return t;
 }
+
+// Rows of cells, `rows` in each picture, on all threads: each makes itself a job and calls job(picture, row). With two rounds
+// the even rows come first, then the odd ones, so that a job may also add to what is the next row's: no two threads meet, and
+// the bits do not depend on their number.
+template <class Make>
+void each_row(int64_t pictures, int64_t rows, int rounds, const Make& make) {
+  for (int round = 0; round < rounds; round++) {
+    const int64_t own = (rows + rounds - 1 - round) / rounds;
+    torch::stable::parallel_for(0, pictures * own, 1, [&](int64_t begin, int64_t end) {
+      auto job = make();
+      for (int64_t i = begin; i < end; i++) job(i / own, i % own * rounds + round);
+    });
+  }
+}

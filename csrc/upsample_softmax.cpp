@@ -6,78 +6,76 @@
 #include "tensors.h"
 
 namespace {
-// One row of pixels of one picture, all classes: (K,W) at `plane` elements from class to class.
+// P * LANES pixels of one row of pixels, all classes.
 template <class T>
 struct Row {
-  T* data;
+  T* data;            // (K,W), `plane` elements from class to class
   int64_t plane;
   const bool* valid;  // (W) or null
-  const int* column;  // of P * LANES pixels, `width` where there is none
+  const int* column;  // of the pixels, `width` where there is none
   int width;
 
-  bool there(int i) const { return column[i] < width && (!valid || valid[column[i]]); }
+  // 1 / sums, 0 where there is no pixel or it is not valid
+  template <int P>
+  void shares(const V* sums, V* share) const {
+    for (int i = 0; i < P * LANES; i++) {
+      const int x = column[i];
+      share[i / LANES][i % LANES] = x < width && (!valid || valid[x]) ? 1 : 0;
+    }
+    for (int p = 0; p < P; p++) share[p] = share[p] == 0 ? V{} : 1 / sums[p];
+  }
+
+  template <int P>
+  void put(int k, V* values) const {
+    T* out = data + k * plane;
+    if (dense<P>(column)) {
+      if constexpr (P == 8) interleave_8(values);
+      for (int p = 0; p < P; p++) store(out + column[0] + p * LANES, values[p]);
+      return;
+    }
+    T one[P * LANES];
+    for (int p = 0; p < P; p++) store(one + p * LANES, values[p]);
+    for (int i = 0; i < P * LANES; i++)
+      if (column[i] < width) out[column[i]] = one[i];
+  }
+
+  template <int P>
+  void get(int k, V* values) const {
+    const T* in = data + k * plane;
+    if (dense<P>(column)) {
+      for (int p = 0; p < P; p++) values[p] = load(in + column[0] + p * LANES);
+      if constexpr (P == 8) deinterleave_8(values);
+      return;
+    }
+    std::remove_const_t<T> one[P * LANES] = {};
+    for (int i = 0; i < P * LANES; i++)
+      if (column[i] < width) one[i] = in[column[i]];
+    for (int p = 0; p < P; p++) values[p] = load(one + p * LANES);
+  }
 };
 
-// The numerators e[k*P + p] of the softmax and their sums over k, for P pixels in LANES cells.
-template <int P>
-void numerators(const Cell* cells, int K, float fy, const float* fx, float step, bool fit, V shift, V* e,
-                V* sums) {
-  if (fit) return exponentials<P>(cells, K, fy, fx, step, shift, e, sums);
-  V top;
-  I arg;
-  exact(cells, K, fy, load(fx), e, top, arg);  // P is 1
-  sums[0] = V{};
-  for (int k = 0; k < K; k++) e[k] = exp2(LOG2E * (e[k] - top)), sums[0] += e[k];
-}
-
+// Probabilities from numerators `e` and their sums.
 template <int P, class T>
 void write(const Row<T>& row, int K, const V* e, const V* sums) {
   V share[P];
-  for (int i = 0; i < P * LANES; i++) share[i / LANES][i % LANES] = row.there(i) ? 1 : 0;
-  const bool side_by_side = dense<P>(row.column);
-  for (int p = 0; p < P; p++) share[p] = share[p] == 0 ? V{} : 1 / sums[p];
+  row.template shares<P>(sums, share);
   for (int k = 0; k < K; k++, e += P) {
-    T* out = row.data + k * row.plane;
     V probability[P];
     for (int p = 0; p < P; p++) probability[p] = share[p] == 0 ? V{} : e[p] * share[p];
-    if (side_by_side) {
-      if constexpr (P == 8) interleave_8(probability);
-      for (int p = 0; p < P; p++) store(out + row.column[0] + p * LANES, probability[p]);
-    } else {
-      for (int p = 0; p < P; p++) {
-        T values[LANES];
-        store(values, probability[p]);
-        for (int l = 0; l < LANES; l++)
-          if (row.column[p * LANES + l] < row.width) out[row.column[p * LANES + l]] = values[l];
-      }
-    }
+    row.template put<P>(k, probability);
   }
 }
 
-// grad of logit k: p_k * (g_k - sum of p_j * g_j); to the corners' sums.
+// grad of logit k: p_k * (g_k - sum of p_j * g_j); to the corners' sums. g: K * P of scratch.
 template <int P, class T>
 void read(const Row<T>& row, int K, const V* e, const V* sums, const float* fx, float fy, V* g, Sums* to) {
   V share[P], dot[P] = {}, f[P];
-  const bool side_by_side = dense<P>(row.column);
-  for (int i = 0; i < P * LANES; i++) share[i / LANES][i % LANES] = row.there(i) ? 1 : 0;
-  for (int p = 0; p < P; p++) share[p] = share[p] == 0 ? V{} : 1 / sums[p], f[p] = load(fx + p * LANES);
+  row.template shares<P>(sums, share);
   for (int k = 0; k < K; k++) {
-    const T* in = row.data + k * row.plane;
-    V* grad = g + k * P;
-    if (side_by_side) {
-      for (int p = 0; p < P; p++) grad[p] = load(in + row.column[0] + p * LANES);
-      if constexpr (P == 8) deinterleave_8(grad);
-    } else {
-      for (int p = 0; p < P; p++) {
-        T values[LANES] = {};
-        for (int l = 0; l < LANES; l++)
-          if (row.column[p * LANES + l] < row.width) values[l] = in[row.column[p * LANES + l]];
-        grad[p] = load(values);
-      }
-    }
-    for (int p = 0; p < P; p++) dot[p] += e[k * P + p] * grad[p];
+    row.template get<P>(k, g + k * P);
+    for (int p = 0; p < P; p++) dot[p] += e[k * P + p] * g[k * P + p];
   }
-  for (int p = 0; p < P; p++) dot[p] *= share[p];
+  for (int p = 0; p < P; p++) dot[p] *= share[p], f[p] = load(fx + p * LANES);
   for (int k = 0; k < K; k++) {
     V a{}, b{};
     for (int p = 0; p < P; p++) {
@@ -88,93 +86,110 @@ void read(const Row<T>& row, int K, const V* e, const V* sums, const float* fx, 
   }
 }
 
-// Forward writes probs, backward (grad not null) reads their gradient in `probs` and adds to `grad`, for cell row `cell`.
-struct Job {
+struct Problem {
   Points logits;
   Axis y, x;
   Lanes lanes;
-  const bool* valid;
-  float* grad;
+  const bool* valid;  // (N,H,W) or null
 
+  Problem(const Tensor& logits, const std::optional<Tensor>& valid, int64_t height, int64_t width)
+      : logits(points(logits)), y(logits.size(2), height), x(logits.size(3), width), lanes(x),
+        valid(valid ? valid->const_data_ptr<bool>() : nullptr) {}
   template <class T>
-  void run(T* probs, int64_t begin, int64_t end, int64_t stride, int64_t odd) const {
-    const int64_t K = logits.sizes[1], h = y.n, w = x.n, H = y.m, W = x.m, per_picture = (h + stride - 1 - odd) / stride;
-    std::vector<float> top(K * lanes.stride), bottom(top), grad_top(top), grad_bottom(top);
-    std::vector<Cell> cells(K);
-    std::vector<Sums> sums(K);
-    std::vector<V> e(K * PIXELS), g(grad ? K * PIXELS : 0);
-    for (int64_t i = begin; i < end; i++) {
-      const int64_t n = i / per_picture, cell = i % per_picture * stride + odd;
-      if (!y.count(cell)) continue;
-      logits.row(n, cell, lanes, top.data());
-      logits.row(n, cell + 1, lanes, bottom.data());
-      std::fill(grad_top.begin(), grad_top.end(), 0.f);
-      std::fill(grad_bottom.begin(), grad_bottom.end(), 0.f);
-      for (int v = 0; v < lanes.vectors; v++) {
-        V shift;
-        const bool fit = read_cells(top.data(), bottom.data(), K, v, lanes, cells.data(), shift);
-        if (!fit) read_corners(top.data(), bottom.data(), K, v, lanes, cells.data());
-        std::fill(sums.begin(), sums.end(), Sums{});
-        for (int row = y.first[cell]; row < y.first[cell + 1]; row++) {
-          for (int j = 0; j < lanes.most[v];) {
-            const int at = (lanes.offset[v] + j) * LANES, P = fit && lanes.most[v] - j >= PIXELS ? PIXELS : 1;
-            const float* fx = &lanes.frac[at];
-            Row<T> pixels{probs + n * K * H * W + row * W, H * W, valid ? valid + (n * H + row) * W : nullptr,
-                          &lanes.column[at], int(W)};
-            V total[PIXELS];
-            auto block = [&](auto size) {
-              constexpr int B = decltype(size)::value;
-              numerators<B>(cells.data(), K, y.frac[row], fx, x.step, fit, shift, e.data(), total);
-              if (grad) read<B>(pixels, K, e.data(), total, fx, y.frac[row], g.data(), sums.data());
-              else write<B>(pixels, K, e.data(), total);
-            };
-            if (P == PIXELS) block(std::integral_constant<int, PIXELS>());
-            else block(std::integral_constant<int, 1>());
-            j += P;
-          }
-        }
-        for (int k = 0, at = v * LANES; k < K && grad; k++, at += lanes.stride) sums[k].to_corners(&grad_top[at], &grad_bottom[at]);
-      }
-      if (!grad) continue;
-      add_row(grad_top.data(), lanes.stride, grad, n, K, h, w, cell);
-      add_row(grad_bottom.data(), lanes.stride, grad, n, K, h, w, cell + 1);
-    }
+  Row<T> row(T* data, int64_t plane, int64_t n, int row, int at) const {
+    return {data, plane, valid ? valid + (n * y.m + row) * x.m : nullptr, &lanes.column[at * LANES], x.m};
   }
 };
 
 template <class T>
-void forward(const Job& job, T* probs) {
-  torch::stable::parallel_for(0, job.logits.sizes[0] * job.y.n, 1,
-                              [&](int64_t begin, int64_t end) { job.run(probs, begin, end, 1, 0); });
+void forward(const Problem& problem, T* probs) {
+  const int64_t K = problem.logits.sizes[1], W = problem.x.m, plane = problem.y.m * W;
+  each_row(problem.logits.sizes[0], problem.y.n, 1, [&] {
+    return [&, walk = Walk(problem.logits, problem.y, problem.x, problem.lanes), e = std::vector<V>(K * PIXELS)](
+               int64_t n, int64_t cell) mutable {
+      walk(n, cell, [&](auto P, int row, int at) {
+        V sums[P];
+        exponentials<P>(walk, problem.y.frac[row], &problem.lanes.frac[at * LANES], e.data(), sums);
+        write<P>(problem.row(probs + n * K * plane + row * W, plane, n, row, at), K, e.data(), sums);
+      }, [](int) {});
+    };
+  });
 }
+
+// The gradient of the probabilities as it lies in memory.
+template <class T>
+struct Upstream {
+  const T* data;
+  int64_t strides[4];
+};
 
 template <class T>
-void backward(const Job& job, T* probs) {
-  for (int64_t odd = 0; odd < 2; odd++)
-    torch::stable::parallel_for(0, job.logits.sizes[0] * ((job.y.n + 1 - odd) / 2), 1,
-                                [&](int64_t begin, int64_t end) { job.run(probs, begin, end, 2, odd); });
-}
+struct Backward {
+  const Problem& problem;
+  const Upstream<T>& upstream;
+  float* grad;  // (N,K,h,w)
+  Walk walk;
+  std::vector<float> grad_top, grad_bottom;
+  std::vector<Sums> sums;
+  std::vector<V> e, g;
+  std::vector<T> copy;  // (rows,K,W) of a row of cells, where a row of pixels is not contiguous
 
-Job job(const Tensor& logits, const std::optional<Tensor>& valid, int64_t height, int64_t width, float* grad) {
-  Axis x(logits.size(3), width);
-  return {points(logits), Axis(logits.size(2), height), x, Lanes(x), valid ? valid->const_data_ptr<bool>() : nullptr, grad};
+  Backward(const Problem& p, const Upstream<T>& upstream, float* grad)
+      : problem(p), upstream(upstream), grad(grad), walk(p.logits, p.y, p.x, p.lanes), grad_top(walk.top), grad_bottom(walk.top),
+        sums(walk.K), e(walk.K * PIXELS), g(e) {}
+
+  void operator()(int64_t n, int64_t cell) {
+    const int K = walk.K, W = problem.x.m, first = problem.y.first[cell], rows = problem.y.count(cell);
+    const int64_t* s = upstream.strides;
+    const T* in = upstream.data + n * s[0] + first * s[2];
+    if (!rows) return;
+    if (s[3] != 1) {
+      copy.resize(int64_t(rows) * K * W);
+      for (int64_t row = 0; row < rows; row++)
+        for (int64_t x = 0; x < W; x++)
+          for (int64_t k = 0; k < K; k++) copy[(row * K + k) * W + x] = in[row * s[2] + x * s[3] + k * s[1]];
+    }
+    std::fill(grad_top.begin(), grad_top.end(), 0.f);
+    std::fill(grad_bottom.begin(), grad_bottom.end(), 0.f);
+    walk(n, cell, [&](auto P, int row, int at) {
+      V total[P];
+      const float* fx = &problem.lanes.frac[at * LANES];
+      const float fy = problem.y.frac[row];
+      exponentials<P>(walk, fy, fx, e.data(), total);
+      const int64_t y = row - first;
+      const T* pixels = s[3] == 1 ? in + y * s[2] : &copy[y * K * W];
+      read<P>(problem.row(pixels, s[3] == 1 ? s[1] : W, n, row, at), K, e.data(), total, fx, fy, g.data(), sums.data());
+    }, [&](int x) {
+      for (int k = 0, at = x; k < K; k++, at += problem.lanes.stride) sums[k].to_corners(&grad_top[at], &grad_bottom[at]);
+      std::fill(sums.begin(), sums.end(), Sums{});
+    });
+    add_row(grad_top.data(), problem.lanes.stride, grad, n, K, problem.y.n, problem.x.n, cell);
+    add_row(grad_bottom.data(), problem.lanes.stride, grad, n, K, problem.y.n, problem.x.n, cell + 1);
+  }
+};
+
+template <class T>
+void backward(const Problem& problem, const Tensor& upstream, float* grad) {
+  Upstream<T> in{static_cast<const T*>(upstream.data_ptr()), {}};
+  for (int i = 0; i < 4; i++) in.strides[i] = upstream.stride(i);
+  each_row(problem.logits.sizes[0], problem.y.n, 2, [&] { return Backward<T>(problem, in, grad); });
 }
 
 Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t height, int64_t width, bool bf16) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), height, width},
                                         bf16 ? ScalarType::BFloat16 : ScalarType::Float);
-  Job j = job(logits, valid, height, width, nullptr);
-  if (bf16) forward(j, static_cast<uint16_t*>(out.data_ptr()));
-  else forward(j, out.mutable_data_ptr<float>());
+  const Problem problem(logits, valid, height, width);
+  if (bf16) forward(problem, static_cast<uint16_t*>(out.data_ptr()));
+  else forward(problem, out.mutable_data_ptr<float>());
   return out;
 }
 
-// grad (N,K,H,W), contiguous -> (N,K,h,w) float32
+// grad (N,K,H,W) float32 or bfloat16, any strides -> (N,K,h,w) float32
 Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tensor> valid) {
   Tensor out = torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float);
-  Job j = job(logits, valid, grad.size(2), grad.size(3), out.mutable_data_ptr<float>());
-  if (grad.scalar_type() == ScalarType::BFloat16) backward(j, static_cast<uint16_t*>(grad.data_ptr()));
-  else backward(j, static_cast<float*>(grad.data_ptr()));
+  const Problem problem(logits, valid, grad.size(2), grad.size(3));
+  if (grad.scalar_type() == ScalarType::BFloat16) backward<uint16_t>(problem, grad, out.mutable_data_ptr<float>());
+  else backward<float>(problem, grad, out.mutable_data_ptr<float>());
   return out;
 }
 }  // namespace

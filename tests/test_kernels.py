@@ -84,6 +84,8 @@ def test_upsample_softmax(shape, dtype):
 def test_confusion_matrix(shape, dtype):
     logits, target, *_ = inputs(*shape)
     logits = logits.to(dtype)
+    ids = ops.upsample_argmax(logits, shape[4:])
+    assert torch.equal(ids, ops.upsample_argmax_reference(logits.double(), shape[4:])) and ids.dtype == torch.uint8
     exact = ops.confusion_matrix_reference(logits.double(), target)
     assert torch.equal(ops.confusion_matrix(logits, target), exact)
     out = torch.ones_like(exact)
@@ -95,6 +97,20 @@ def test_confusion_matrix(shape, dtype):
             assert torch.equal(ops.confusion_matrix(a, b, k), exact)
     out = torch.ones(2 * k, k, dtype=torch.int64)[::2]  # not contiguous
     assert ops.confusion_matrix(guess, target, k, out=out) is out and torch.equal(out, exact + 1)
+
+
+@pytest.mark.parametrize("pixels", [1, 31, 32, 63, 65, 1023, 1024, 1025, 3000, 100_001])
+@pytest.mark.parametrize("longest", [1, 4, 50, 3000])
+def test_confusion_matrix_of_runs(pixels, longest):
+    """Runs of ids of any length, that end in both inputs at will, over the ends of blocks and of chunks."""
+    g = torch.Generator().manual_seed(pixels)
+    runs = 4 * pixels // longest + 4
+    for k, ignore in [(2, 255), (21, 255), (21, 0), (255, 0)]:
+        guess, target = (torch.repeat_interleave(torch.randint(0, k, (runs,), generator=g), torch.randint(
+            1, longest + 1, (runs,), generator=g))[:pixels].view(1, 1, pixels) for _ in range(2))
+        target[torch.rand(target.shape, generator=g) < 0.1 / longest] = ignore
+        exact = ops.confusion_matrix_reference(guess, target, k, ignore=ignore)
+        assert torch.equal(ops.confusion_matrix(guess.to(torch.uint8), target.to(torch.uint8), k, ignore=ignore), exact)
 
 
 @pytest.mark.parametrize("k", range(2, 256, 11))
@@ -240,9 +256,9 @@ def test_opcheck():
     same = inputs(1, 4, 9, 9, 9, 9)[0].requires_grad_()
     torch.library.opcheck(seg.plain_cross_entropy, (same, target, confidence, valid, 0.0, 255, False))
     torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, False))
-    torch.library.opcheck(seg.confusion_from_logits, (logits.detach(), target, 255, torch.zeros(4, 4, dtype=torch.int64)))
+    torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9))
     ids = target.clamp(max=3)
-    torch.library.opcheck(seg.confusion_from_ids, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
+    torch.library.opcheck(seg.confusion_matrix, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
 
 
 def test_compiles():

@@ -1,0 +1,81 @@
+"""Time and peak memory of the trainings' steps and of evaluation, kernels against references: `bench.py step`.
+
+The scripts themselves run, on pictures loaded beforehand, and change path from step to step. Memory is what a step adds to what
+the process holds between steps (weights, momentum, libraries), at the most.
+"""
+import contextlib
+import importlib
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from unittest.mock import patch
+
+import common
+import data
+from csrc import ops
+
+PATHS = ("kernel", "reference")
+STEP = "--backbone resnet18 --init none --crop 321 --batch-size 4 --split 0.5 --workers 0 --gpu -1"
+
+
+def train(name, iters, around_step, around_evaluation):
+    """Run a training, on pictures loaded beforehand, with each step in the context around_step(n), and evaluation, iters / 4
+    times, in around_evaluation(n)."""
+    script = importlib.import_module(name)
+    steps, batches, evaluate = common.Run.steps, data.batches, script.evaluate
+
+    def watched_steps(run, done):
+        for step in steps(run, done):
+            with around_step(step):
+                yield step
+
+    def watched_evaluate(*args):
+        for i in range(iters // 4):
+            with around_evaluation(i):
+                result = evaluate(*args)
+        return result
+
+    with (patch.object(common.Run, "steps", watched_steps), patch.object(script, "evaluate", watched_evaluate),
+          patch.object(data, "batches", lambda *args: itertools.cycle(list(itertools.islice(batches(*args), 4)))),
+          tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr)):
+        script.main(script.flags().parse_args([*STEP.split(), "--iters", str(iters), "--eval-every", "1000", "--out", out]))
+
+
+def step_times(script, iters):
+    """{"step": {path: median seconds}, "evaluation": {...}}, the paths in turn"""
+    times = {what: {path: [] for path in PATHS} for what in ("step", "evaluation")}
+
+    @contextlib.contextmanager
+    def timed(what, i):
+        with patch.object(ops, "_choose", lambda: PATHS[i % 2]):
+            began = time.perf_counter()
+            yield
+            times[what][PATHS[i % 2]].append(time.perf_counter() - began)
+
+    train(script, iters, lambda i: timed("step", i), lambda i: timed("evaluation", i))
+    return {what: {path: statistics.median(t[what == "step":]) for path, t in of.items()} for what, of in times.items()}
+
+
+def step_peak(script, growth):
+    """Bytes that a step and an evaluation add to what is held between steps: [step, evaluation]"""
+    found = []
+    train(script, 4, lambda i: growth(found) if i == 3 else contextlib.nullcontext(), lambda i: growth(found))
+    return found
+
+
+def table(args, alone):
+    print(f"`{STEP}`\n\n| script | | kernels, s | references, s | kernels / references | memory, MB | references, MB | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    rows = []
+    for script in ("train_base", "train_adv", "train_semi"):
+        if args.only not in script:
+            continue
+        memory = {path: alone("step_peak", script, path=path) for path in PATHS}
+        for i, (what, times) in enumerate(step_times(script, args.iters).items()):
+            rows.append({"script": script, "what": what, **times, "memory": {path: m[i] for path, m in memory.items()}})
+            ours, theirs = (memory[path][i] / 1e6 for path in PATHS)
+            print(f"| {script} | {what} | {times['kernel']:.3f} | {times['reference']:.3f} | "
+                  f"{times['kernel'] / times['reference']:.2f} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
+    return rows
