@@ -31,7 +31,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 # slower: with the paper's rate it has won by step 60 (CamVid: `loss_d` 0.04), and hardly an unlabelled pixel is trusted.
 VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4,
                     d_lr=1e-4, d_smooth=0.0, lam_semi=0.1)
-SHAPES_DEFAULTS = dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=7e-3,
+SHAPES_DEFAULTS = dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3,
                        d_lr=3e-5, d_smooth=0.1, lam_semi=0.5, eval_every=160)
 
 

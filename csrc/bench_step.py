@@ -1,7 +1,7 @@
 """Time and peak memory of the trainings' steps and of evaluation, kernels against references: `bench.py step`.
 
-The scripts themselves run, on pictures loaded beforehand, and change path from step to step. Memory is what a step adds to what
-the process holds between steps (weights, momentum, libraries), at the most.
+The scripts themselves run, on noise of VOC's 21 classes that is loaded beforehand, and change path from step to step. Memory is
+what a step adds to what the process holds between steps (weights, momentum, libraries), at the most.
 """
 import contextlib
 import importlib
@@ -10,7 +10,11 @@ import statistics
 import sys
 import tempfile
 import time
+from pathlib import Path
 from unittest.mock import patch
+
+import numpy as np
+from PIL import Image
 
 import common
 import data
@@ -18,6 +22,19 @@ from csrc import ops
 
 PATHS = ("kernel", "reference")
 STEP = "--backbone resnet18 --init none --crop 321 --batch-size 4 --split 0.5 --workers 0 --gpu -1"
+
+
+def noise(root, pictures=8, width=500, height=375):
+    """A set in VOC layout: labels in blocks."""
+    g, ids = np.random.default_rng(0), [str(i) for i in range(pictures)]
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for i in ids:
+        label = np.kron(g.integers(0, 21, (height // 25, width // 25)), np.ones((25, 25))).astype(np.uint8)
+        Image.fromarray(g.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"JPEGImages/{i}.jpg")
+        Image.fromarray(label).save(root / f"SegmentationClassAug/{i}.png")
+    for name in ("train_aug", "val"):
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))
 
 
 def train(name, iters, around_step, around_evaluation):
@@ -39,8 +56,10 @@ def train(name, iters, around_step, around_evaluation):
 
     with (patch.object(common.Run, "steps", watched_steps), patch.object(script, "evaluate", watched_evaluate),
           patch.object(data, "batches", lambda *args: itertools.cycle(list(itertools.islice(batches(*args), 4)))),
-          tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(sys.stderr)):
-        script.main(script.flags().parse_args([*STEP.split(), "--iters", str(iters), "--eval-every", "1000", "--out", out]))
+          tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr)):
+        noise(Path(folder) / "data")
+        script.main(script.flags().parse_args([*STEP.split(), "--iters", str(iters), "--eval-every", "1000",
+                                               "--data", f"{folder}/data", "--out", f"{folder}/out"]))
 
 
 def step_times(script, iters):

@@ -139,7 +139,6 @@ struct Walk {
           const int left = fit ? last - at : 1;
           if (left >= 8) block(std::integral_constant<int, 8>(), row, at), at += 8;
           else if (left >= 4) block(std::integral_constant<int, 4>(), row, at), at += 4;
-          else if (left >= 2) block(std::integral_constant<int, 2>(), row, at), at += 2;
           else block(std::integral_constant<int, 1>(), row, at), at += 1;
         }
       end(v * LANES);

@@ -11,20 +11,21 @@ constexpr int AHEAD = 256;               // pixels by which memory is read ahead
 constexpr int ROWS = 4;                  // of pixels a job, side by side in memory: few blocks are not full
 
 template <class T>
-inline V read(const T* logits, int n) {
+inline V read(const T* logits, bool full, int n) {
   __builtin_prefetch(logits + AHEAD);
-  return load_some(logits, n);
+  return full ? load(logits) : load_some(logits, n);
 }
 
 // The log of the denominator and the label of the first n of BLOCK pixels; -> their loss.
 template <class T, bool ARGMAX>
 V forward(const T* logits, int64_t plane, int K, int n, const int32_t* codes, float* lse, uint8_t* labels, V* scratch) {
+  const bool full = n == BLOCK;
   V top[P], sums[P] = {}, loss{};
   I which[P] = {};
   for (int p = 0; p < P; p++) top[p] = splat(-INFINITY);
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) {
-      V logit = scratch[k * P + p] = read(logits + k * plane + p * LANES, n - p * LANES);
+      V logit = scratch[k * P + p] = read(logits + k * plane + p * LANES, full, n - p * LANES);
       I larger = logit > top[p];
       top[p] = larger ? logit : top[p];
       if (ARGMAX) which[p] = larger ? k - I{} : which[p];
@@ -49,6 +50,7 @@ V forward(const T* logits, int64_t plane, int K, int n, const int32_t* codes, fl
 
 template <class T>
 void backward(const T* logits, T* grad, int64_t plane, int K, int n, const float* lse, const uint8_t* labels, float share) {
+  const bool full = n == BLOCK;
   V all[P], scale[P];
   I label[P];
   for (int p = 0; p < P; p++) {
@@ -63,9 +65,11 @@ void backward(const T* logits, T* grad, int64_t plane, int K, int n, const float
   for (int k = 0; k < K; k++)
     for (int p = 0; p < P; p++) {
       const int64_t at = k * plane + p * LANES;
-      V e = exp2(LOG2E * (read(logits + at, n - p * LANES) - all[p]));
+      V e = exp2(LOG2E * (read(logits + at, full, n - p * LANES) - all[p]));
       V g = (e - (label[p] == k ? splat(1) : V{})) * scale[p];
-      store_some(grad + at, n - p * LANES, scale[p] == 0 ? V{} : g);
+      g = scale[p] == 0 ? V{} : g;
+      if (full) store(grad + at, g);
+      else store_some(grad + at, n - p * LANES, g);
     }
 }
 

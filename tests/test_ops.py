@@ -40,6 +40,15 @@ def loss_of(logits, target, confidence, valid, threshold, size, divide):
     return total / max(1, kept if divide == "kept" else everything), kept
 
 
+def test_upsample_argmax_is_its_definition():
+    logits = np.random.RandomState(0).randn(2, 4, 3, 4)
+    for size in ((9, 13), (3, 4)):
+        want = np.stack([upsample(x, size).argmax(0) for x in logits])
+        for dtype in (torch.float64, torch.float32):
+            ids = ops.upsample_argmax(torch.from_numpy(logits).to(dtype), size)
+            assert ids.dtype == torch.uint8 and np.array_equal(ids.numpy(), want)
+
+
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("divide", ["kept", "all"])
