@@ -1,5 +1,6 @@
 """What torch.compile and autograd must know of the C++ operators: shapes of results, gradients."""
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def register():
@@ -13,6 +14,7 @@ def register():
         ctx.dtype = inputs[0].dtype
         ctx.save_for_backward(output[2])
 
+    @once_differentiable
     def scale_gradient(ctx, upstream, *_):
         return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
 
@@ -32,6 +34,7 @@ def register():
     def keep_logits(ctx, inputs, output):
         ctx.save_for_backward(inputs[0], *output[2:])
 
+    @once_differentiable
     def compute_gradient(ctx, upstream, *_):
         logits, share, lse, labels = ctx.saved_tensors
         return torch.ops.seg_ops.plain_cross_entropy_backward(upstream * share, logits, lse, labels), *[None] * 6
@@ -49,6 +52,7 @@ def register():
     def keep_inputs(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2])
 
+    @once_differentiable
     def to_low_resolution(ctx, grad):
         logits, valid = ctx.saved_tensors
         down = torch.ops.seg_ops.upsample_softmax_backward(grad, logits, valid)

@@ -4,9 +4,8 @@
     python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, kernels against references, about 5 minutes
 
 The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16; malloc keeps its memory,
-so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in which
-what is short is called for 5 ms.
-A step is the script's own, with pictures loaded beforehand. Peak memory is of a process of its own.
+so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in
+which what is short is called for 5 ms. Peak memory is of a process of its own.
 """
 import contextlib
 import ctypes
@@ -194,8 +193,8 @@ def main(args):
 
 
 def operator_table(args):
-    print("| operator | input | dtype | ours, ms | reference | best eager | numpy | extra memory, ours / eager, % |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| operator | input | dtype | ours, ms | reference | best eager | extra memory, ours / eager, % |")
+    print("|---|---|---|---|---|---|---|")
     rows = []
     for case in [*SIZES, PLAIN]:
         for dtype in (torch.float32, torch.bfloat16):
@@ -212,14 +211,14 @@ def operator_table(args):
 
 def ids_table(args):
     """(10,321,321) class ids of 21 classes, uint8; bincount of int64 is given int64, all else uint8."""
-    rows = []
-    print("| confusion matrix of ids | ours, ms | reference | bincount | bincount of int16 | numpy |\n|---|---|---|---|---|---|")
+    ways, rows = ("reference", "bincount", "bincount of int16", "numpy"), []
+    print(f"\n| confusion matrix of ids | ours, ms | {' | '.join(ways)} |\n|---|---|---|---|---|---|")
     for name, side in (("ids in runs of 13 pixels", 24), ("ids of random pixels", 321)):
         if args.only in name:
             times = timed(ids_case(side), args.seconds)
             rows.append({"operator": name, **times})
-            print(f"| {name} | {times['ours'] * 1e3:.2f} | " + " | ".join(f"{t / times['ours']:.1f}x" for name, t in times.items() if name != "ours") + " |",
-                  flush=True)
+            ratios = " | ".join(f"{times[way] / times['ours']:.1f}x" for way in ways)
+            print(f"| {name} | {times['ours'] * 1e3:.2f} | {ratios} |", flush=True)
     return rows
 
 
@@ -229,7 +228,7 @@ def line(operator, case, dtype, times, memory):
     row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], **times}
     for path in ("ours", "eager") if memory else ():
         row[f"memory_{path}"] = alone("peak", case, operator, path)[0] / (4 * n * k * size * size)
-    cells = [f"{times[name] / times['ours']:.1f}x" if name in times else "" for name in ("reference", "eager", "numpy")]
+    cells = [f"{times[name] / times['ours']:.1f}x" if name in times else "" for name in ("reference", "eager")]
     share = f"{100 * row['memory_ours']:.1f} / {100 * row['memory_eager']:.0f}" if memory else ""
     print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {times['ours'] * 1e3:.2f} | {' | '.join(cells)} | "
           f"{share} |", flush=True)

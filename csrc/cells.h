@@ -50,10 +50,11 @@ struct Lanes {
   }
 };
 
-// Whether P * LANES pixels with these columns lie side by side, so that `interleave_8` puts them in memory's order.
+// Whether P * LANES pixels with these columns lie side by side, so that `interleave_8` puts them in memory's order; `width`
+// stands for a missing one.
 template <int P>
-inline bool dense(const int* column) {
-  return P == 8 && column[P * LANES - 1] - column[0] == P * LANES - 1;
+inline bool dense(const int* column, int width) {
+  return P == 8 && column[P * LANES - 1] < width && column[P * LANES - 1] - column[0] == P * LANES - 1;
 }
 
 // Add the padded `rows` to row y of grad (N,K,h,w).
@@ -94,6 +95,9 @@ struct Points {
 struct Cell {
   V a, down, right, both;
 };
+struct Quad {  // its points
+  V top_left, top_right, bottom_left, bottom_right;
+};
 
 // A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
 struct Sums {
@@ -118,15 +122,16 @@ struct Walk {
   const int K;
   const float step;                // of the x axis
   std::vector<float> top, bottom;  // the rows of points above and below
-  std::vector<Cell> cells;         // (K) where not fit the four corners as they are, in memory's order
-  bool fit = true;                 // for `exponentials`: the corners are finite, no exponential underflows that matters
-  V largest{};                     // corner
+  std::vector<Cell> cells;         // (K)
+  std::vector<Quad> quads;         // (K), read only where the cells are not smooth
+  bool smooth = true;              // for exponentials by recurrence: finite, and none underflows that matters
+  V largest{};                     // point
 
   Walk(const Points& logits, const Axis& y, const Axis& x, const Lanes& lanes)
-      : logits(logits), y(y), lanes(lanes), K(logits.sizes[1]), step(x.step), top(K * lanes.stride), bottom(top), cells(K) {}
+      : logits(logits), y(y), lanes(lanes), K(logits.sizes[1]), step(x.step), top(K * lanes.stride), bottom(top), cells(K), quads(K) {}
 
   // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: block(P, row, at) for each P
-  // pixels of an output row, the first being row `at` of the lanes' tables (P is an integral_constant, 1 where not fit); then
+  // pixels of an output row, the first being row `at` of the lanes' tables (P is an integral_constant, 1 where not smooth); then
   // end(x), x being the first cell.
   template <class Block, class End>
   void operator()(int64_t n, int64_t cell, const Block& block, const End& end) {
@@ -136,9 +141,9 @@ struct Walk {
       read(v * LANES);
       for (int row = y.first[cell]; row < y.first[cell + 1]; row++)
         for (int at = lanes.offset[v], last = at + lanes.most[v]; at < last;) {
-          const int left = fit ? last - at : 1;
-          if (left >= 8) block(std::integral_constant<int, 8>(), row, at), at += 8;
-          else if (left >= 4) block(std::integral_constant<int, 4>(), row, at), at += 4;
+          const int rest = smooth ? last - at : 1;
+          if (rest >= 8) block(std::integral_constant<int, 8>(), row, at), at += 8;
+          else if (rest >= 4) block(std::integral_constant<int, 4>(), row, at), at += 4;
           else block(std::integral_constant<int, 1>(), row, at), at += 1;
         }
       end(v * LANES);
@@ -157,17 +162,19 @@ struct Walk {
       broken += (a + b + c + d) * 0;  // 0, or NaN
       cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    fit = all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
-    for (int k = 0; k < K && !fit; k++) {
+    smooth = all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
+    // a step that falls by 4 costs e^4 roundings in the next pixel; with two or three pixels a cell there is no recurrence
+    smooth &= step > 0.5f || all(step * steepest < 4);
+    for (int k = 0; k < K && !smooth; k++) {
       const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
-      cells[k] = {load(t), load(t + 1), load(u), load(u + 1)};
+      quads[k] = {load(t), load(t + 1), load(u), load(u + 1)};
     }
   }
 };
 
-// The logit of a pixel in cells that are not fit, by ATen's formula.
-inline V exact(const Cell& corners, float fy, V fx) {
-  return (1 - fy) * ((1 - fx) * corners.a + fx * corners.down) + fy * ((1 - fx) * corners.right + fx * corners.both);
+// The logit of a pixel in cells that are not smooth, by ATen's formula.
+inline V exact(const Quad& q, float fy, V fx) {
+  return (1 - fy) * ((1 - fx) * q.top_left + fx * q.top_right) + fy * ((1 - fx) * q.bottom_left + fx * q.bottom_right);
 }
 
 // e[k*P + p] = exp(logit - shift) of class k at the p-th of P pixels in a row, at fx[p*LANES ...], and their sums over k;
@@ -176,9 +183,9 @@ template <int P>
 inline V exponentials(const Walk& walk, float fy, const float* fx, V* e, V* sums) {
   const V f = load(fx);
   V total[P] = {}, shift = walk.largest;
-  if (P == 1 && !walk.fit) {
+  if (P == 1 && !walk.smooth) {
     shift = splat(-INFINITY);
-    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.cells[k], fy, f), shift = max(e[k], shift);
+    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.quads[k], fy, f), shift = max(e[k], shift);
     for (int k = 0; k < walk.K; k++) e[k] = exp2(LOG2E * (e[k] - shift)), total[0] += e[k];
     sums[0] = total[0];
     return shift;
@@ -208,7 +215,7 @@ inline void argmax(const Walk& walk, float fy, const float* fx, V* top, I* arg) 
     const Cell& c = walk.cells[k];
     V a = c.a + fy * c.down, right = c.right + fy * c.both;
     for (int p = 0; p < P; p++) {
-      V logit = P > 1 || walk.fit ? a + f[p] * right : exact(c, fy, f[p]);
+      V logit = P > 1 || walk.smooth ? a + f[p] * right : exact(walk.quads[k], fy, f[p]);
       I larger = logit > largest[p];
       if (P == 1) larger |= (logit != logit) & (largest[p] == largest[p]);
       largest[p] = larger ? logit : largest[p];

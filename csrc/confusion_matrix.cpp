@@ -101,13 +101,12 @@ struct Ids {
 };
 
 [[noreturn]] void complain(const Ids& guess, const Ids& truth, int64_t pixels, int64_t K, int64_t ignore) {
-  auto out_of_range = [&](int64_t id) { return id < 0 || id >= K; };
-  int64_t i = 0;
-  while (truth.at(i) == ignore || !(out_of_range(truth.at(i)) || out_of_range(guess.at(i)))) i++;
-  const bool of_truth = out_of_range(truth.at(i));
-  throw std::invalid_argument(std::string(of_truth ? "target" : "prediction") + " holds " +
-                              std::to_string(of_truth ? truth.at(i) : guess.at(i)) + ", outside 0.." + std::to_string(K - 1) +
-                              " and not ignored");
+  for (const Ids* ids : {&truth, &guess})
+    for (int64_t i = 0; i < pixels; i++)
+      if (truth.at(i) != ignore && (ids->at(i) < 0 || ids->at(i) >= K))
+        throw std::invalid_argument((ids == &truth ? "target holds " : "prediction holds ") + std::to_string(ids->at(i)) +
+                                    ", outside 0.." + std::to_string(K - 1) + " and not ignored");
+  throw std::logic_error("no id is out of range");
 }
 
 // Adds to `out` (K,K); throws std::invalid_argument where an id is out of range.

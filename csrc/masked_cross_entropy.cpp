@@ -69,7 +69,7 @@ struct Job {
     const int* column = &problem.lanes.column[at * LANES];
     const float* fx = &problem.lanes.frac[at * LANES];
     I code[P], counts[P], any{};
-    if (dense<P>(column)) {
+    if (dense<P>(column, problem.x.m)) {
       std::memcpy(code, row + column[0], sizeof code);
       if constexpr (P == 8) deinterleave_8(code);
     } else {
@@ -79,35 +79,36 @@ struct Job {
     for (int p = 0; p < P; p++) counts[p] = code[p] != K, any |= counts[p];
     if (all(any == 0)) return;
 
-    V loss{}, all[P], top[P], one[P], x[P];  // all: the softmax's denominators
+    V loss{}, denominator[P], top[P], one[P], x[P];  // of the softmax
     I arg[P];
-    const V shift = exponentials<P>(walk, fy, fx, e.data(), all);
+    const V shift = exponentials<P>(walk, fy, fx, e.data(), denominator);
     if (ARGMAX) argmax<P>(walk, fy, fx, top, arg);
-    for (int k = 0; k < K && !walk.fit; k++) e[k] = counts[0] ? e[k] : V{};  // a NaN that does not count
+    for (int k = 0; k < K && !walk.smooth; k++) e[k] = counts[0] ? e[k] : V{};  // a NaN that does not count
     for (int p = 0; p < P; p++) {
       if (ARGMAX) code[p] = counts[p] ? arg[p] : code[p];
       if (ARGMAX) loss += counts[p] ? shift - top[p] : V{};
-      one[p] = counts[p] ? 1 / all[p] : V{};
+      one[p] = counts[p] ? 1 / denominator[p] : V{};
       x[p] = one[p] * load(fx + p * LANES);
-      all[p] = counts[p] ? all[p] : splat(1);
+      denominator[p] = counts[p] ? denominator[p] : splat(1);
     }
     constexpr int PAIR = P > 1 ? 2 : 1;  // one logarithm for two: a sum is at least e^-40
-    for (int p = 0; p < P; p += PAIR) loss += LN2 * log2(PAIR == 2 ? all[p] * all[p + PAIR - 1] : all[p]);
+    for (int p = 0; p < P; p += PAIR) loss += LN2 * log2(PAIR == 2 ? denominator[p] * denominator[p + 1 % PAIR] : denominator[p]);
     count_labels<P>(code, fx);
     for (int k = 0; k < K; k++) {
       float *own_one = &label_one[k * LANES], *own_x = &label_x[k * LANES];
       V a = load(own_one), b = load(own_x);
       store(own_one, V{}), store(own_x, V{});
       const Cell& c = walk.cells[k];
-      if (!ARGMAX && walk.fit) loss += a * (c.a + fy * c.down - shift) + b * (c.right + fy * c.both);
-      if (!ARGMAX && !walk.fit) loss += a != 0 ? shift - exact(c, fy, load(fx)) : V{};
+      if (!ARGMAX && walk.smooth) loss += a * (c.a + fy * c.down - shift) + b * (c.right + fy * c.both);
+      if (!ARGMAX && !walk.smooth) loss += a != 0 ? shift - exact(walk.quads[k], fy, load(fx)) : V{};
       for (int p = 0; p < P; p++) a += one[p] * e[k * P + p], b += x[p] * e[k * P + p];
       sums[k].add(a, b, fy);
     }
     total += __builtin_convertvector(loss, D);
   }
 
-  // Take a pixel's 1 and its fx from those of its label: most pixels of a cell's row have one label.
+  // Take a pixel's 1 and its fx from those of its label: most pixels of a cell's row have one label. Label K, a row that nobody
+  // reads, is that of the pixels that do not count.
   template <int P>
   void count_labels(const I* code, const float* fx) {
     int32_t codes[P * LANES];

@@ -47,13 +47,19 @@ def _kernel(x, *dtypes):
     return in_use() == "kernel" and x.device.type == "cpu" and all(d in (torch.float32, torch.bfloat16) for d in dtypes)
 
 
+def _kernel_resizes(logits, size, *dtypes):
+    # where one axis keeps its size PyTorch does not interpolate along it: an infinite neighbour times 0 would be NaN
+    return _kernel(logits, logits.dtype, *dtypes) and all(a != b for a, b in zip(logits.shape[2:], size))
+
+
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
                          divide="kept"):
     """Cross entropy of upsampled logits over the pixels that count -> (loss, kept).
 
     logits      (N,K,h,w) at any resolution; the only input that gets a gradient
     target      (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, lowest class on a tie
-    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not
+    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not (the
+                kernels compare logits, so that no sigmoid rounds to the threshold)
     valid       (N,H,W) bool, False on padding
     size        (H,W), needed without target
     divide      "kept": by the pixels counted; "all": by all that are valid and not `ignore`
@@ -62,12 +68,13 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
     size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    if not _kernel(logits, logits.dtype):
+    same = logits.shape[2:] == size
+    if not (_kernel(logits, logits.dtype) if same else _kernel_resizes(logits, size)):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     confidence = confidence if confidence is None else confidence.float()
-    if logits.shape[2:] == size:
+    if same:
         loss, kept, *_ = torch.ops.seg_ops.plain_cross_entropy(logits.contiguous(), target, confidence, valid,
                                                                _logit(threshold), ignore, divide == "all")
     else:
@@ -85,7 +92,7 @@ def upsample_softmax(logits, size, dtype=None, *, valid=None):
     size = checks.size_of(size)
     checks.valid_mask(valid, (len(logits), *size), logits)
     dtype = dtype or logits.dtype
-    if not _kernel(logits, logits.dtype, dtype) or logits.shape[2:] == size:
+    if not _kernel_resizes(logits, size, dtype):
         return upsample_softmax_reference(logits, size, dtype, valid=valid)
     return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size,
                                               dtype == torch.bfloat16)
@@ -97,7 +104,7 @@ def upsample_argmax(logits, size):
     size = checks.size_of(size)
     if logits.shape[2:] == size:
         return logits.max(1).indices.to(torch.uint8)  # two to five times faster than argmax
-    if not _kernel(logits, logits.dtype):
+    if not _kernel_resizes(logits, size):
         return upsample_argmax_reference(logits, size)
     return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size)
 
@@ -166,8 +173,12 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
 
 def upsample_softmax_reference(logits, size, dtype=None, *, valid=None):
     checks.floating(logits, "logits")
-    probabilities = _upsample(logits, checks.size_of(size)).softmax(1).to(dtype or logits.dtype)
-    return probabilities if valid is None else probabilities * valid[:, None]
+    upsampled = _upsample(logits, checks.size_of(size))
+    if valid is None:
+        return upsampled.softmax(1).to(dtype or logits.dtype)
+    zero = upsampled.new_zeros(())  # before and after: a NaN that is not valid must reach neither the result nor the gradient
+    probabilities = upsampled.where(valid[:, None], zero).softmax(1)
+    return probabilities.where(valid[:, None], zero).to(dtype or logits.dtype)
 
 
 def upsample_argmax_reference(logits, size):

@@ -9,7 +9,7 @@ namespace {
 template <int P>
 void put(const int* column, int width, I* ids, uint8_t* to) {
   if constexpr (P == 8) {
-    if (dense<P>(column)) {
+    if (dense<P>(column, width)) {
       interleave_8(ids);
       for (int p = 0; p < P; p++) {
         const U8 bytes = __builtin_convertvector(ids[p], U8);

@@ -28,7 +28,7 @@ struct Row {
   template <int P>
   void put(int k, V* values) const {
     T* out = data + k * plane;
-    if (dense<P>(column)) {
+    if (dense<P>(column, width)) {
       if constexpr (P == 8) interleave_8(values);
       for (int p = 0; p < P; p++) store(out + column[0] + p * LANES, values[p]);
       return;
@@ -42,7 +42,7 @@ struct Row {
   template <int P>
   void get(int k, V* values) const {
     const T* in = data + k * plane;
-    if (dense<P>(column)) {
+    if (dense<P>(column, width)) {
       for (int p = 0; p < P; p++) values[p] = load(in + column[0] + p * LANES);
       if constexpr (P == 8) deinterleave_8(values);
       return;

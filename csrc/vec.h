@@ -124,8 +124,7 @@ inline V scale(V y, V n) {
 #ifdef __AVX512F__
   return _mm512_scalef_ps(y, n);
 #else
-  n = max(n, splat(-126));
-  I bits = (__builtin_convertvector(n, I) + 127) << 23;
+  I bits = (__builtin_convertvector(max(n, splat(-127)), I) + 127) << 23;
   V power;
   std::memcpy(&power, &bits, sizeof bits);
   return y * power;

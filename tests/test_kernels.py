@@ -1,4 +1,6 @@
 """The C++ operators against the float64 reference: at most twice the error of the float32 one, on every kind of input."""
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="t
 # N, K, h, w, H, W
 SHAPES = [(2, 21, 41, 41, 321, 321), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 5, 6, 33, 41),
           (1, 7, 9, 9, 5, 3), (1, 19, 3, 70, 17, 553), (2, 4, 33, 47, 33, 47), (1, 6, 2, 3, 3, 40), (3, 11, 9, 9, 129, 129),
-          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1)]
+          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 5, 3, 5, 9, 63), (2, 5, 3, 3, 9, 31),
+          (1, 4, 3, 4, 9, 4)]
 
 
 def inputs(n, k, h, w, height, width, scale=3.0, ignored=0.3, seed=0):
@@ -140,6 +143,16 @@ def test_second_backward_is_the_same():
         assert torch.equal(first, second) and first.abs().max() > 0
 
 
+def test_a_second_derivative_is_refused():
+    logits, target, *_ = inputs(1, 5, 4, 4, 25, 25)
+    logits.requires_grad_()
+    for y in (ops.masked_cross_entropy(logits, target)[0], ops.upsample_softmax(logits, (25, 25)).square().sum(),
+              ops.masked_cross_entropy(logits, target[:, :4, :4])[0]):
+        first, = torch.autograd.grad(y * y, logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
+            first.sum().backward()
+
+
 def layouts(x):
     """The same numbers with other strides; the last one is expanded, where every picture is the first."""
     n, k, h, w = x.shape
@@ -176,7 +189,7 @@ def test_ties_go_to_the_lowest_class():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
+@pytest.mark.parametrize("size", [(33, 33), (5, 5), (33, 5), (5, 33)])
 def test_not_finite(bad, size):
     """NaN where eager PyTorch on the counted pixels gives NaN; a pixel that does not count changes nothing."""
     logits, target, *_ = inputs(1, 6, 5, 5, *size, ignored=0)
@@ -190,6 +203,9 @@ def test_not_finite(bad, size):
         eager, ours = (f(broken, size) for f in (ops.upsample_softmax_reference, ops.upsample_softmax))
         torch.testing.assert_close(ours, eager, equal_nan=True)
         assert torch.equal(ops.confusion_matrix(broken, target), ops.confusion_matrix_reference(broken, target))
+        nothing = torch.zeros(1, *size, dtype=torch.bool)
+        for f in (ops.upsample_softmax_reference, ops.upsample_softmax):
+            assert all((x == 0).all() for x in both_ways(f, broken, size, valid=nothing, upstream=torch.ones(1, 6, *size)))
         touched = F.interpolate(broken, size, mode="bilinear", align_corners=True).isfinite().all(1).logical_not()
         far = target.masked_fill(touched, 255)
         ours, clean = (both_ways(ops.masked_cross_entropy, x, far) for x in (broken, logits))
@@ -199,9 +215,11 @@ def test_not_finite(bad, size):
 
 def test_steep_logits():
     """Falls of hundreds within a cell, where an exponential underflows on the way."""
-    for scale in (30, 100, 1000):
-        logits, target, *_ = inputs(1, 6, 4, 4, 25, 25, scale=scale)
-        for kw in (dict(target=target), dict(size=(25, 25))):
+    for scale, size in itertools.product((5, 10, 30, 100, 1000), ((25, 25), (13, 13), (14, 11))):
+        logits, target, *_ = inputs(1, 6, 4, 4, *size, scale=scale)
+        close([ops.upsample_softmax(logits, size)], [ops.upsample_softmax_reference(logits, size)],
+              [ops.upsample_softmax_reference(logits.double(), size)], floor=4e-6)
+        for kw in (dict(target=target), dict(size=size)):
             close(both_ways(ops.masked_cross_entropy, logits, **kw),
                   both_ways(ops.masked_cross_entropy_reference, logits, **kw),
                   both_ways(ops.masked_cross_entropy_reference, logits.double(), **kw), floor=4e-6)
