@@ -42,7 +42,7 @@ def announce(data, gpu):
     else:
         device = torch.device("cpu")
     try:
-        path = ops.in_use() + build.note
+        path = ops.in_use(device.type) + build.note
     except ValueError as e:
         raise InputError(str(e)) from None
     print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}; ops {path}",
@@ -117,7 +117,7 @@ class Run:
                     f.rename(aside / f.name)
                 tqdm.write(f"{self.out} holds a run: its files are now in {aside}")
         facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
-                 "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use()}
+                 "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use(self.device.type)}
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
         replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
         self.write_log()

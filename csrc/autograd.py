@@ -42,8 +42,8 @@ def register():
     torch.library.register_autograd("seg_ops::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
 
     @torch.library.register_fake("seg_ops::upsample_softmax")
-    def _(logits, valid, height, width, bf16):
-        return logits.new_empty((*logits.shape[:2], height, width), dtype=torch.bfloat16 if bf16 else torch.float32)
+    def _(logits, valid, height, width, dtype):
+        return logits.new_empty((*logits.shape[:2], height, width), dtype=dtype)
 
     @torch.library.register_fake("seg_ops::upsample_softmax_backward")
     def _(grad, logits, valid):
@@ -64,4 +64,5 @@ def register():
     def _(logits, height, width):
         return logits.new_empty((len(logits), height, width), dtype=torch.uint8)
 
-    torch.library.register_fake("seg_ops::confusion_matrix", lambda *_: None)
+    for name in ("confusion_matrix", "confusion_of_logits"):
+        torch.library.register_fake(f"seg_ops::{name}", lambda *_: None)

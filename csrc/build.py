@@ -12,12 +12,18 @@ import platform
 import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from csrc import autograd
+
 HERE = Path(__file__).parent
 note = ""  # of a build in this process, for the first line of a run
+SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh")}
+INCLUDE = [Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"]  # what pip brings, and a toolkit may lack
+CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020e000000000000"]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020e000000000000",
          *os.environ.get("SEG_OPS_CFLAGS", "").split()]
 
@@ -31,31 +37,58 @@ def cpu():
         return platform.processor() + platform.machine()
 
 
-def folder():
-    """Where the binary for these sources and this CPU is, or will be."""
-    key = hashlib.sha256("\n".join([*FLAGS, cpu(), platform.system()]).encode())
-    for file in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")]):
-        key.update(file.read_bytes())
+def folder(device="cpu"):
+    """Where the binary of a device for these sources and this machine is, or will be."""
+    flags = [*FLAGS, cpu()] if device == "cpu" else [*CUDA_FLAGS, *architectures(), str(cuda_home())]
+    key = hashlib.sha256("\n".join([*flags, platform.system()]).encode())
+    for pattern in SOURCES[device]:
+        for file in sorted(HERE.glob(pattern)):
+            key.update(file.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root) / f"seg_ops_{key.hexdigest()[:16]}"
+    return Path(root) / f"seg_ops_{'cuda_' if device == 'cuda' else ''}{key.hexdigest()[:16]}"
 
 
-def load():
-    """Make torch.ops.seg_ops.* callable. Errors: RuntimeError with one line that says why it cannot."""
-    place = folder()
+def cuda_home():
+    """The CUDA toolkit: $CUDA_HOME, the one pip installs, the usual place, or where nvcc is; None where there is none."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), Path(torch.__file__).parents[1] / "nvidia" / "cu13", "/usr/local/cuda",
+              nvcc and Path(nvcc).resolve().parents[1]]
+    return next((Path(place) for place in places if place and (Path(place) / "bin" / "nvcc").exists()), None)
+
+
+def architectures():
+    """As in "9.0": those of TORCH_CUDA_ARCH_LIST, or of the GPUs that are there."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    return given or sorted({"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())})
+
+
+def load(device="cpu"):
+    """Make torch.ops.seg_ops.* callable on "cpu" or "cuda". Errors: RuntimeError with one line that says why it cannot."""
+    if device == "cuda":
+        load()  # defines the operators
+    place = folder(device)
     try:
         place.mkdir(parents=True, exist_ok=True)
         if not (place / "ready").exists():
-            build(place)
+            build(place, device)
         torch.ops.load_library(place / "seg_ops.so")
     except OSError as e:
         raise RuntimeError(f"{place}: {str(e).splitlines()[0]}") from None
+    if device == "cpu":
+        register()
 
 
-def build(place):
+@cache
+def register():
+    autograd.register()
+
+
+def build(place, device="cpu"):
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler):
         raise RuntimeError(f"no C++ compiler: {compiler}")
+    if device == "cuda" and not cuda_home():
+        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc]==13.0.*"')
     with open(place / "building", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the system when its process dies
         if (place / "ready").exists():
@@ -68,13 +101,22 @@ def build(place):
         from torch.utils import cpp_extension
         # ninja is beside python in an environment that was not activated
         os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        more = dict(extra_ldflags=[f for f in FLAGS if f.startswith("-fsanitize")])
+        if device == "cuda":
+            cpp_extension.CUDA_HOME = str(cuda_home())  # torch's guess takes a wrapper on the PATH for the toolkit
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
+            more = dict(extra_cuda_cflags=CUDA_FLAGS, extra_include_paths=[str(p) for p in INCLUDE if p.exists()],
+                        extra_ldflags=[f"-L{place}"])
+            runtime = next(INCLUDE[0].parent.glob("lib/libcudart.so*"), None)  # pip's has a version in its name
+            if runtime and not (place / "libcudart.so").exists():
+                (place / "libcudart.so").symlink_to(runtime)
         try:
-            cpp_extension.load("seg_ops", [str(f) for f in sorted(HERE.glob("*.cpp"))], extra_cflags=FLAGS,
-                               extra_ldflags=[f for f in FLAGS if f.startswith("-fsanitize")],
-                               build_directory=str(place), is_python_module=False)
-        except RuntimeError as e:
+            sources = [str(f) for f in sorted(HERE.glob(SOURCES[device][0]))]
+            cpp_extension.load("seg_ops", sources, extra_cflags=FLAGS, build_directory=str(place), is_python_module=False,
+                               **more)
+        except (RuntimeError, OSError) as e:
             errors = [line for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
             raise RuntimeError(f"the build in {place} failed: {errors[0]}") from None
         (place / "ready").touch()
         global note
-        note = f", built in {time.monotonic() - began:.0f} s"
+        note += f", built in {time.monotonic() - began:.0f} s"

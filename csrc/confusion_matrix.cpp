@@ -134,7 +134,4 @@ void confusion_matrix(Tensor prediction, Tensor target, int64_t K, int64_t ignor
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) {
-  m.def("confusion_matrix(Tensor prediction, Tensor target, int num_classes, int ignore, Tensor(a!) out) -> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) { m.impl("confusion_matrix", TORCH_BOX(&confusion_matrix)); }

@@ -151,8 +151,4 @@ std::tuple<Tensor, Tensor, Tensor> masked_cross_entropy(Tensor logits, std::opti
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) {
-  m.def("masked_cross_entropy(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, int height, "
-        "int width, int ignore, bool divide_all) -> (Tensor, Tensor, Tensor)");
-}
 STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) { m.impl("masked_cross_entropy", TORCH_BOX(&masked_cross_entropy)); }

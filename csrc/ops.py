@@ -13,43 +13,45 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from csrc import autograd, build, checks
+from csrc import build, checks
 
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
 
 @torch.compiler.assume_constant_result
-def in_use():
-    """The path that float32 and bfloat16 tensors on the CPU take: "kernel", or "reference" with the reason behind it.
+def in_use(device="cpu"):
+    """The path that tensors on "cpu" or "cuda" take: "kernel", or "reference" with the reason behind it.
 
-    Builds the kernels on the first call. Errors: ValueError where SEG_OPS is wrong, or asks for kernels that do not build.
+    Kernels take float32 and bfloat16, on CUDA float16 too. Builds them on the first call. Errors: ValueError where SEG_OPS is
+    wrong, or asks for kernels that do not build.
     """
-    return _choose()
+    return _choose(device)
 
 
 @cache
-def _choose():
+def _choose(device="cpu"):
     if SEG_OPS not in ("auto", "reference", "kernel"):
         raise ValueError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
-    if SEG_OPS == "reference":
+    if SEG_OPS == "reference" or device not in ("cpu", "cuda"):
         return "reference"
     try:
-        build.load()
+        build.load(device)
     except RuntimeError as e:
         if SEG_OPS == "kernel":
             raise ValueError(f"SEG_OPS=kernel: {e}; mend that, or use SEG_OPS=reference") from None
         return f"reference ({e})"
-    autograd.register()
     return "kernel"
 
 
 def _kernel(x, *dtypes):
-    return in_use() == "kernel" and x.device.type == "cpu" and all(d in (torch.float32, torch.bfloat16) for d in dtypes)
+    device = x.device.type
+    known = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
+    return in_use(device) == "kernel" and all(d in known for d in dtypes)
 
 
 def _kernel_resizes(logits, size, *dtypes):
     # where one axis keeps its size PyTorch does not interpolate along it: an infinite neighbour times 0 would be NaN
-    return _kernel(logits, logits.dtype, *dtypes) and all(a != b for a, b in zip(logits.shape[2:], size))
+    return all(a != b for a, b in zip(logits.shape[2:], size)) and _kernel(logits, logits.dtype, *dtypes)
 
 
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
@@ -68,7 +70,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
     size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    same = logits.shape[2:] == size
+    same = logits.shape[2:] == size and logits.device.type == "cpu"
     if not (_kernel(logits, logits.dtype) if same else _kernel_resizes(logits, size)):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
@@ -94,8 +96,7 @@ def upsample_softmax(logits, size, dtype=None, *, valid=None):
     dtype = dtype or logits.dtype
     if not _kernel_resizes(logits, size, dtype):
         return upsample_softmax_reference(logits, size, dtype, valid=valid)
-    return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size,
-                                              dtype == torch.bfloat16)
+    return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size, dtype)
 
 
 def upsample_argmax(logits, size):
@@ -116,13 +117,17 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
     """
     num_classes = checks.confusion(prediction, target, num_classes, out)
-    if prediction.is_floating_point():
-        prediction = upsample_argmax(prediction, target.shape[1:])
+    on_the_way = prediction.is_floating_point() and prediction.is_cuda and _kernel_resizes(prediction, target.shape[1:])
+    if prediction.is_floating_point() and not on_the_way:
+        prediction = upsample_argmax(prediction, target.shape[1:])  # a byte a pixel
     if not _kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
-    matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
-    torch.ops.seg_ops.confusion_matrix(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
+    if on_the_way:
+        torch.ops.seg_ops.confusion_of_logits(prediction.detach(), target.contiguous(), ignore, counts)
+    else:
+        torch.ops.seg_ops.confusion_matrix(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
 

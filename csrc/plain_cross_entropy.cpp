@@ -141,11 +141,6 @@ Tensor plain_cross_entropy_backward(Tensor upstream, Tensor logits, Tensor denom
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) {
-  m.def("plain_cross_entropy(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, int ignore, "
-        "bool divide_all) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("plain_cross_entropy_backward(Tensor upstream, Tensor logits, Tensor lse, Tensor labels) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) {
   m.impl("plain_cross_entropy", TORCH_BOX(&plain_cross_entropy));
   m.impl("plain_cross_entropy_backward", TORCH_BOX(&plain_cross_entropy_backward));

@@ -42,5 +42,4 @@ Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) { m.def("upsample_argmax(Tensor logits, int height, int width) -> Tensor"); }
 STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) { m.impl("upsample_argmax", TORCH_BOX(&upsample_argmax)); }

@@ -175,11 +175,10 @@ void backward(const Problem& problem, const Tensor& upstream, float* grad) {
   each_row(problem.logits.sizes[0], problem.y.n, 2, [&] { return Backward<T>(problem, in, grad); });
 }
 
-Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t height, int64_t width, bool bf16) {
-  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), height, width},
-                                        bf16 ? ScalarType::BFloat16 : ScalarType::Float);
+Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t height, int64_t width, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), height, width}, dtype);
   const Problem problem(logits, valid, height, width);
-  if (bf16) forward(problem, static_cast<uint16_t*>(out.data_ptr()));
+  if (dtype == ScalarType::BFloat16) forward(problem, static_cast<uint16_t*>(out.data_ptr()));
   else forward(problem, out.mutable_data_ptr<float>());
   return out;
 }
@@ -194,10 +193,6 @@ Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tenso
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seg_ops, m) {
-  m.def("upsample_softmax(Tensor logits, Tensor? valid, int height, int width, bool bf16) -> Tensor");
-  m.def("upsample_softmax_backward(Tensor grad, Tensor logits, Tensor? valid) -> Tensor");
-}
 STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) {
   m.impl("upsample_softmax", TORCH_BOX(&upsample_softmax));
   m.impl("upsample_softmax_backward", TORCH_BOX(&upsample_softmax_backward));

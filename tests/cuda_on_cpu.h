@@ -1,0 +1,292 @@
+// Runs CUDA kernels on the CPU: `g++ -x c++ -include tests/cuda_on_cpu.h kernel.cu`. For tests only.
+//
+// A CUDA thread is a fiber; one runs until it waits for others (barrier, shuffle, ballot). Who goes on next is drawn from
+// cuda_on_cpu_seed(n): each block puts its warps in a random order of priority, so that one runs ahead to a barrier while another
+// has not begun, which finds barriers that are missing before a read or after one. Shared memory is poisoned with NaN before
+// each block. A barrier that not all threads of a block reach is an error, as is a shuffle without a lane of its mask.
+//
+// With -fsanitize=thread, but without its library, GCC calls the __tsan_* functions at the end for every access to memory. They
+// are ours: they find two threads of a launch that touch the same bytes with no barrier between them, one of them writing and not
+// both by atomics, and count the 32-byte sectors of global memory that launches touch.
+// It says nothing of the GPU's memory model or speed.
+#pragma once
+#define CUDA_ON_CPU
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#ifndef SEG_OPS_LIBRARY
+#define SEG_OPS_LIBRARY cuda_on_cpu
+#endif
+#define SEG_OPS_DEVICE CPU
+#define UNWATCHED __attribute__((no_sanitize("thread")))
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 blockIdx, blockDim, gridDim;
+
+namespace on_cpu {
+constexpr size_t STACK = 1 << 16;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  dim3 index;
+  int number;                         // in the block
+  const char* waits = nullptr;        // for what: "barrier", "shuffle", ...; null where it can go on
+  int line = 0;                       // of the call that waits
+  unsigned mask = 0;                  // of lanes that it waits for
+  uint64_t value = 0, received[32];   // what it gave to its warp, and what the lanes of `mask` gave
+  bool done = false;
+};
+inline std::vector<Fiber> fibers;
+inline Fiber* running = nullptr;
+inline ucontext_t scheduler;
+inline std::function<void()> body;  // what a thread does
+inline std::vector<char> shared;
+inline int seed = 0;
+inline std::mt19937 dice;
+inline int epoch = 0;      // counts the barriers of a launch, over all blocks
+inline std::string error;  // of the first thing that went wrong
+inline bool watching = false;  // what memory is touched: only in a thread's own code
+
+UNWATCHED inline void fail(const std::string& what) {
+  if (error.empty())
+    error = what + " in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
+}
+UNWATCHED inline void wait(const char* what, int line, unsigned mask, uint64_t value) {
+  watching = false;
+  Fiber& me = *running;
+  me.waits = what, me.line = line, me.mask = mask, me.value = value;
+  swapcontext(&me.context, &scheduler);
+  watching = true;
+}
+UNWATCHED inline void enter() {
+  watching = true;
+  body();
+  watching = false;
+  running->done = true;
+  swapcontext(&running->context, &scheduler);
+}
+// Let the lanes of a warp go on that all wait at one place and have exchanged their values; -> whether there were any.
+UNWATCHED inline bool exchange(Fiber* warp, int lanes) {
+  for (int i = 0; i < lanes; i++) {
+    Fiber& f = warp[i];
+    if (f.done || !f.waits || !f.mask) continue;
+    bool all = true;
+    for (int j = 0; j < 32; j++)
+      if (f.mask >> j & 1) all &= j < lanes && !warp[j].done && warp[j].waits == f.waits && warp[j].line == f.line && warp[j].mask == f.mask;
+    if (!all) continue;
+    for (int j = 0; j < lanes; j++)
+      if (f.mask >> j & 1)
+        for (int l = 0; l < lanes; l++) warp[j].received[l] = warp[l].value;
+    const unsigned mask = f.mask;
+    for (int j = 0; j < lanes; j++)
+      if (mask >> j & 1) warp[j].waits = nullptr;
+    return true;
+  }
+  return false;
+}
+UNWATCHED inline void run_block(int threads) {
+  std::vector<int> warps((threads + 31) / 32), lanes(32);
+  for (size_t i = 0; i < warps.size(); i++) warps[i] = i;
+  for (int i = 0; i < 32; i++) lanes[i] = i;
+  std::shuffle(warps.begin(), warps.end(), dice);
+  const uint32_t poison = 0x7fdead00;
+  for (size_t i = 0; i + 4 <= shared.size(); i += 4) std::memcpy(&shared[i], &poison, 4);
+  for (int i = 0; i < threads; i++) {
+    Fiber& f = fibers[i];
+    f.number = i, f.done = false, f.waits = nullptr;
+    f.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = STACK, f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  for (;;) {
+    bool moved = false;
+    for (int w : warps) {  // the first warp that can go on, as far as it can
+      const int first = w * 32, size = std::min(32, threads - first);
+      std::shuffle(lanes.begin(), lanes.end(), dice);
+      do {
+        for (int lane : lanes) {
+          if (lane >= size) continue;
+          Fiber& f = fibers[first + lane];
+          if (f.done || f.waits) continue;
+          moved = true, running = &f;
+          swapcontext(&scheduler, &f.context);
+        }
+      } while (exchange(&fibers[first], size));
+      if (moved) break;
+    }
+    if (moved) continue;
+    int done = 0, at_barrier = 0, line = 0, lines = 0;
+    for (int i = 0; i < threads; i++) {
+      const Fiber& f = fibers[i];
+      done += f.done;
+      if (!f.done && f.mask) return fail(std::string(f.waits) + " in line " + std::to_string(f.line) + " without a lane of its mask");
+      if (f.done) continue;
+      at_barrier++, lines += f.line != line, line = f.line;
+    }
+    if (done == threads) return;
+    if (done || lines > 1) return fail("not all threads reach the barrier in line " + std::to_string(line));
+    epoch++;
+    for (int i = 0; i < threads; i++) fibers[i].waits = nullptr;
+  }
+}
+
+template <class T>
+UNWATCHED uint64_t bits(T value) { uint64_t b = 0; static_assert(sizeof value <= 8); std::memcpy(&b, &value, sizeof value); return b; }
+template <class T>
+UNWATCHED T from_bits(uint64_t b) { T value; std::memcpy(&value, &b, sizeof value); return value; }
+template <class T>
+UNWATCHED T shuffle(const char* what, int line, unsigned mask, T value, int lane) {
+  wait(what, line, mask, bits(value));
+  return from_bits<T>(running->received[lane & 31]);
+}
+UNWATCHED inline unsigned ballot(int line, unsigned mask, bool value) {
+  wait("ballot", line, mask, value);
+  unsigned result = 0;
+  for (int i = 0; i < 32; i++)
+    if (mask >> i & 1) result |= unsigned(running->received[i]) << i;
+  return result;
+}
+
+// What -fsanitize=thread shows of a byte.
+struct Byte {
+  int writer = -1, write_block = -1, write_epoch = -1, reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
+  bool atomic = false;                                                                                // the write was
+};
+inline std::unordered_map<uintptr_t, Byte> bytes;
+inline std::unordered_set<uintptr_t> sectors;
+inline uintptr_t main_stack = 0;
+
+UNWATCHED inline bool within(uintptr_t at, const void* begin, size_t size) {
+  return at >= uintptr_t(begin) && at < uintptr_t(begin) + size;
+}
+UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic) {
+  if (within(at, running->stack.get(), STACK) || within(at, fibers.data(), fibers.size() * sizeof(Fiber)) || (at > main_stack - (1 << 20) && at < main_stack + (8 << 20))) return;
+  const bool of_block = within(at, shared.data(), shared.size());
+  if (!of_block)
+    for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s);
+  const int me = running->number, block = of_block ? 0 : (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  for (uintptr_t b = at; b < at + size; b++) {
+    Byte& byte = bytes[b];
+    const bool after_write = byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
+    const bool after_read = byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
+    if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
+      fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
+           (after_write ? "wrote" : "read"));
+    if (write) byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic;
+    else byte.reader = byte.read_block == block && byte.read_epoch == epoch && byte.reader != me ? -2 : me,
+         byte.read_block = block, byte.read_epoch = epoch;
+  }
+}
+template <class F>
+UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
+  dice.seed(seed);
+  if (fibers.size() < size_t(threads)) fibers = std::vector<Fiber>(threads);
+  gridDim = grid, blockDim = dim3(threads), body = f, error.clear();
+  shared.assign(shared_bytes, 0);
+  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  for (size_t i = 0; i < order.size(); i++) order[i] = i;
+  std::shuffle(order.begin(), order.end(), dice);
+  bytes.clear(), main_stack = uintptr_t(&order);
+  for (unsigned i : order) {
+    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), epoch++;
+    run_block(threads);
+    if (!error.empty()) break;
+  }
+  if (!error.empty()) throw std::runtime_error("cuda_on_cpu: " + error);
+}
+
+UNWATCHED inline void watch(const void* address, int size, bool write, bool atomic = false) {
+  if (!watching) return;
+  watching = false;  // what `look` calls is watched as well
+  look(uintptr_t(address), size, write, atomic);
+  watching = true;
+}
+template <class T, class F>
+UNWATCHED T atomic(T* at, const F& f) {
+  watch(at, sizeof(T), true, true);
+  T old;
+  std::memcpy(&old, at, sizeof old);
+  const T now = f(old);
+  std::memcpy(at, &now, sizeof now);
+  return old;
+}
+}  // namespace on_cpu
+
+template <class T>
+UNWATCHED T atomicAdd(T* at, T value) { return on_cpu::atomic(at, [&](T old) { return T(old + value); }); }
+template <class T>
+UNWATCHED T atomicOr(T* at, T value) { return on_cpu::atomic(at, [&](T old) { return T(old | value); }); }
+
+#define threadIdx (on_cpu::running->index)
+#define __syncthreads() on_cpu::wait("barrier", __LINE__, 0, 0)
+#define __syncwarp() on_cpu::wait("syncwarp", __LINE__, 0xffffffffu, 0)
+#define __shfl_sync(mask, value, lane) on_cpu::shuffle("shuffle", __LINE__, mask, value, lane)
+#define __shfl_xor_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number ^ (x))
+#define __shfl_down_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number + (x))
+#define __ballot_sync(mask, value) on_cpu::ballot(__LINE__, mask, value)
+template <class T>
+T* shared_memory() { return reinterpret_cast<T*>(on_cpu::shared.data()); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdividef(float a, float b) { return a / b; }
+using std::max;
+using std::min;
+
+// The launch of cuda.cuh, on one device without streams.
+namespace torch::stable { class Tensor; }
+struct Launcher {
+  explicit Launcher(const torch::stable::Tensor&) {}
+  template <class... Params, class... Args>
+  UNWATCHED void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Args... args) const {
+    on_cpu::launch(grid, threads, shared, [&] { kernel(args...); });
+  }
+};
+
+#define WEAK extern "C" UNWATCHED __attribute__((weak))  // every kernel file has them
+WEAK void cuda_on_cpu_seed(int n) { on_cpu::seed = n; }
+#ifdef __SANITIZE_THREAD__
+#define WATCH(n) \
+  WEAK void __tsan_read##n(void* at) { on_cpu::watch(at, n, false); } \
+  WEAK void __tsan_write##n(void* at) { on_cpu::watch(at, n, true); } \
+  WEAK void __tsan_unaligned_read##n(void* at) { on_cpu::watch(at, n, false); } \
+  WEAK void __tsan_unaligned_write##n(void* at) { on_cpu::watch(at, n, true); }
+WATCH(1) WATCH(2) WATCH(4) WATCH(8) WATCH(16)
+#undef WATCH
+WEAK void __tsan_read_range(void* at, long size) { on_cpu::watch(at, size, false); }
+WEAK void __tsan_write_range(void* at, long size) { on_cpu::watch(at, size, true); }
+WEAK void __tsan_init() {}
+WEAK void __tsan_func_entry(void*) {}
+WEAK void __tsan_func_exit() {}
+WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }  // the host's
+WEAK void __tsan_vptr_update(void*, void*) {}
+WEAK void __tsan_vptr_read(void*) {}
+// How many sectors the launches since the last call have touched.
+WEAK long cuda_on_cpu_sectors() {
+  const long count = on_cpu::sectors.size();
+  return on_cpu::sectors.clear(), count;
+}
+#endif
