@@ -7,12 +7,9 @@ The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts
 so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in
 which what is short is called for 5 ms. Peak memory is of a process of its own.
 """
-import contextlib
-import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -140,25 +137,12 @@ def exponential_floor():
     return statistics.median(times) / x.numel()
 
 
-@contextlib.contextmanager
-def growth(found):
-    """Appends the bytes that this process held more than before, at the most."""
-    def largest():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ctypes.CDLL(None).malloc_trim(0)
-    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    ballast = np.ones(max(0, largest() - now), np.uint8)  # fills this process up to its largest size so far
-    before = largest()
-    yield
-    found.append(largest() - before + 0 * len(ballast))
-
-
 def peak(case, operator, path):
     """[bytes] that one call adds"""
     found = []
     cases(1, 3, 5, 33, torch.float32)[operator][path]()  # loads what has to be loaded
     f = cases(*case, torch.float32)[operator][path]
-    with growth(found):
+    with bench_step.growth(found):
         f()
     return found
 
@@ -239,7 +223,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["peak"]:  # for `alone`
         sys.exit(print(json.dumps(peak(*json.loads(sys.argv[2])))))
     if sys.argv[1:2] == ["step_peak"]:
-        sys.exit(print(json.dumps(bench_step.step_peak(*json.loads(sys.argv[2]), growth))))
+        sys.exit(print(json.dumps(bench_step.step_peak(*json.loads(sys.argv[2])))))
     if sys.platform == "linux" and not TUNED.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
     launch(main, flags)

@@ -181,7 +181,7 @@ PLANTS = {0: "", 1: "race: thread", 2: "race: thread", 3: "wrong with seed", 4: 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_the_header_finds_what_is_planted(plant, tmp_path):
-    """1, 2: no barrier before or after a read; 3: one too far in a tile; 4: a plain addition; 5: a barrier for a few threads."""
+    """1, 2: no barrier before or after a read; 3: one too far in a tile; 4: a plain addition; 5: a barrier for a few."""
     found = {}
     for kind, compiling, linking in (("schedules", [], []), ("watched", ["-fsanitize=thread"], []),
                                      ("address", ["-fsanitize=address"], ["-fsanitize=address"])):

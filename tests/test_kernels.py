@@ -1,9 +1,13 @@
 """The C++ operators against the float64 reference: at most twice the error of the float32 one, on every kind of input."""
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from csrc import ops
 
@@ -273,7 +277,7 @@ def test_opcheck():
         torch.library.opcheck(seg.masked_cross_entropy, args)
     same = inputs(1, 4, 9, 9, 9, 9)[0].requires_grad_()
     torch.library.opcheck(seg.plain_cross_entropy, (same, target, confidence, valid, 0.0, 255, False))
-    torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, False))
+    torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, torch.float32))
     torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9))
     ids = target.clamp(max=3)
     torch.library.opcheck(seg.confusion_matrix, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
@@ -296,3 +300,11 @@ def test_gradcheck_of_the_references():
     torch.autograd.gradcheck(lambda x: f(x, target, confidence, valid=valid, threshold=0.3)[0], logits)
     torch.autograd.gradcheck(lambda x: f(x, confidence=confidence, size=(6, 5))[0], logits)
     torch.autograd.gradcheck(lambda x: ops.upsample_softmax_reference(x, (6, 5), valid=valid), logits)
+
+
+def test_the_benchmark_runs(tmp_path):
+    found = tmp_path / "found.json"
+    words = [sys.executable, ROOT / "csrc/bench.py", "--only", "ids in runs", "--seconds", "0", "--json", found]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    rows = json.loads(found.read_text())["rows"]
+    assert len(rows) == 1 and rows[0]["ours"] > 0 and "| ids in runs of 13 pixels |" in done.stdout, done.stderr
