@@ -21,6 +21,7 @@ from csrc import autograd
 
 HERE = Path(__file__).parent
 note = ""  # of a build in this process, for the first line of a run
+NAMES = {"cpu": "seg_ops", "cuda": "seg_ops_cuda"}
 SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh")}
 INCLUDE = [Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"]  # what pip brings, and a toolkit may lack
 CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020e000000000000"]
@@ -45,7 +46,7 @@ def folder(device="cpu"):
         for file in sorted(HERE.glob(pattern)):
             key.update(file.read_bytes())
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root) / f"seg_ops_{'cuda_' if device == 'cuda' else ''}{key.hexdigest()[:16]}"
+    return Path(root) / f"{NAMES[device]}_{key.hexdigest()[:16]}"
 
 
 def cuda_home():
@@ -71,7 +72,7 @@ def load(device="cpu"):
         place.mkdir(parents=True, exist_ok=True)
         if not (place / "ready").exists():
             build(place, device)
-        torch.ops.load_library(place / "seg_ops.so")
+        torch.ops.load_library(place / f"{NAMES[device]}.so")
     except OSError as e:
         raise RuntimeError(f"{place}: {str(e).splitlines()[0]}") from None
     if device == "cpu":
@@ -112,7 +113,7 @@ def build(place, device="cpu"):
                 (place / "libcudart.so").symlink_to(runtime)
         try:
             sources = [str(f) for f in sorted(HERE.glob(SOURCES[device][0]))]
-            cpp_extension.load("seg_ops", sources, extra_cflags=FLAGS, build_directory=str(place), is_python_module=False,
+            cpp_extension.load(NAMES[device], sources, extra_cflags=FLAGS, build_directory=str(place), is_python_module=False,
                                **more)
         except (RuntimeError, OSError) as e:
             errors = [line for line in str(e).splitlines() if "error" in line] or str(e).splitlines()

@@ -179,7 +179,7 @@ def test_wrong_arguments_are_named(match, call):
 def test_seg_ops(monkeypatch, tmp_path):
     """Without a compiler: auto says so and runs the references, kernel is an error."""
     path = ops._choose.__wrapped__  # without its cache
-    monkeypatch.setattr(ops.build, "folder", lambda: tmp_path / "nothing built here")
+    monkeypatch.setattr(ops.build, "folder", lambda *_: tmp_path / "nothing built here")
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(ops, "SEG_OPS", "auto")
     assert path() == "reference (no C++ compiler: no-such-compiler)"
