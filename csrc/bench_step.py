@@ -64,7 +64,7 @@ def train(name, iters, around_step, around_evaluation):
                 yield step
 
     def watched_evaluate(*args):
-        for i in range(iters // 4):
+        for i in range(max(iters // 4, 2)):  # once a path
             with around_evaluation(i):
                 result = evaluate(*args)
         return result
@@ -93,7 +93,7 @@ def step_times(script, iters):
 
 
 def step_peak(script):
-    """Bytes that a step and an evaluation add to what is held between steps: [step, evaluation]"""
+    """Bytes that a step and each evaluation add to what is held between steps: [step, evaluation, ...]"""
     found = []
     train(script, 4, lambda i: growth(found) if i == 3 else contextlib.nullcontext(), lambda i: growth(found))
     return found
