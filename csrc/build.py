@@ -22,7 +22,7 @@ from csrc import autograd
 HERE = Path(__file__).parent
 note = ""  # of a build in this process, for the first line of a run
 NAMES = {"cpu": "seg_ops", "cuda": "seg_ops_cuda"}
-SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh")}
+SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh", "exponentials.h")}
 INCLUDE = [Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"]  # what pip brings, and a toolkit may lack
 CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020e000000000000"]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020e000000000000",

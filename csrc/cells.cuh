@@ -1,15 +1,21 @@
 // Bilinear interpolation by columns of cells, align_corners=True, for the CUDA kernels.
 //
-// Four neighbouring low-resolution points span a cell. A block has a row of `cells` cells side by side of one picture, and LANES
-// threads for each: thread i of a cell has the columns i, i + LANES, ... of its pixels, so that a warp reads and writes pixels
-// side by side. Down a column in a cell a class's logit is linear, so two exponentials serve ROWS pixels: from one to the next
-// e += e * m, m = exp(step) - 1, which costs half an ulp. The shift that keeps exponentials in range is the column's largest
-// end; where a logit falls too far within a cell, or an end is not finite, pixels are computed one by one by ATen's formula.
+// Four neighbouring low-resolution points span a cell. A block has a row of cells side by side of one picture, and LANES threads
+// for each: thread i of a cell has the columns i, i + LANES, ... of its pixels, so that a warp reads and writes pixels side by
+// side. Down a column in a cell a class's logit is linear, so two exponentials serve ROWS pixels: from one to the next
+// e += e * m, m = exp(step) - 1, which costs half an ulp. The shift that keeps exponentials in range is the cell's largest
+// corner; where a logit falls too far within a cell, or a corner is not finite, pixels are computed one by one by ATen's formula.
+//
+// A gradient of low resolution is summed in shared memory and written without atomics: a block's first cell is the last one of
+// the block on its left, computed twice, so that a block owns the columns of points between its cells; and rows of cells are
+// launched in two rounds, the even ones, which write, and the odd ones, which add. All sums have a fixed order.
 #pragma once
 #include "cuda.cuh"
+#include "exponentials.h"
 
 constexpr int LANES = 8, ROWS = 8;
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr unsigned ALL = 0xffffffffu;  // lanes of a warp
+enum Kinds { CORNERS = 1, POWERS, SUMS };  // of numbers that a block keeps of its cells: those up to the one named
 
 // One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's outputs belong to
 // the cell before it, at fraction 1.
@@ -30,192 +36,228 @@ struct Axis {
     while (o < m && cell(o) < x) o++;
     return o;
   }
-  int most() const { return int(outputs) + 3; }  // outputs in a cell, at the most
 };
 
-// Logits (N,K,h,w) as they lie in memory.
-template <class T>
-struct Points {
-  const T* data;
-  int64_t sizes[4], strides[4];
+// As ATen interpolates finite numbers.
+__device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
+// The same, but fraction 1 gives b also beside an infinite a.
+__device__ inline float lerp(float a, float b, float f) { return f == 1 ? b : mix(a, b, f); }
 
-  Points(const T* data, const Tensor& t) : data(data) {
-    for (int i = 0; i < 4; i++) sizes[i] = t.size(i), strides[i] = t.stride(i);
-  }
-  __device__ float at(int64_t n, int64_t k, int64_t y, int64_t x) const {
-    return float(data[n * strides[0] + k * strides[1] + y * strides[2] + x * strides[3]]);
-  }
-};
-
-// The points of a block's cells in shared memory: (K, 2, cells + 1).
-struct Tile {
-  float* points;
-  int K, cells;
-
-  __host__ __device__ static size_t bytes(int K, int cells) { return sizeof(float) * K * 2 * (cells + 1); }
-
-  // Points y and y + 1 of picture n, from x on (x may be -1: the cell left of the first). To be followed by a barrier.
-  template <class T>
-  __device__ void load(const Points<T>& from, int64_t n, int y, int x) const {
-    const int width = cells + 1;
-    for (int i = threadIdx.x; i < K * 2 * width; i += blockDim.x) {
-      const int64_t k = i / (2 * width), row = min(int64_t(y + i / width % 2), from.sizes[2] - 1);
-      points[i] = from.at(n, k, row, min(max(int64_t(x + i % width), int64_t(0)), from.sizes[3] - 1));
-    }
-  }
-};
-
-__device__ inline float lerp(float a, float b, float f) { return f == 1 ? b : __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
-
-// 2^x - 1 for |x| < 126, relative error 3 * 2^-24, also where x is close to 0 (the polynomial of vec.h)
+// 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24 (powers of 2 of integers are exact)
 __device__ inline float exp2_minus_1(float x) {
-  const float n = rintf(x), r = x - n, power = exp2f(n);
-  float p = r * 0.000154035122f + 0.00133907353f;
-  p = p * r + 0.00961823761f;
-  p = p * r + 0.0555035733f;
-  p = p * r + 0.240226492f;
-  p = p * r + 0.693147182f;
-  return power * (r * p) + (power - 1);
+  const float n = rintf(x), r = x - n, power = fast_exp2(n);
+  return power * (r * exp2_polynomial(r)) + (power - 1);
 }
 
-// A thread's column of pixels in its cell.
-struct Column {
-  const float* corner;  // of class 0 at the top left
-  int width;            // of a row of the tile
-  float fx, fy[ROWS];   // where in the cell its pixels lie
-  float step;           // from one fy to the next
-  float shift[ROWS];    // what `exps` subtracts
-  bool smooth;          // for exponentials by recurrence: finite, and none underflows that matters
+// Logits (N,K,h,w) as they lie in memory.
+struct Points {
+  const void* data;
+  ScalarType type;
+  int64_t sizes[4], strides[4];
 
-  __device__ float top(int k) const { return lerp(corner[2 * k * width], corner[2 * k * width + 1], fx); }
-  __device__ float bottom(int k) const { return lerp(corner[(2 * k + 1) * width], corner[(2 * k + 1) * width + 1], fx); }
+  explicit Points(const Tensor& t) : data(t.data_ptr()), type(t.scalar_type()) {
+    for (int i = 0; i < 4; i++) sizes[i] = t.size(i), strides[i] = t.stride(i);
+  }
+};
 
-  // Look at all classes: set `shift` and `smooth`.
-  __device__ void survey(int K) {
-    float largest = -INFINITY, floor = -INFINITY, steepest = 0, broken = 0;
-    for (int k = 0; k < K; k++) {
-      const float a = top(k), b = bottom(k);
-      largest = fmaxf(largest, fmaxf(a, b));
-      floor = fmaxf(floor, fminf(a, b));  // the best class of any pixel is at least that
-      steepest = fmaxf(steepest, fabsf(b - a));
-      broken += (a + b) * 0;  // 0, or NaN
-    }
-    // a step that falls by 4 costs e^4 roundings in the next pixel
-    smooth = largest - floor + steepest < 64 && largest - floor < 40 && broken == 0 && step * steepest < 4;
-    for (int r = 0; r < ROWS; r++) shift[r] = largest;
-    for (int k = 0; k < K && !smooth; k++) {
-      const float a = top(k), b = bottom(k);
-      for (int r = 0; r < ROWS; r++) shift[r] = k == 0 ? lerp(a, b, fy[r]) : fmaxf(shift[r], lerp(a, b, fy[r]));
+// A block's cells, and how a thread sees its own one.
+struct Tile {
+  const int K, cells;         // cells of the block
+  const int row, first;       // row of cells; the block's first cell, which may lie left of the picture
+  const int64_t n;            // picture
+  float4* const corners;      // (K, cells) in shared memory, a class's logits: top left, top right, bottom left, bottom right
+  float4* const powers;       // (K, cells) of 2, of exp(logit - largest): plain, what fx adds, what a row of pixels adds, what fx adds to that
+  float4* const sums;         // (K, cells) of a gradient over a cell's pixels: plain, times fx, times fy, times both
+  float largest = -INFINITY;  // corner of the thread's cell
+  bool smooth;                // whether its exponentials go by recurrence; if not, it may hold what is not finite
+
+  static size_t bytes(int64_t K, int cells, Kinds kinds) { return sizeof(float4) * K * cells * kinds; }
+
+  // `step`: of the y axis. Reads the block's points, sets sums to 0, and ends with a barrier.
+  __device__ Tile(const Points& from, float step, Kinds kinds, int round)
+      : K(from.sizes[1]), cells(blockDim.x / LANES), row(kinds == SUMS ? 2 * blockIdx.y + round : blockIdx.y),
+        first(kinds == SUMS ? int(blockIdx.x) * (cells - 1) - 1 : blockIdx.x * cells), n(blockIdx.z), corners(shared_memory<float4>()),
+        powers(corners + K * cells), sums(powers + K * cells) {
+    if (from.type == ScalarType::Float) load<float>(from);
+    else if (from.type == ScalarType::Half) load<Half>(from);
+    else load<BFloat16>(from);
+    __syncthreads();
+    survey(step, kinds);
+    if (kinds > CORNERS) __syncthreads();
+  }
+
+  // Where, in all three, class k of the thread's cell is.
+  __device__ int at(int k) const { return k * cells + threadIdx.x / LANES; }
+
+  // A thread's column of the cell sums up to `a` plain, `b` times fy. Called by all threads of a warp.
+  __device__ void add(int k, float fx, float a, float b) const;
+
+  // Behind a barrier, to the points' gradients (N,K,h,w), sizes being N, K, h, w.
+  __device__ void write(float* grad, const int64_t* sizes) const {
+    const int left = threadIdx.x % cells, right = left + 1;
+    const int64_t h = sizes[2], w = sizes[3], x = first + right;
+    if (right == cells || x >= w) return;
+    for (int64_t k = threadIdx.x / cells; k < K; k += LANES) {
+      const float4 l = sums[k * cells + left], r = sums[k * cells + right];  // of the point between them
+      const float above = l.y - l.w + (r.x - r.y - r.z + r.w), below = l.w + (r.z - r.w);
+      float* to = grad + ((n * K + k) * h + row) * w + x;
+      to[0] = row % 2 ? to[0] + above : above;
+      if (row + 1 < h) to[w] = row % 2 && row + 1 < h - 1 ? to[w] + below : below;  // below the last row there are no cells
     }
   }
-  // e[r] = exp(logit - shift) of class k
-  __device__ void exps(int k, float* e) const {
-    const float a = top(k), b = bottom(k);
-    if (!smooth) {
-      for (int r = 0; r < ROWS; r++) e[r] = exp2f(LOG2E * (lerp(a, b, fy[r]) - shift[r]));
-      return;
+
+ private:
+  template <class T>
+  __device__ void load(const Points& from) const {
+    const int local = threadIdx.x % cells, last = from.sizes[3] - 1;
+    const int64_t left = min(max(first + local, 0), last) * from.strides[3], right = min(first + local + 1, last) * from.strides[3];
+    const T* top = static_cast<const T*>(from.data) + n * from.strides[0] + row * from.strides[2];
+    const T* bottom = top + (row + 1 < from.sizes[2] ? from.strides[2] : 0);
+    for (int64_t k = threadIdx.x / cells; k < K; k += LANES) {
+      const T *t = top + k * from.strides[1], *b = bottom + k * from.strides[1];
+      corners[k * cells + local] = make_float4(t[left], t[right], b[left], b[right]);
     }
-    const float slope = LOG2E * (b - a), m = exp2_minus_1(step * slope);
-    float now = exp2f(LOG2E * (a - shift[0]) + fy[0] * slope);
-    for (int r = 0; r < ROWS; r++) {
-      e[r] = now;
-      now += now * m;
+  }
+  // The cell's threads share its classes.
+  __device__ void survey(float step, Kinds kinds) {
+    float floor = -INFINITY, steepest = 0, broken = 0;
+    for (int k = threadIdx.x % LANES; k < K; k += LANES) {
+      const float4 c = corners[at(k)];
+      largest = fmaxf(largest, fmaxf(fmaxf(c.x, c.y), fmaxf(c.z, c.w)));
+      floor = fmaxf(floor, fminf(fminf(c.x, c.y), fminf(c.z, c.w)));
+      steepest = fmaxf(steepest, fmaxf(fabsf(c.z - c.x), fabsf(c.w - c.y)));
+      broken += (c.x + c.y + c.z + c.w) * 0;
+    }
+    for (int distance = 1; distance < LANES; distance *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(ALL, largest, distance));
+      floor = fmaxf(floor, __shfl_xor_sync(ALL, floor, distance));
+      steepest = fmaxf(steepest, __shfl_xor_sync(ALL, steepest, distance));
+      broken += __shfl_xor_sync(ALL, broken, distance);
+    }
+    smooth = is_smooth(largest, floor, steepest, step * steepest, broken);
+    for (int k = threadIdx.x % LANES; k < K && kinds > CORNERS; k += LANES) {
+      const float4 c = corners[at(k)];
+      const float right = LOG2E * (c.y - c.x), down = LOG2E * step * (c.z - c.x);
+      powers[at(k)] = make_float4(LOG2E * (c.x - largest), right, down, LOG2E * step * (c.w - c.z - (c.y - c.x)));
+      if (kinds == SUMS) sums[at(k)] = make_float4(0, 0, 0, 0);
+    }
+  }
+};
+
+__device__ inline void Tile::add(int k, float fx, float a, float b) const {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  const float c = fx * a, d = fx * b;  // wanted: the sums over the cell's lanes of a in lane 0, c in 1, b in 2, d in 3
+  // the odd lanes keep c and d, the even ones a and b; then those with bit 1 the second of the two
+  const float p = (odd ? c : a) + __shfl_xor_sync(ALL, odd ? a : c, 1), q = (odd ? d : b) + __shfl_xor_sync(ALL, odd ? b : d, 1);
+  float s = (upper ? q : p) + __shfl_xor_sync(ALL, upper ? p : q, 2);
+  s += __shfl_xor_sync(ALL, s, 4);
+  if (threadIdx.x % LANES < 4) reinterpret_cast<float*>(&sums[at(k)])[threadIdx.x % LANES] += s;
+}
+
+// A thread's pixels, ROWS of them down a column in its cell.
+struct Column {
+  const Tile& tile;
+  float fx, fy[ROWS];   // where in the cell they lie
+  float start;          // the first one's fy, in rows of pixels
+  unsigned needed;      // bit r: exponentials of the r-th pixel are wanted
+  float shift[ROWS];    // what `exps` subtracts
+
+  // To be called before `exps`.
+  __device__ void need(unsigned rows) {
+    needed = rows;
+    for (int r = 0; r < ROWS; r++) shift[r] = tile.smooth ? tile.largest : -INFINITY;
+    for (int k = 0; k < tile.K && !tile.smooth; k++)
+      for (int r = 0; r < ROWS; r++) shift[r] = fmaxf(shift[r], logit(k, r));
+  }
+  // By ATen's formula.
+  __device__ float logit(int k, int r) const {
+    const float4 c = tile.corners[tile.at(k)];
+    return lerp(lerp(c.x, c.y, fx), lerp(c.z, c.w, fx), fy[r]);
+  }
+  // e[r] = exp(logit - shift) of class k; finite where the pixel is not needed.
+  __device__ void exps(int k, float* e) const {
+    if (tile.smooth) {
+      const float4 p = tile.powers[tile.at(k)];
+      const float slope = p.z + fx * p.w, m = exp2_minus_1(slope);
+      float now = fast_exp2(p.x + fx * p.y + start * slope);
+      for (int r = 0; r < ROWS; r++) {
+        e[r] = now;
+        now += now * m;
+      }
+    } else {
+      for (int r = 0; r < ROWS; r++) e[r] = needed >> r & 1 ? exp2f(LOG2E * (logit(k, r) - shift[r])) : 0;
+    }
+  }
+  // all[r] = sum of `exps` over the classes
+  __device__ void denominators(float* all) const {
+    float e[ROWS];
+    for (int r = 0; r < ROWS; r++) all[r] = 0;
+    for (int k = 0; k < tile.K; k++) {
+      exps(k, e);
+      for (int r = 0; r < ROWS; r++) all[r] += e[r];
     }
   }
   // The class of the largest logit of each pixel, the lowest on a tie, the first NaN where there is one; and that logit.
-  __device__ void argmax(int K, float* best, int* arg) const {
+  __device__ void argmax(float* best, int* arg) const {
     for (int r = 0; r < ROWS; r++) best[r] = -INFINITY, arg[r] = 0;
-    for (int k = 0; k < K; k++) {
-      const float a = top(k), b = bottom(k);
+    for (int k = 0; k < tile.K && tile.smooth; k++) {
+      const float4 c = tile.corners[tile.at(k)];
+      const float top = mix(c.x, c.y, fx), bottom = mix(c.z, c.w, fx);
       for (int r = 0; r < ROWS; r++) {
-        const float logit = lerp(a, b, fy[r]);
-        if (logit > best[r] || (logit != logit && best[r] == best[r])) best[r] = logit, arg[r] = k;
+        const float now = mix(top, bottom, fy[r]);
+        if (now > best[r]) best[r] = now, arg[r] = k;
       }
     }
+    for (int k = 0; k < tile.K && !tile.smooth; k++)
+      for (int r = 0; r < ROWS; r++) {
+        const float now = logit(k, r);
+        if (now > best[r] || (now != now && best[r] == best[r])) best[r] = now, arg[r] = k;
+      }
   }
 };
 
-// Walks a thread over its columns and rows: visit(column, x, y, rows) for every ROWS pixels down from (y,x). x is -1 and rows 0 in
-// a thread that has none left: all threads of a block make the same number of visits, so a visit may hold barriers and shuffles.
+// Walks a thread over its columns and rows: visit(column, x, y, rows) for every ROWS pixels down from (y,x), of which `rows` are
+// there, 0 in a thread that has none left: all threads of a warp make the same visits, so that these may hold shuffles.
 struct Walk {
   Axis y, x;
-  int columns;  // visits side by side: enough for the widest cell
-
-  Walk(const Axis& y, const Axis& x) : y(y), x(x), columns((std::min(x.most(), x.m) + LANES - 1) / LANES) {}
 
   template <class Visit>
-  __device__ void operator()(const Tile& tile, int row_of_cells, int first_cell, const Visit& visit) const {
-    const int local = threadIdx.x / LANES, lane = threadIdx.x % LANES, cell = first_cell + local;
-    const int begin = y.first(row_of_cells), end = y.first(row_of_cells + 1);
+  __device__ void operator()(const Tile& tile, const Visit& visit) const {
+    const int cell = tile.first + int(threadIdx.x) / LANES, begin = y.first(tile.row), end = y.first(tile.row + 1);
     const bool inside = cell >= 0 && cell < x.cells();
-    const int left = inside ? x.first(cell) : 0, right = inside ? x.first(cell + 1) : 0;
-    Column column{tile.points + local, tile.cells + 1};
-    column.step = y.step;
-    for (int c = 0; c < columns; c++)
+    const int right = inside ? x.first(cell + 1) : 0;
+    Column column{tile};
+    for (int at = (inside ? x.first(cell) : 0) + threadIdx.x % LANES; __any_sync(ALL, at < right); at += LANES)
       for (int row = begin; row < end; row += ROWS) {
-        const int at = left + lane + c * LANES;
-        const bool here = at < right;
-        column.fx = here ? x.frac(at) : 0;
-        for (int r = 0; r < ROWS; r++) column.fy[r] = y.frac(min(row + r, end - 1));
-        visit(column, here ? at : -1, row, here ? min(end - row, ROWS) : 0);
+        column.fx = at < right ? x.frac(at) : 0;
+        for (int r = 0; r < ROWS; r++) column.fy[r] = fminf(__fmul_rn(y.step, min(row + r, end - 1)) - tile.row, 1.f);
+        column.start = y.step > 0 ? column.fy[0] * y.outputs : 0;
+        visit(column, at, row, at < right ? min(end - row, ROWS) : 0);
       }
   }
 };
 
-// Sums over a cell's LANES threads: lane 0 of them has sum(a), lane 1 sum(b), lane 2 sum(c), lane 3 sum(d).
-__device__ inline float sum_over_cell(float a, float b, float c, float d) {
-  const unsigned all = 0xffffffffu;
-  const int lane = threadIdx.x % LANES;
-  const bool odd = lane & 1, upper = lane & 2;
-  // lanes with an odd number keep b and d, the even ones a and c; then those with bit 1 the second of the two
-  float p = (odd ? b : a) + __shfl_xor_sync(all, odd ? a : b, 1), q = (odd ? d : c) + __shfl_xor_sync(all, odd ? c : d, 1);
-  float s = (upper ? q : p) + __shfl_xor_sync(all, upper ? p : q, 2);
-  return s + __shfl_xor_sync(all, s, 4);
-}
+// The blocks for all cells: 16 cells in each, or fewer where they and `more` bytes do not fit into its shared memory.
+struct Grid {
+  Kinds kinds;
+  int cells;
+  dim3 blocks;
+  size_t shared;
 
-// A class's gradient at the points around a block's cells: four sums a cell in shared memory (K, cells, 4): plain, times fx, times
-// fy, times both. Zero it, add to it, and write it behind a barrier each.
-struct Corners {
-  float* sums;
-  int K, cells;
-
-  __host__ __device__ static size_t bytes(int K, int cells) { return sizeof(float) * K * cells * 4; }
-
-  __device__ void clear() const {
-    for (int i = threadIdx.x; i < K * cells * 4; i += blockDim.x) sums[i] = 0;
+  Grid(const Launcher& launch, const Tensor& logits, const Walk& walk, Kinds kinds, size_t more = 0) : kinds(kinds), cells(16) {
+    auto bytes = [&] { return Tile::bytes(logits.size(1), cells, kinds) + more; };
+    if (bytes() > SHARED) cells = 8;
+    if (bytes() > launch.most_shared) cells = 4;
+    shared = bytes();
+    const int own = kinds == SUMS ? cells - 1 : cells, across = kinds == SUMS ? logits.size(3) : walk.x.cells();
+    blocks = dim3((across + own - 1) / own, walk.y.cells(), logits.size(0));
   }
-  // What the pixels of the thread's column sum up to: `a` plain, `b` times fy. Called by all threads of a warp.
-  __device__ void add(int k, float fx, float a, float b) const {
-    const float s = sum_over_cell(a, fx * a, b, fx * b);
-    if (threadIdx.x % LANES < 4) sums[(k * cells + threadIdx.x / LANES) * 4 + threadIdx.x % LANES] += s;
-  }
-  // To grad (N,K,h,w), sizes being N, K, h, w: the points between the cells of row `row`, the first one being `first`. Even rows
-  // write, odd rows, in a later launch, add: no two blocks meet. The last row of points has no cells below.
-  __device__ void write(float* grad, int64_t n, const int64_t* sizes, int row, int first, int odd) const {
-    for (int i = threadIdx.x; i < K * (cells - 1); i += blockDim.x) {
-      const int k = i / (cells - 1), c = i % (cells - 1);
-      const int64_t x = first + 1 + c, h = sizes[2], w = sizes[3];
-      if (x >= w) continue;
-      const float *l = &sums[(k * cells + c) * 4], *r = l + 4;  // of the cells left and right of the point
-      const float above = l[1] - l[3] + (r[0] - r[1] - r[2] + r[3]), below = l[3] + (r[2] - r[3]);
-      float* to = grad + ((n * K + k) * h + row) * w + x;
-      to[0] = odd ? to[0] + above : above;
-      if (row + 1 < h) to[w] = odd && row + 1 < h - 1 ? to[w] + below : below;
-    }
+  int count() const { return blocks.x * blocks.y * blocks.z; }
+
+  // kernel(problem, round), in two rounds where gradients are summed
+  template <class Problem>
+  void operator()(const Launcher& launch, void (*kernel)(Problem, int), const Problem& problem) const {
+    for (unsigned round = 0, rounds = kinds == SUMS ? 2 : 1; round < rounds && round < blocks.y; round++)
+      launch(kernel, dim3(blocks.x, (blocks.y + rounds - 1 - round) / rounds, blocks.z), cells * LANES, shared, problem, int(round));
   }
 };
-
-// How many cells a block takes so that its shared memory, bytes(cells), is no more than every GPU has.
-template <class F>
-int cells_of_a_block(const F& bytes) {
-  int cells = 16;
-  while (cells > 4 && bytes(cells) > SHARED) cells /= 2;
-  return cells;
-}
-
-// Sum over a warp, in one order; every lane has it.
-template <class V>
-__device__ V warp_sum(V value) {
-  for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
-  return value;
-}

@@ -8,7 +8,6 @@
 #include "vec.h"
 
 constexpr int PIXELS = 8;  // of a cell's row at once
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 // One axis: n low-resolution points, m output positions, in float32 as ATen computes them.
 struct Axis {
@@ -57,15 +56,6 @@ inline bool dense(const int* column, int width) {
   return P == 8 && column[P * LANES - 1] < width && column[P * LANES - 1] - column[0] == P * LANES - 1;
 }
 
-// Add the padded `rows` to row y of grad (N,K,h,w).
-inline void add_row(const float* rows, int stride, float* grad, int64_t n, int64_t K, int64_t h, int64_t w, int64_t y) {
-  if (y >= h) return;
-  for (int64_t k = 0; k < K; k++) {
-    float* __restrict to = grad + ((n * K + k) * h + y) * w;
-    for (int64_t x = 0; x < w; x++) to[x] += rows[k * stride + x];
-  }
-}
-
 // Logits (N,K,h,w) as they lie in memory.
 struct Points {
   const void* data;
@@ -111,6 +101,39 @@ struct Sums {
     store(top + 1, load(top + 1) + (x - xy));
     store(bottom, load(bottom) + (y - xy));
     store(bottom + 1, load(bottom + 1) + xy);
+  }
+};
+
+// The gradient of a row of cells of picture n, on its way to grad (N,K,h,w).
+struct Gradient {
+  float* grad;
+  const int64_t K, h, w;
+  const int stride;                // of a padded row of points
+  std::vector<float> top, bottom;  // the rows of points above and below
+  std::vector<Sums> sums;          // (K), of the LANES cells at hand
+
+  Gradient(float* grad, const Points& p, const Lanes& lanes)
+      : grad(grad), K(p.sizes[1]), h(p.sizes[2]), w(p.sizes[3]), stride(lanes.stride), top(K * stride), bottom(top), sums(K) {}
+
+  // The cells at x are done.
+  void to_corners(int x) {
+    for (int64_t k = 0, at = x; k < K; k++, at += stride) sums[k].to_corners(&top[at], &bottom[at]);
+    std::fill(sums.begin(), sums.end(), Sums{});
+  }
+  // Row `cell` of them is done.
+  void add(int64_t n, int64_t cell) {
+    add_row(top, n, cell);
+    if (cell + 1 < h) add_row(bottom, n, cell + 1);
+    std::fill(top.begin(), top.end(), 0.f);
+    std::fill(bottom.begin(), bottom.end(), 0.f);
+  }
+
+ private:
+  void add_row(const std::vector<float>& rows, int64_t n, int64_t y) {
+    for (int64_t k = 0; k < K; k++) {
+      float* __restrict to = grad + ((n * K + k) * h + y) * w;
+      for (int64_t x = 0; x < w; x++) to[x] += rows[k * stride + x];
+    }
   }
 };
 
@@ -162,9 +185,8 @@ struct Walk {
       broken += (a + b + c + d) * 0;  // 0, or NaN
       cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    smooth = all((largest - floor + steepest < 64) & (largest - floor < 40) & (broken == 0));
-    // a step that falls by 4 costs e^4 roundings in the next pixel; with two or three pixels a cell there is no recurrence
-    smooth &= step > 0.5f || all(step * steepest < 4);
+    // with two or three pixels a cell there is no recurrence
+    smooth = all(is_smooth(largest, floor, steepest, step > 0.5f ? V{} : step * steepest, broken));
     for (int k = 0; k < K && !smooth; k++) {
       const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
       quads[k] = {load(t), load(t + 1), load(u), load(u + 1)};

@@ -70,27 +70,32 @@ __global__ void __launch_bounds__(256) count_ids(Labels guess, Labels truth, int
   counts.hand_over();
 }
 
-// With `ids` (N,H,W) uint8 the argmax is written there, else it is counted.
-template <class T>
-__global__ void __launch_bounds__(128) argmax_of(Points<T> logits, Walk walk, int cells, uint8_t* ids, Labels truth,
-                                                 int64_t ignore, Counts counts) {
-  const int K = logits.sizes[1], first = blockIdx.x * cells;
-  const int64_t n = blockIdx.z;
-  const Tile tile{shared_memory<float>(), K, cells};
-  if (counts.mine) counts.mine = reinterpret_cast<unsigned*>(tile.points + Tile::bytes(K, cells) / sizeof(float));
-  tile.load(logits, n, blockIdx.y, first);
+struct Problem {
+  Points logits;
+  Walk walk;
+  uint8_t* ids;  // (N,H,W): the argmax is written there; or null: it is counted
+  Labels truth;
+  int64_t ignore;
+  Counts counts;
+};
+
+__global__ void __launch_bounds__(128) argmax_of(Problem problem, int) {
+  const Tile tile(problem.logits, problem.walk.y.step, CORNERS, 0);
+  Counts& counts = problem.counts;
+  uint8_t* const ids = problem.ids;
+  if (counts.mine) counts.mine = reinterpret_cast<unsigned*>(tile.powers);  // behind the corners
   if (!ids) counts.clear();
   __syncthreads();
-  walk(tile, blockIdx.y, first, [&](Column& column, int x, int y, int rows) {
+  problem.walk(tile, [&](Column& column, int x, int y, int rows) {
     float best[ROWS];
     int arg[ROWS], before = -1;
     unsigned run = 0;
-    column.argmax(K, best, arg);
+    column.argmax(best, arg);
     for (int r = 0; r < ROWS; r++) {
-      const int64_t pixel = (n * walk.y.m + y + r) * walk.x.m + x;
+      const int64_t pixel = (tile.n * problem.walk.y.m + y + r) * problem.walk.x.m + x;
       if (r < rows && ids) ids[pixel] = arg[r];
       if (r >= rows || ids) continue;
-      const int cell = counts.cell(truth.at(pixel), arg[r], ignore);
+      const int cell = counts.cell(problem.truth.at(pixel), arg[r], problem.ignore);
       if (cell == -2) counts.complain();
       if (cell != before && before >= 0) counts.add(before, run);
       run = cell == before ? run + 1 : 1, before = cell;
@@ -115,20 +120,12 @@ void confusion_matrix(Tensor prediction, Tensor target, int64_t K, int64_t ignor
          pixels, ignore, counts_in(out));
 }
 
-void of_logits(const Tensor& logits, int64_t height, int64_t width, uint8_t* ids, const Labels& truth, int64_t ignore,
-               const Counts& counts) {
-  const int64_t K = logits.size(1);
-  const Axis y(logits.size(2), height), x(logits.size(3), width);
-  Counts mine = counts;
-  if (Tile::bytes(K, 16) + Counts::bytes(K) > SHARED) mine.mine = nullptr;
-  auto bytes = [&](int cells) { return Tile::bytes(K, cells) + (mine.mine ? Counts::bytes(K) : 0); };
-  const int cells = cells_of_a_block(bytes);
+void of_logits(const Tensor& logits, int64_t height, int64_t width, uint8_t* ids, const Labels& truth, int64_t ignore, Counts counts) {
   const Launcher launch(logits);
-  with_type(logits, [&](auto* data) {
-    using T = std::decay_t<decltype(*data)>;
-    launch(argmax_of<T>, dim3((x.cells() + cells - 1) / cells, y.cells(), logits.size(0)), cells * LANES, bytes(cells),
-           Points<T>(data, logits), Walk(y, x), cells, ids, truth, ignore, mine);
-  });
+  const Walk walk{Axis(logits.size(2), height), Axis(logits.size(3), width)};
+  if (Tile::bytes(logits.size(1), 16, CORNERS) + Counts::bytes(counts.K) > SHARED) counts.mine = nullptr;
+  const Grid grid(launch, logits, walk, CORNERS, counts.mine ? Counts::bytes(counts.K) : 0);
+  grid(launch, argmax_of, {Points(logits), walk, ids, truth, ignore, counts});
 }
 
 void confusion_of_logits(Tensor logits, Tensor target, int64_t ignore, Tensor out) {

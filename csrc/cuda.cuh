@@ -33,23 +33,41 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(bytes);
 }
 
+// 2^x, absolute error of the result's exponent 2^-22; what is below 2^-126 may be 0
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 / x, one rounding off at the most, for what is neither tiny nor huge
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y + y * (1 - x * y);
+}
+
+constexpr size_t SHARED = 48 << 10;  // bytes a block has on every GPU without asking for more
+
 // Makes the tensor's device the current one, and knows its stream.
 struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
+  size_t most_shared;  // bytes a block can have
 
   explicit Launcher(const Tensor& t) : guard(t.get_device_index()) {
     stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(t.get_device_index()).nativeHandle());
+    int most = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
+    most_shared = most;
   }
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Args... args) const {
+    if (shared > SHARED) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
     kernel<<<grid, threads, shared, stream>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 #endif
-
-constexpr size_t SHARED = 48 << 10;  // bytes a block has on every GPU without asking for more
 
 // Call f(pointer) with the type of a floating-point tensor.
 template <class F>

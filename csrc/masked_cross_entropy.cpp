@@ -28,25 +28,23 @@ struct Job {
   std::vector<Result>& results;  // (N*h)
   Walk walk;
   const int K;
-  std::vector<float> confidence, grad_top, grad_bottom, label_one, label_x;
+  Gradient gradient;
+  std::vector<float> confidence, label_one, label_x;
   std::vector<int32_t> codes;
-  std::vector<Sums> sums;
   std::vector<V> e;
 
   Job(const Problem& p, std::vector<Result>& results)
-      : problem(p), results(results), walk(p.logits, p.y, p.x, p.lanes), K(walk.K), confidence(p.counted.cx.n + 1),
-        grad_top(walk.top), grad_bottom(walk.top), label_one((K + 1) * LANES), label_x(label_one), sums(K), e(K * PIXELS) {}
+      : problem(p), results(results), walk(p.logits, p.y, p.x, p.lanes), K(walk.K), gradient(p.grad, p.logits, p.lanes),
+        confidence(p.counted.cx.n + 1), label_one((K + 1) * LANES), label_x(label_one), e(K * PIXELS) {}
 
   // Row `cell` of cells of picture n.
   void operator()(int64_t n, int64_t cell) {
-    const int first = problem.y.first[cell], rows = problem.y.count(cell), stride = problem.lanes.stride;
+    const int first = problem.y.first[cell], rows = problem.y.count(cell);
     const int64_t codes_stride = problem.x.m + 1;
     if (!rows) return;
     Result& result = results[n * problem.y.n + cell];
     codes.resize(rows * codes_stride);
     for (int i = 0; i < rows; i++) problem.counted.row(n, first + i, &codes[i * codes_stride], confidence.data(), result);
-    std::fill(grad_top.begin(), grad_top.end(), 0.f);
-    std::fill(grad_bottom.begin(), grad_bottom.end(), 0.f);
     D loss{};
     walk(n, cell,
          [&](auto P, int row, int at) {
@@ -54,16 +52,12 @@ struct Job {
            if (problem.counted.target) pixels<P, false>(code, at, problem.y.frac[row], loss);
            else pixels<P, true>(code, at, problem.y.frac[row], loss);
          },
-         [&](int x) {
-           for (int k = 0, at = x; k < K; k++, at += stride) sums[k].to_corners(&grad_top[at], &grad_bottom[at]);
-           std::fill(sums.begin(), sums.end(), Sums{});
-         });
+         [&](int x) { gradient.to_corners(x); });
     result.loss += sum(loss);
-    add_row(grad_top.data(), stride, problem.grad, n, K, problem.y.n, problem.x.n, cell);
-    add_row(grad_bottom.data(), stride, problem.grad, n, K, problem.y.n, problem.x.n, cell + 1);
+    gradient.add(n, cell);
   }
 
-  // P pixels of a row in LANES cells, the first being row `at` of the lanes' tables: loss to `total`, gradient to `sums`.
+  // P pixels of a row in LANES cells, the first being row `at` of the lanes' tables: loss to `total`, and its gradient.
   template <int P, bool ARGMAX>
   void pixels(const int32_t* row, int at, float fy, D& total) {
     const int* column = &problem.lanes.column[at * LANES];
@@ -102,7 +96,7 @@ struct Job {
       if (!ARGMAX && walk.smooth) loss += a * (c.a + fy * c.down - shift) + b * (c.right + fy * c.both);
       if (!ARGMAX && !walk.smooth) loss += a != 0 ? shift - exact(walk.quads[k], fy, load(fx)) : V{};
       for (int p = 0; p < P; p++) a += one[p] * e[k * P + p], b += x[p] * e[k * P + p];
-      sums[k].add(a, b, fy);
+      gradient.sums[k].add(a, b, fy);
     }
     total += __builtin_convertvector(loss, D);
   }

@@ -70,7 +70,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
     size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    same = logits.shape[2:] == size and logits.device.type == "cpu"
+    same = logits.shape[2:] == size
     if not (_kernel(logits, logits.dtype) if same else _kernel_resizes(logits, size)):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)

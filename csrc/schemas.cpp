@@ -1,4 +1,4 @@
-// The operators as torch sees them; ops.py says what they compute. plain_* is there on the CPU only, confusion_of_logits on CUDA.
+// The operators as torch sees them; ops.py says what they compute. confusion_of_logits is there on CUDA only.
 #include <torch/csrc/stable/library.h>
 
 #ifndef SEG_OPS_LIBRARY

@@ -127,16 +127,14 @@ template <class T>
 struct Backward {
   const Problem& problem;
   const Upstream<T>& upstream;
-  float* grad;  // (N,K,h,w)
   Walk walk;
-  std::vector<float> grad_top, grad_bottom;
-  std::vector<Sums> sums;
+  Gradient gradient;
   std::vector<V> e, g;
   std::vector<T> copy;  // (rows,K,W) of a row of cells, where a row of pixels is not contiguous
 
   Backward(const Problem& p, const Upstream<T>& upstream, float* grad)
-      : problem(p), upstream(upstream), grad(grad), walk(p.logits, p.y, p.x, p.lanes), grad_top(walk.top), grad_bottom(walk.top),
-        sums(walk.K), e(walk.K * PIXELS), g(e) {}
+      : problem(p), upstream(upstream), walk(p.logits, p.y, p.x, p.lanes), gradient(grad, p.logits, p.lanes),
+        e(walk.K * PIXELS), g(e) {}
 
   void operator()(int64_t n, int64_t cell) {
     const int K = walk.K, W = problem.x.m, first = problem.y.first[cell], rows = problem.y.count(cell);
@@ -149,8 +147,6 @@ struct Backward {
         for (int64_t x = 0; x < W; x++)
           for (int64_t k = 0; k < K; k++) copy[(row * K + k) * W + x] = in[row * s[2] + x * s[3] + k * s[1]];
     }
-    std::fill(grad_top.begin(), grad_top.end(), 0.f);
-    std::fill(grad_bottom.begin(), grad_bottom.end(), 0.f);
     walk(n, cell, [&](auto P, int row, int at) {
       V total[P];
       const float* fx = &problem.lanes.frac[at * LANES];
@@ -158,13 +154,9 @@ struct Backward {
       exponentials<P>(walk, fy, fx, e.data(), total);
       const int64_t y = row - first;
       const T* pixels = s[3] == 1 ? in + y * s[2] : &copy[y * K * W];
-      read<P>(problem.row(pixels, s[3] == 1 ? s[1] : W, n, row, at), K, e.data(), total, fx, fy, g.data(), sums.data());
-    }, [&](int x) {
-      for (int k = 0, at = x; k < K; k++, at += problem.lanes.stride) sums[k].to_corners(&grad_top[at], &grad_bottom[at]);
-      std::fill(sums.begin(), sums.end(), Sums{});
-    });
-    add_row(grad_top.data(), problem.lanes.stride, grad, n, K, problem.y.n, problem.x.n, cell);
-    add_row(grad_bottom.data(), problem.lanes.stride, grad, n, K, problem.y.n, problem.x.n, cell + 1);
+      read<P>(problem.row(pixels, s[3] == 1 ? s[1] : W, n, row, at), K, e.data(), total, fx, fy, g.data(), gradient.sums.data());
+    }, [&](int x) { gradient.to_corners(x); });
+    gradient.add(n, cell);
   }
 };
 

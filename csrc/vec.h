@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "exponentials.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 constexpr int LANES = 16;
@@ -129,15 +131,6 @@ inline V scale(V y, V n) {
   std::memcpy(&power, &bits, sizeof bits);
   return y * power;
 #endif
-}
-
-// (2^r - 1) / r for |r| <= 1/2, relative error 1.1e-8 before rounding (Remez by reweighted least squares)
-inline V exp2_polynomial(V r) {
-  V p = r * 0.000154035122f + 0.00133907353f;
-  p = p * r + 0.00961823761f;
-  p = p * r + 0.0555035733f;
-  p = p * r + 0.240226492f;
-  return p * r + 0.693147182f;
 }
 
 // 2^x, relative error 1.5 * 2^-24; NaN stays NaN, -inf gives 0

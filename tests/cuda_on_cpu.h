@@ -248,17 +248,25 @@ UNWATCHED T atomicOr(T* at, T value) { return on_cpu::atomic(at, [&](T old) { re
 #define __shfl_xor_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number ^ (x))
 #define __shfl_down_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number + (x))
 #define __ballot_sync(mask, value) on_cpu::ballot(__LINE__, mask, value)
+#define __any_sync(mask, value) (on_cpu::ballot(__LINE__, mask, value) != 0)
 template <class T>
 T* shared_memory() { return reinterpret_cast<T*>(on_cpu::shared.data()); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fdividef(float a, float b) { return a / b; }
+inline float fast_exp2(float x) {  // as wrong as PTX allows, 2^-22.5, but for integers
+  return std::exp2(x) * (x == std::round(x) ? 1 : uint32_t(on_cpu::bits(x)) * 0x9e3779b1u >> 31 ? 1 + 1.7e-7f : 1 - 1.7e-7f);
+}
+inline float reciprocal(float x) { return 1 / x; }
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+constexpr size_t SHARED = 48 << 10;
 using std::max;
 using std::min;
 
 // The launch of cuda.cuh, on one device without streams.
 namespace torch::stable { class Tensor; }
 struct Launcher {
+  size_t most_shared = 99 << 10;
   explicit Launcher(const torch::stable::Tensor&) {}
   template <class... Params, class... Args>
   UNWATCHED void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Args... args) const {

@@ -52,8 +52,12 @@ def kernels(tmp_path_factory):
 
 
 def cross_entropy(op, logits, *, target=None, confidence=None, valid=None, threshold=0.5, size=None, divide="kept"):
-    loss, kept, grad = op.masked_cross_entropy(logits, target, confidence, valid, ops._logit(threshold),
-                                               *(size or target.shape[1:]), 255, divide == "all")
+    size = size or tuple(target.shape[1:])
+    if logits.shape[2:] == size:
+        loss, kept, share, *rest = op.plain_cross_entropy(logits.contiguous(), target, confidence, valid, ops._logit(threshold), 255,
+                                                          divide == "all")
+        return loss, op.plain_cross_entropy_backward(share, logits.contiguous(), *rest), kept
+    loss, kept, grad = op.masked_cross_entropy(logits, target, confidence, valid, ops._logit(threshold), *size, 255, divide == "all")
     return loss, grad.to(logits.dtype), kept
 
 
