@@ -3,9 +3,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-def register():
-    """To be called once, when the operators are loaded."""
-    @torch.library.register_fake("seg_ops::masked_cross_entropy")
+def register(library="seg_ops"):
+    """To be called once, when the operators torch.ops.<library>.* are loaded."""
+    @torch.library.register_fake(f"{library}::masked_cross_entropy")
     def _(logits, *_):
         return (logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64),
                 logits.new_empty(logits.shape, dtype=torch.float32))
@@ -18,16 +18,16 @@ def register():
     def scale_gradient(ctx, upstream, *_):
         return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
 
-    torch.library.register_autograd("seg_ops::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
+    torch.library.register_autograd(f"{library}::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
 
-    @torch.library.register_fake("seg_ops::plain_cross_entropy")
+    @torch.library.register_fake(f"{library}::plain_cross_entropy")
     def _(logits, *_):
         pixels = logits.shape[:1] + logits.shape[2:]
         scalar = logits.new_empty((), dtype=torch.float32)
         return (scalar, logits.new_empty((), dtype=torch.int64), torch.empty_like(scalar),
                 logits.new_empty(pixels, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.uint8))
 
-    @torch.library.register_fake("seg_ops::plain_cross_entropy_backward")
+    @torch.library.register_fake(f"{library}::plain_cross_entropy_backward")
     def _(upstream, logits, lse, labels):
         return torch.empty_like(logits)
 
@@ -39,13 +39,13 @@ def register():
         logits, share, lse, labels = ctx.saved_tensors
         return torch.ops.seg_ops.plain_cross_entropy_backward(upstream * share, logits, lse, labels), *[None] * 6
 
-    torch.library.register_autograd("seg_ops::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
+    torch.library.register_autograd(f"{library}::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
 
-    @torch.library.register_fake("seg_ops::upsample_softmax")
+    @torch.library.register_fake(f"{library}::upsample_softmax")
     def _(logits, valid, height, width, dtype):
         return logits.new_empty((*logits.shape[:2], height, width), dtype=dtype)
 
-    @torch.library.register_fake("seg_ops::upsample_softmax_backward")
+    @torch.library.register_fake(f"{library}::upsample_softmax_backward")
     def _(grad, logits, valid):
         return logits.new_empty(logits.shape, dtype=torch.float32)
 
@@ -58,11 +58,11 @@ def register():
         down = torch.ops.seg_ops.upsample_softmax_backward(grad, logits, valid)
         return down.to(logits.dtype), None, None, None, None
 
-    torch.library.register_autograd("seg_ops::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
+    torch.library.register_autograd(f"{library}::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
 
-    @torch.library.register_fake("seg_ops::upsample_argmax")
+    @torch.library.register_fake(f"{library}::upsample_argmax")
     def _(logits, height, width):
         return logits.new_empty((len(logits), height, width), dtype=torch.uint8)
 
     for name in ("confusion_matrix", "confusion_of_logits"):
-        torch.library.register_fake(f"seg_ops::{name}", lambda *_: None)
+        torch.library.register_fake(f"{library}::{name}", lambda *_: None)

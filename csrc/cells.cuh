@@ -40,8 +40,8 @@ struct Axis {
 
 // As ATen interpolates finite numbers.
 __device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
-// The same, but fraction 1 gives b also beside an infinite a.
-__device__ inline float lerp(float a, float b, float f) { return f == 1 ? b : mix(a, b, f); }
+// As it interpolates any: to it the last point, here at fraction 1, is a cell of its own at fraction 0, where infinity is NaN.
+__device__ inline float lerp(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
 
 // 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24 (powers of 2 of integers are exact)
 __device__ inline float exp2_minus_1(float x) {

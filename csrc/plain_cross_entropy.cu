@@ -23,7 +23,7 @@ struct Plain {
 };
 
 template <class T, bool ARGMAX>
-__global__ void __launch_bounds__(THREADS) forward(Plain<T> problem, Counted counted, Partial* partials) {
+__global__ void __launch_bounds__(THREADS) plain_forward(Plain<T> problem, Counted counted, Partial* partials) {
   const int64_t pixel = problem.pixel(), at = blockIdx.y * problem.plane + pixel;
   Partial own{};
   if (pixel < problem.plane) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) forward(Plain<T> problem, Counted cou
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) backward(Plain<T> problem, const float* upstream, T* grad) {
+__global__ void __launch_bounds__(THREADS) plain_backward(Plain<T> problem, const float* upstream, T* grad) {
   const int64_t pixel = problem.pixel(), at = blockIdx.y * problem.plane + pixel;
   if (pixel >= problem.plane) return;
   const float lse = problem.lse[at], share = *upstream;
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> plain_cross_entropy(Tensor lo
   with_type(logits, [&](auto* data) {
     using T = std::decay_t<decltype(*data)>;
     const Plain<T> problem{data, H * W, int(K), lse.mutable_data_ptr<float>(), labels.mutable_data_ptr<uint8_t>()};
-    launch(target ? forward<T, false> : forward<T, true>, grid, THREADS, THREADS / 32 * sizeof(Partial), problem, counted, result.data());
+    launch(target ? plain_forward<T, false> : plain_forward<T, true>, grid, THREADS, THREADS / 32 * sizeof(Partial), problem, counted, result.data());
   });
   result.add_up(launch, divide_all);
   return {result.loss, result.kept, result.share, lse, labels};
@@ -86,7 +86,7 @@ Tensor plain_cross_entropy_backward(Tensor upstream, Tensor logits, Tensor lse, 
   with_type(logits, [&](auto* data) {
     using T = std::decay_t<decltype(*data)>;
     const Plain<T> problem{data, plane, int(logits.size(1)), lse.mutable_data_ptr<float>(), labels.mutable_data_ptr<uint8_t>()};
-    launch(backward<T>, dim3((plane + THREADS - 1) / THREADS, N), THREADS, 0, problem, upstream.const_data_ptr<float>(),
+    launch(plain_backward<T>, dim3((plane + THREADS - 1) / THREADS, N), THREADS, 0, problem, upstream.const_data_ptr<float>(),
            static_cast<T*>(grad.data_ptr()));
   });
   return grad;

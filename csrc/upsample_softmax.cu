@@ -32,7 +32,7 @@ struct Problem {
 };
 
 template <class P>
-__global__ void __launch_bounds__(128, 4) forward(Problem<P> problem, int) {
+__global__ void __launch_bounds__(128, 4) probabilities(Problem<P> problem, int) {
   const Tile tile(problem.logits, problem.walk.y.step, POWERS, 0);
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
     float e[ROWS], one[ROWS];
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(128, 4) forward(Problem<P> problem, int) {
 
 // grad of logit k: p_k * (g_k - sum of p_j * g_j)
 template <class P>
-__global__ void __launch_bounds__(128, 4) backward(Problem<P> problem, int round) {
+__global__ void __launch_bounds__(128, 4) probabilities_backward(Problem<P> problem, int round) {
   const Tile tile(problem.logits, problem.walk.y.step, SUMS, round);
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
     float e[ROWS], one[ROWS], dot[ROWS] = {};
@@ -83,7 +83,7 @@ Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t heig
   const Grid grid(launch, logits, walk, POWERS);
   with_type(out, [&](auto* probs) {
     using P = std::decay_t<decltype(*probs)>;
-    grid(launch, forward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, probs,
+    grid(launch, probabilities<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, probs,
                               {K * height * width, height * width, width, 1}, nullptr});
   });
   return out;
@@ -97,7 +97,7 @@ Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tenso
   const Grid grid_of_cells(launch, logits, walk, SUMS);
   with_type(grad, [&](auto* upstream) {
     using P = std::decay_t<decltype(*upstream)>;
-    grid_of_cells(launch, backward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, upstream,
+    grid_of_cells(launch, probabilities_backward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, upstream,
                                         {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)},
                                         out.mutable_data_ptr<float>()});
   });

@@ -5,12 +5,11 @@
 // has not begun, which finds barriers that are missing before a read or after one. Shared memory is poisoned with NaN before
 // each block. A barrier that not all threads of a block reach is an error, as is a shuffle without a lane of its mask.
 //
-// With -fsanitize=thread, but without its library, GCC calls the __tsan_* functions at the end for every access to memory. They
-// are ours: they find two threads of a launch that touch the same bytes with no barrier between them, one of them writing and not
-// both by atomics, and count the 32-byte sectors of global memory that launches touch.
-// It says nothing of the GPU's memory model or speed.
+// cuda_on_cpu_watch.h finds races by looking at memory, and counts what is touched. Nothing here says anything of the GPU's memory
+// model or speed.
 #pragma once
 #define CUDA_ON_CPU
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -24,8 +23,6 @@
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -38,6 +35,7 @@
 #endif
 #define SEG_OPS_DEVICE CPU
 #define UNWATCHED __attribute__((no_sanitize("thread")))
+#define WEAK extern "C" UNWATCHED __attribute__((weak))  // every kernel file has them
 
 struct dim3 {
   unsigned x, y, z;
@@ -49,7 +47,9 @@ namespace on_cpu {
 constexpr size_t STACK = 1 << 16;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;                 // where it begins
+  jmp_buf here;                       // where it goes on
+  bool begun = false;
   std::unique_ptr<char[]> stack{new char[STACK]};
   dim3 index;
   int number;                         // in the block
@@ -61,7 +61,7 @@ struct Fiber {
 };
 inline std::vector<Fiber> fibers;
 inline Fiber* running = nullptr;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::function<void()> body;  // what a thread does
 inline std::vector<char> shared;
 inline int seed = 0;
@@ -74,11 +74,27 @@ UNWATCHED inline void fail(const std::string& what) {
   if (error.empty())
     error = what + " in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
 }
+}  // namespace on_cpu
+
+#include "cuda_on_cpu_watch.h"
+
+namespace on_cpu {
+// To a fiber, and back: jumps, where ucontext would ask the kernel each time.
+UNWATCHED inline void resume(Fiber& f) {
+  running = &f;
+  if (_setjmp(scheduler)) return;
+  if (f.begun) _longjmp(f.here, 1);
+  f.begun = true;
+  setcontext(&f.context);
+}
+UNWATCHED inline void leave() {
+  if (!_setjmp(running->here)) _longjmp(scheduler, 1);
+}
 UNWATCHED inline void wait(const char* what, int line, unsigned mask, uint64_t value) {
   watching = false;
   Fiber& me = *running;
   me.waits = what, me.line = line, me.mask = mask, me.value = value;
-  swapcontext(&me.context, &scheduler);
+  leave();
   watching = true;
 }
 UNWATCHED inline void enter() {
@@ -86,7 +102,7 @@ UNWATCHED inline void enter() {
   body();
   watching = false;
   running->done = true;
-  swapcontext(&running->context, &scheduler);
+  leave();
 }
 // Let the lanes of a warp go on that all wait at one place and have exchanged their values; -> whether there were any.
 UNWATCHED inline bool exchange(Fiber* warp, int lanes) {
@@ -116,7 +132,7 @@ UNWATCHED inline void run_block(int threads) {
   for (size_t i = 0; i + 4 <= shared.size(); i += 4) std::memcpy(&shared[i], &poison, 4);
   for (int i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
-    f.number = i, f.done = false, f.waits = nullptr;
+    f.number = i, f.done = f.begun = false, f.waits = nullptr;
     f.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = STACK, f.context.uc_link = nullptr;
@@ -132,20 +148,20 @@ UNWATCHED inline void run_block(int threads) {
           if (lane >= size) continue;
           Fiber& f = fibers[first + lane];
           if (f.done || f.waits) continue;
-          moved = true, running = &f;
-          swapcontext(&scheduler, &f.context);
+          moved = true;
+          resume(f);
         }
       } while (exchange(&fibers[first], size));
       if (moved) break;
     }
     if (moved) continue;
-    int done = 0, at_barrier = 0, line = 0, lines = 0;
+    int done = 0, line = 0, lines = 0;
     for (int i = 0; i < threads; i++) {
       const Fiber& f = fibers[i];
       done += f.done;
       if (!f.done && f.mask) return fail(std::string(f.waits) + " in line " + std::to_string(f.line) + " without a lane of its mask");
       if (f.done) continue;
-      at_barrier++, lines += f.line != line, line = f.line;
+      lines += f.line != line, line = f.line;
     }
     if (done == threads) return;
     if (done || lines > 1) return fail("not all threads reach the barrier in line " + std::to_string(line));
@@ -171,36 +187,6 @@ UNWATCHED inline unsigned ballot(int line, unsigned mask, bool value) {
   return result;
 }
 
-// What -fsanitize=thread shows of a byte.
-struct Byte {
-  int writer = -1, write_block = -1, write_epoch = -1, reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
-  bool atomic = false;                                                                                // the write was
-};
-inline std::unordered_map<uintptr_t, Byte> bytes;
-inline std::unordered_set<uintptr_t> sectors;
-inline uintptr_t main_stack = 0;
-
-UNWATCHED inline bool within(uintptr_t at, const void* begin, size_t size) {
-  return at >= uintptr_t(begin) && at < uintptr_t(begin) + size;
-}
-UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic) {
-  if (within(at, running->stack.get(), STACK) || within(at, fibers.data(), fibers.size() * sizeof(Fiber)) || (at > main_stack - (1 << 20) && at < main_stack + (8 << 20))) return;
-  const bool of_block = within(at, shared.data(), shared.size());
-  if (!of_block)
-    for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s);
-  const int me = running->number, block = of_block ? 0 : (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-  for (uintptr_t b = at; b < at + size; b++) {
-    Byte& byte = bytes[b];
-    const bool after_write = byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
-    const bool after_read = byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
-    if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
-      fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
-           (after_write ? "wrote" : "read"));
-    if (write) byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic;
-    else byte.reader = byte.read_block == block && byte.read_epoch == epoch && byte.reader != me ? -2 : me,
-         byte.read_block = block, byte.read_epoch = epoch;
-  }
-}
 template <class F>
 UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
   dice.seed(seed);
@@ -210,7 +196,7 @@ UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
   std::vector<unsigned> order(grid.x * grid.y * grid.z);
   for (size_t i = 0; i < order.size(); i++) order[i] = i;
   std::shuffle(order.begin(), order.end(), dice);
-  bytes.clear(), main_stack = uintptr_t(&order);
+  begin_watching();
   for (unsigned i : order) {
     blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), epoch++;
     run_block(threads);
@@ -219,34 +205,20 @@ UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
   if (!error.empty()) throw std::runtime_error("cuda_on_cpu: " + error);
 }
 
-UNWATCHED inline void watch(const void* address, int size, bool write, bool atomic = false) {
-  if (!watching) return;
-  watching = false;  // what `look` calls is watched as well
-  look(uintptr_t(address), size, write, atomic);
-  watching = true;
-}
-template <class T, class F>
-UNWATCHED T atomic(T* at, const F& f) {
-  watch(at, sizeof(T), true, true);
-  T old;
-  std::memcpy(&old, at, sizeof old);
-  const T now = f(old);
-  std::memcpy(at, &now, sizeof now);
-  return old;
-}
 }  // namespace on_cpu
 
 template <class T>
-UNWATCHED T atomicAdd(T* at, T value) { return on_cpu::atomic(at, [&](T old) { return T(old + value); }); }
-template <class T>
-UNWATCHED T atomicOr(T* at, T value) { return on_cpu::atomic(at, [&](T old) { return T(old | value); }); }
+UNWATCHED T atomicAdd(T* at, T value) {
+  on_cpu::watch(at, sizeof(T), true, true);
+  const T old = *at;
+  *at = old + value;
+  return old;
+}
 
 #define threadIdx (on_cpu::running->index)
 #define __syncthreads() on_cpu::wait("barrier", __LINE__, 0, 0)
-#define __syncwarp() on_cpu::wait("syncwarp", __LINE__, 0xffffffffu, 0)
 #define __shfl_sync(mask, value, lane) on_cpu::shuffle("shuffle", __LINE__, mask, value, lane)
 #define __shfl_xor_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number ^ (x))
-#define __shfl_down_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number + (x))
 #define __ballot_sync(mask, value) on_cpu::ballot(__LINE__, mask, value)
 #define __any_sync(mask, value) (on_cpu::ballot(__LINE__, mask, value) != 0)
 template <class T>
@@ -274,27 +246,4 @@ struct Launcher {
   }
 };
 
-#define WEAK extern "C" UNWATCHED __attribute__((weak))  // every kernel file has them
 WEAK void cuda_on_cpu_seed(int n) { on_cpu::seed = n; }
-#ifdef __SANITIZE_THREAD__
-#define WATCH(n) \
-  WEAK void __tsan_read##n(void* at) { on_cpu::watch(at, n, false); } \
-  WEAK void __tsan_write##n(void* at) { on_cpu::watch(at, n, true); } \
-  WEAK void __tsan_unaligned_read##n(void* at) { on_cpu::watch(at, n, false); } \
-  WEAK void __tsan_unaligned_write##n(void* at) { on_cpu::watch(at, n, true); }
-WATCH(1) WATCH(2) WATCH(4) WATCH(8) WATCH(16)
-#undef WATCH
-WEAK void __tsan_read_range(void* at, long size) { on_cpu::watch(at, size, false); }
-WEAK void __tsan_write_range(void* at, long size) { on_cpu::watch(at, size, true); }
-WEAK void __tsan_init() {}
-WEAK void __tsan_func_entry(void*) {}
-WEAK void __tsan_func_exit() {}
-WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }  // the host's
-WEAK void __tsan_vptr_update(void*, void*) {}
-WEAK void __tsan_vptr_read(void*) {}
-// How many sectors the launches since the last call have touched.
-WEAK long cuda_on_cpu_sectors() {
-  const long count = on_cpu::sectors.size();
-  return on_cpu::sectors.clear(), count;
-}
-#endif

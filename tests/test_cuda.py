@@ -1,58 +1,47 @@
-"""The operators on a GPU, where there is one, against the float64 references on the CPU."""
+"""The operators on a GPU, where there is one: the tests of the CPU's kernels, and what only a GPU can show."""
 import pytest
 import test_kernels
 import torch
+from test_cuda_on_cpu import EDGES, OF_SHAPES
 
 from csrc import ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def on_gpu(x):
-    return x.cuda() if isinstance(x, torch.Tensor) else x
+@pytest.fixture(autouse=True)
+def on_the_gpu(monkeypatch):
+    assert ops.in_use("cuda") == "kernel", ops.in_use("cuda")
+    monkeypatch.setattr(test_kernels, "DEVICE", "cuda")
 
 
+@pytest.mark.parametrize("test", OF_SHAPES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", test_kernels.SHAPES)
-def test_equal_to_the_float64_references(shape, dtype):
-    assert ops.in_use("cuda") == "kernel", ops.in_use("cuda")
-    both_ways, size = test_kernels.both_ways, shape[4:]
-    logits, target, confidence, valid = test_kernels.inputs(*shape)
-    logits, floor = logits.to(dtype), 1e-6 if dtype == torch.float32 else 4e-3
-    for kw in test_kernels.cross_entropy_ways(logits, target, confidence, valid):
-        moved = {name: on_gpu(x) for name, x in kw.items()}
-        ours = [x.cpu() for x in both_ways(ops.masked_cross_entropy, logits.cuda(), upstream=3, **moved)]
-        eager = both_ways(ops.masked_cross_entropy_reference, logits, upstream=3, **kw)
-        exact = both_ways(ops.masked_cross_entropy_reference, logits.double(), upstream=3, **test_kernels.doubled(kw))
-        test_kernels.close(ours, eager, exact)
-    upstream = torch.randn(*shape[:2], *size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    for kw in (dict(), dict(valid=valid)):
-        moved = {name: on_gpu(x) for name, x in kw.items()}
-        ours = [x.cpu() for x in both_ways(ops.upsample_softmax, logits.cuda(), size, upstream=upstream.cuda(), **moved)]
-        test_kernels.close(ours, both_ways(ops.upsample_softmax_reference, logits, size, upstream=upstream, **kw),
-                           both_ways(ops.upsample_softmax_reference, logits.double(), size, upstream=upstream.double(), **kw),
-                           floor=floor)
-    ids = ops.upsample_argmax(logits.cuda(), size)
-    assert torch.equal(ids.cpu(), ops.upsample_argmax_reference(logits.double(), size))
-    for labels in (target, target.long()):
-        exact = ops.confusion_matrix_reference(ids.cpu(), labels, shape[1])
-        assert torch.equal(ops.confusion_matrix(logits.cuda(), labels.cuda()).cpu(), exact)
-        assert torch.equal(ops.confusion_matrix(ids, labels.cuda(), shape[1]).cpu(), exact)
+def test_shapes_of_the_cpu(shape, dtype, test):
+    test(shape, dtype)
+
+
+@pytest.mark.parametrize("test, args", EDGES)
+def test_edges_of_the_cpu(test, args):
+    test(*args)
 
 
 def test_the_same_bits_from_run_to_run():
-    logits, target, confidence, valid = (on_gpu(x) for x in test_kernels.inputs(3, 21, 17, 17, 129, 129))
-    upstream, results = torch.randn(3, 21, 129, 129, device="cuda"), []
+    logits, target, confidence, valid = test_kernels.inputs(3, 21, 17, 17, 129, 129)
+    upstream, results = test_kernels.noise(3, 21, 129, 129), []
     for _ in range(5):
         results.append([*test_kernels.both_ways(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
                         *test_kernels.both_ways(ops.masked_cross_entropy, logits, size=(129, 129)),
+                        *test_kernels.both_ways(ops.masked_cross_entropy, upstream, target),
                         *test_kernels.both_ways(ops.upsample_softmax, logits, (129, 129), upstream=upstream)])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("value", [6, 254, -1, 1 << 40])
-def test_bad_labels_poison(value):
-    logits, target, *_ = (on_gpu(x) for x in test_kernels.inputs(1, 6, 5, 5, 33, 33))
+@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
+def test_bad_labels_poison(size, value):
+    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, *size)
     bad = target.long()
     bad[0, 2, 3] = value
     assert ops.masked_cross_entropy(logits, bad)[0].isnan()
@@ -61,10 +50,33 @@ def test_bad_labels_poison(value):
             ops.mean_iou(matrix)
 
 
+def test_offsets_beyond_32_bits():
+    """The last picture of a tensor of more than 2^31 numbers is the same as alone."""
+    k, side = 19, 4097
+    logits, target, *_ = test_kernels.inputs(7, k, 33, 33, side, side)  # 2.2e9 probabilities, in bfloat16 4.5 GB
+    probs = ops.upsample_softmax(logits, (side, side), torch.bfloat16)
+    assert torch.equal(probs[-1:], ops.upsample_softmax(logits[-1:], (side, side), torch.bfloat16))
+    found = (test_kernels.both_ways(ops.masked_cross_entropy, x, y) for x, y in ((probs, target), (probs[-1:], target[-1:])))
+    (_, grad, kept), (_, alone, kept_alone) = found
+    torch.testing.assert_close(grad[-1:] * kept, alone * kept_alone, rtol=1e-2, atol=1e-2)
+
+
+def test_another_stream():
+    """The kernels run in the stream that is current: what waits for it is seen."""
+    logits, target, *_ = test_kernels.inputs(2, 5, 4, 4, 25, 25)
+    expected, stream = ops.masked_cross_entropy(logits, target)[0], torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = logits * 1
+        loss = ops.masked_cross_entropy(late, target)[0]
+    stream.synchronize()
+    assert torch.equal(loss, expected)
+
+
 def test_no_synchronisation():
-    logits, target, confidence, valid = (on_gpu(x) for x in test_kernels.inputs(2, 5, 4, 4, 25, 25))
+    logits, target, confidence, valid = test_kernels.inputs(2, 5, 4, 4, 25, 25)
     logits.requires_grad_()
-    ops.in_use("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss, _ = ops.masked_cross_entropy(logits, target, confidence, valid=valid)

@@ -12,7 +12,7 @@ import test_kernels
 import torch
 from conftest import ROOT
 
-from csrc import ops
+from csrc import autograd, ops
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 pytestmark = pytest.mark.skipif(not CXX, reason="no C++ compiler")
@@ -20,9 +20,11 @@ INCLUDE, LIB = (Path(torch.__file__).parent / folder for folder in ("include", "
 FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-DTORCH_TARGET_VERSION=0x020e000000000000",
          f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++"]
 SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
-# N, K, h, w, H, W
-SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (1, 5, 7, 9, 33, 50), (1, 7, 9, 9, 5, 3), (1, 6, 2, 3, 5, 40),
-          (1, 150, 3, 3, 17, 17), (1, 255, 3, 2, 9, 5), (2, 2, 3, 3, 49, 35)]
+# the CPU's, scaled down: N, K, h, w, H, W
+SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
+          (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (2, 4, 9, 12, 9, 12), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35),
+          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 150, 3, 3, 9, 17)]
+SCHEDULES = 20
 
 
 def run(*words, **kw):
@@ -44,108 +46,101 @@ def build(folder, name, *flags, link=()):
     return ctypes.CDLL(folder / f"{name}.so")
 
 
+class Schedules:
+    """torch.ops.seg_ops for tests: runs each call with so many schedules, which have to agree to the bit."""
+
+    def __init__(self, operators, seed, schedules=SCHEDULES):
+        self.operators, self.seed, self.schedules = operators, seed, schedules
+
+    def __getattr__(self, name):
+        operator, in_place = getattr(self.operators, name), name.startswith("confusion")
+
+        def call(*args):
+            runs = []
+            for n in range(self.schedules):
+                self.seed(n)
+                counts = args[-1].clone() if in_place else None
+                result = operator(*args[:-1], counts) if in_place else operator(*args)
+                runs.append(counts if in_place else result)
+            for other in runs[1:]:
+                torch.testing.assert_close(other, runs[0], rtol=0, atol=0, equal_nan=True)
+            return args[-1].copy_(runs[0]) if in_place else runs[0]
+        return call
+
+
+def use(patch, namespace):
+    """Have csrc/ops.py call the kernels in `namespace`, for all three types, as it does on a GPU."""
+    patch.setattr(torch.ops, "seg_ops", namespace, raising=False)
+    patch.setattr(ops, "_kernel", lambda x, *dtypes: not {torch.float64} & {x.dtype, *dtypes})
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def built(tmp_path_factory):
     """(operators, seed setter)"""
     library = build(tmp_path_factory.mktemp("plain"), "cuda_on_cpu", "-O2")
+    autograd.register("cuda_on_cpu")
     return torch.ops.cuda_on_cpu, library.cuda_on_cpu_seed
 
 
-def cross_entropy(op, logits, *, target=None, confidence=None, valid=None, threshold=0.5, size=None, divide="kept"):
-    size = size or tuple(target.shape[1:])
-    if logits.shape[2:] == size:
-        loss, kept, share, *rest = op.plain_cross_entropy(logits.contiguous(), target, confidence, valid, ops._logit(threshold), 255,
-                                                          divide == "all")
-        return loss, op.plain_cross_entropy_backward(share, logits.contiguous(), *rest), kept
-    loss, kept, grad = op.masked_cross_entropy(logits, target, confidence, valid, ops._logit(threshold), *size, 255, divide == "all")
-    return loss, grad.to(logits.dtype), kept
+@pytest.fixture
+def kernels(built, monkeypatch):
+    use(monkeypatch, Schedules(*built))
+    return torch.ops.seg_ops
 
 
-def everything(op, shape, dtype, seed=0):
-    """Results of all operators: [(ours, eager, exact)], each a list of tensors."""
-    logits, target, confidence, valid = test_kernels.inputs(*shape, seed=seed)
-    logits, size, found = logits.to(dtype), shape[4:], []
-    both_ways = test_kernels.both_ways
-    for kw in test_kernels.cross_entropy_ways(logits, target, confidence, valid):
-        found.append((cross_entropy(op, logits, **kw), both_ways(ops.masked_cross_entropy_reference, logits, **kw),
-                      both_ways(ops.masked_cross_entropy_reference, logits.double(), **test_kernels.doubled(kw))))
-    upstream = torch.randn(*shape[:2], *size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    for kw in (dict(), dict(valid=valid)):
-        ours = (op.upsample_softmax(logits, kw.get("valid"), *size, dtype),
-                op.upsample_softmax_backward(upstream, logits, kw.get("valid")).to(dtype))
-        found.append((ours, both_ways(ops.upsample_softmax_reference, logits, size, upstream=upstream, **kw),
-                      both_ways(ops.upsample_softmax_reference, logits.double(), size, upstream=upstream.double(), **kw)))
-    ids = op.upsample_argmax(logits, *size)
-    exact = ops.upsample_argmax_reference(logits.double(), size)
-    found.append(([ids], [exact], [exact]))
-    for labels in (target, target.long()):
-        of_logits, of_ids = (torch.ones(shape[1], shape[1], dtype=torch.int64) for _ in range(2))
-        op.confusion_of_logits(logits, labels, 255, of_logits)
-        op.confusion_matrix(ids, labels, shape[1], 255, of_ids)
-        exact = ops.confusion_matrix_reference(exact if exact.dim() == 3 else ids, labels, shape[1]) + 1
-        found.append(([of_logits, of_ids], [exact, exact], [exact, exact]))
-    return found
+OF_SHAPES = [test_kernels.test_cross_entropy, test_kernels.test_upsample_softmax, test_kernels.test_confusion_matrix]
+
+
+@pytest.mark.parametrize("test", OF_SHAPES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_the_cpu(kernels, shape, dtype, test):
+    test(shape, dtype)
+
+
+# the same that tests/test_cuda.py runs on a GPU
+EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(pixels, longest) for pixels in (1, 63, 1025) for longest in (1, 50)]),
+         (test_kernels.test_every_number_of_classes, [(2,), (31,), (64,), (65,), (128,), (254,)]),
+         (test_kernels.test_nothing_ignored_and_everything, [(0,), (1,)]),
+         (test_kernels.test_second_backward_is_the_same, [()]),
+         (test_kernels.test_a_second_derivative_is_refused, [()]),
+         (test_kernels.test_layouts, [((25, 25),), ((4, 4),)]),
+         (test_kernels.test_ties_go_to_the_lowest_class, [()]),
+         (test_kernels.test_not_finite, [(bad, size) for bad in (float("nan"), float("inf"), -float("inf"))
+                                         for size in ((33, 33), (5, 5), (33, 5))]),
+         (test_kernels.test_steep_logits, [()]),
+         (test_kernels.test_confidence_that_does_not_count, [()])]
+EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}") for test, several in EDGES for args in several]
+
+
+@pytest.mark.parametrize("test, args", EDGES)
+def test_edges_of_the_cpu(kernels, test, args):
+    test(*args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equal_to_the_float64_references(kernels, shape, dtype):
-    op, seed = kernels
-    seed(hash(shape) % 1000)
-    for ours, eager, exact in everything(op, shape, dtype):
-        test_kernels.close(ours, eager, exact, floor=1e-6 if dtype == torch.float32 else 4e-3)
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 3, 4, 12, 20), (1, 3, 2, 18, 6, 40)])
-def test_the_same_bits_for_twenty_schedules(kernels, shape):
-    op, seed = kernels
-    results = []
-    for n in range(20):
-        seed(n)
-        results.append([x for ours, _, _ in everything(op, shape, torch.float32) for x in ours])
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 200.0])
-def test_not_finite_and_steep(kernels, bad):
-    op, _ = kernels
-    logits, target, *_ = test_kernels.inputs(1, 4, 4, 3, 25, 17, ignored=0)
-    logits[0, 1, 2, 1] = bad
-    size = (25, 17)
-    for kw in (dict(target=target), dict(size=size)):
-        ours, eager = cross_entropy(op, logits, **kw), ops.masked_cross_entropy_reference(logits, **kw)
-        torch.testing.assert_close(ours[0], eager[0], equal_nan=True)
-    torch.testing.assert_close(op.upsample_softmax(logits, None, *size, torch.float32),
-                               ops.upsample_softmax_reference(logits, size), equal_nan=True)
-    assert torch.equal(op.upsample_argmax(logits, *size), ops.upsample_argmax_reference(logits, size))
-
-
-def test_layouts_and_nothing_counted(kernels):
-    op, _ = kernels
-    logits, target, confidence, valid = test_kernels.inputs(2, 5, 4, 4, 25, 25)
-    upstream = torch.randn(2, 5, 25, 25)
-    for x in test_kernels.layouts(logits):
-        y = x.contiguous()
-        assert all(torch.equal(a, b) for a, b in zip(cross_entropy(op, x, target=target), cross_entropy(op, y, target=target)))
-        for a, b in [(op.upsample_softmax(x, valid, 25, 25, x.dtype), op.upsample_softmax(y, valid, 25, 25, x.dtype)),
-                     (op.upsample_softmax_backward(test_kernels.layouts(upstream)[2], x, valid),
-                      op.upsample_softmax_backward(upstream, y, valid)),
-                     (op.upsample_argmax(x, 25, 25), op.upsample_argmax(y, 25, 25))]:
-            assert torch.equal(a, b)
-    loss, grad, kept = cross_entropy(op, logits, confidence=confidence, threshold=1.0, size=(25, 25))
-    assert loss == 0 and kept == 0 and (grad == 0).all()
+def test_confusion_matrix_of_logits_on_the_way(kernels, shape, dtype):
+    """ops.confusion_matrix calls this on a GPU only."""
+    logits, target, *_ = test_kernels.inputs(*shape)
+    logits = logits.to(dtype)
+    exact = ops.confusion_matrix_reference(logits.double(), target)
+    for labels in (target, target.long()):
+        counts = torch.ones_like(exact)
+        kernels.confusion_of_logits(logits, labels, 255, counts)
+        assert torch.equal(counts, exact + 1)
 
 
 @pytest.mark.parametrize("value", [6, 254, -1, 1 << 40])
-def test_bad_labels_poison(kernels, value):
-    """NaN from the loss, a first cell below 0; `watched` below sees that nothing is touched out of bounds."""
-    op, _ = kernels
-    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, 33, 33)
+@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
+def test_bad_labels_poison(kernels, size, value):
+    """NaN from the loss, a first cell below 0."""
+    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, *size)
     bad = target.long()
     bad[0, 2, 3] = value
-    assert cross_entropy(op, logits, target=bad)[0].isnan()
-    for count in (lambda out: op.confusion_of_logits(logits, bad, 255, out),
-                  lambda out: op.confusion_matrix(bad, target * 0, 6, -1, out)):
+    assert ops.masked_cross_entropy(logits, bad)[0].isnan()
+    for count in (lambda out: kernels.confusion_of_logits(logits, bad, 255, out),
+                  lambda out: kernels.confusion_matrix(bad, target * 0, 6, -1, out)):
         out = torch.zeros(6, 6, dtype=torch.int64)
         count(out)
         with pytest.raises(ValueError, match="negative"):
@@ -157,17 +152,22 @@ def test_no_races_and_few_sectors(tmp_path):
     library, op = build(tmp_path, "watched", "-O1", "-fsanitize=thread"), torch.ops.watched
     n, k, h, w, height, width = shape = (1, 8, 6, 8, 41, 57)
     logits, target, confidence, valid = test_kernels.inputs(*shape)
+    large = torch.randn(n, k, height, width)
 
     sectors = library.cuda_on_cpu_sectors
     low, labels, full = n * k * h * w / 8, n * height * width / 32, n * k * height * width / 8
     sectors()
-    cross_entropy(op, logits, target=target)
+    op.masked_cross_entropy(logits, target, None, None, 0, height, width, 255, False)
     touched = {"cross entropy": (sectors(), 2 * low + labels)}
-    cross_entropy(op, logits, confidence=confidence, valid=valid, size=(height, width))
+    op.masked_cross_entropy(logits, None, confidence, valid, 0, height, width, 255, False)
     touched["cross entropy of the argmax"] = sectors(), 2 * low + labels
+    _, _, share, *kept = op.plain_cross_entropy(large, target, None, None, 0, 255, False)
+    touched["plain cross entropy"] = sectors(), full + labels + 5 * labels
+    op.plain_cross_entropy_backward(share, large, *kept)
+    touched["its gradient"] = sectors(), 2 * full + 5 * labels
     op.upsample_softmax(logits, valid, height, width, torch.float32)
     touched["upsample_softmax"] = sectors(), low + labels + full
-    op.upsample_softmax_backward(torch.randn(n, k, height, width), logits, valid)
+    op.upsample_softmax_backward(large, logits, valid)
     touched["upsample_softmax_backward"] = sectors(), 2 * low + labels + full
     ids = op.upsample_argmax(logits, height, width)
     touched["upsample_argmax"] = sectors(), low + labels
@@ -209,10 +209,15 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import pathlib, torch, test_cuda_on_cpu as t
-t.build(pathlib.Path({str(tmp_path)!r}), "sanitized", *{flags!r}, link={flags[2:3]!r})
-for shape in t.SHAPES[:5]:
-    t.everything(torch.ops.sanitized, shape, torch.float32)
+import pathlib, pytest, torch, test_cuda_on_cpu as t
+library = t.build(pathlib.Path({str(tmp_path)!r}), "sanitized", *{flags!r}, link={flags[2:3]!r})
+t.autograd.register("sanitized")
+t.use(pytest.MonkeyPatch(), t.Schedules(torch.ops.sanitized, library.cuda_on_cpu_seed, 1))
+for test in t.OF_SHAPES:
+    for shape in t.SHAPES[:9]:
+        test(shape, torch.float32)
+for value in (6, 1 << 40):
+    t.test_bad_labels_poison(torch.ops.seg_ops, (33, 33), value)
 print("clean")
 """
     names = [run(CXX, f"-print-file-name={name}").stdout.strip() for name in ("libasan.so", "libubsan.so")]

@@ -18,14 +18,20 @@ SHAPES = [(2, 21, 41, 41, 321, 321), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1,
           (1, 7, 9, 9, 5, 3), (1, 19, 3, 70, 17, 553), (2, 4, 33, 47, 33, 47), (1, 6, 2, 3, 3, 40), (3, 11, 9, 9, 129, 129),
           (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 5, 3, 5, 9, 63), (2, 5, 3, 3, 9, 31),
           (1, 4, 3, 4, 9, 4)]
+DEVICE = "cpu"  # where the operators run; tests/test_cuda.py changes it
 
 
 def inputs(n, k, h, w, height, width, scale=3.0, ignored=0.3, seed=0):
     g = torch.Generator().manual_seed(seed)
     target = torch.randint(0, k, (n, height, width), generator=g)
     target[torch.rand(n, height, width, generator=g) < ignored] = 255
-    return (torch.randn(n, k, h, w, generator=g) * scale, target.to(torch.uint8), torch.randn(n, 1, 3, 2, generator=g) * 2,
-            torch.rand(n, height, width, generator=g) < 0.8)
+    found = (torch.randn(n, k, h, w, generator=g) * scale, target.to(torch.uint8), torch.randn(n, 1, 3, 2, generator=g) * 2,
+             torch.rand(n, height, width, generator=g) < 0.8)
+    return tuple(x.to(DEVICE) for x in found)
+
+
+def noise(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
 
 
 def both_ways(op, logits, *args, upstream=1.0, **kw):
@@ -75,7 +81,7 @@ def test_cross_entropy(shape, dtype):
 def test_upsample_softmax(shape, dtype):
     logits, _, _, valid = inputs(*shape)
     logits, size = logits.to(dtype), shape[4:]
-    grad = torch.randn(*shape[:2], *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = noise(*shape[:2], *size, dtype=dtype)
     for kw in (dict(), dict(valid=valid)):
         ours = both_ways(ops.upsample_softmax, logits, size, upstream=grad, **kw)
         eager = both_ways(ops.upsample_softmax_reference, logits, size, upstream=grad, **kw)
@@ -102,7 +108,7 @@ def test_confusion_matrix(shape, dtype):
     for a in (guess, guess.long()):
         for b in (target, target.long()):
             assert torch.equal(ops.confusion_matrix(a, b, k), exact)
-    out = torch.ones(2 * k, k, dtype=torch.int64)[::2]  # not contiguous
+    out = torch.ones(2 * k, k, dtype=torch.int64, device=DEVICE)[::2]  # not contiguous
     assert ops.confusion_matrix(guess, target, k, out=out) is out and torch.equal(out, exact + 1)
 
 
@@ -116,6 +122,7 @@ def test_confusion_matrix_of_runs(pixels, longest):
         guess, target = (torch.repeat_interleave(torch.randint(0, k, (runs,), generator=g), torch.randint(
             1, longest + 1, (runs,), generator=g))[:pixels].view(1, 1, pixels) for _ in range(2))
         target[torch.rand(target.shape, generator=g) < 0.1 / longest] = ignore
+        guess, target = guess.to(DEVICE), target.to(DEVICE)
         exact = ops.confusion_matrix_reference(guess, target, k, ignore=ignore)
         assert torch.equal(ops.confusion_matrix(guess.to(torch.uint8), target.to(torch.uint8), k, ignore=ignore), exact)
 
@@ -160,7 +167,7 @@ def test_a_second_derivative_is_refused():
 def layouts(x):
     """The same numbers with other strides; the last one is expanded, where every picture is the first."""
     n, k, h, w = x.shape
-    wide = torch.zeros(n, k, h, 2 * w)
+    wide = torch.zeros(n, k, h, 2 * w, device=x.device)
     wide[..., ::2] = x
     return [wide[..., ::2], x.transpose(2, 3).contiguous().transpose(2, 3), x.contiguous(memory_format=torch.channels_last),
             x[:1].expand(n, -1, -1, -1)]
@@ -169,7 +176,7 @@ def layouts(x):
 @pytest.mark.parametrize("size", [(25, 25), (4, 4)])
 def test_layouts(size):
     logits, target, confidence, valid = inputs(2, 5, 4, 4, *size)
-    grad = torch.randn(2, 5, *size)
+    grad = noise(2, 5, *size)
     for x in layouts(logits):
         y = x.contiguous()
         strided = target.transpose(1, 2).contiguous().transpose(1, 2), valid.transpose(1, 2).contiguous().transpose(1, 2)
@@ -182,9 +189,9 @@ def test_layouts(size):
 
 
 def test_ties_go_to_the_lowest_class():
-    logits = torch.zeros(1, 6, 5, 5)
-    logits[:, [2, 4]] = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(0)).abs() + 1  # two equal winners
-    target = torch.zeros(1, 33, 33, dtype=torch.uint8)
+    logits = torch.zeros(1, 6, 5, 5, device=DEVICE)
+    logits[:, [2, 4]] = noise(1, 1, 5, 5).abs() + 1  # two equal winners
+    target = torch.zeros(1, 33, 33, dtype=torch.uint8, device=DEVICE)
     assert ops.confusion_matrix(logits, target)[0].tolist() == [0, 0, 33 * 33, 0, 0, 0]
     grad = both_ways(ops.masked_cross_entropy, logits, size=(33, 33))[1]
     assert (grad[:, 2] < 0).all() and (grad[:, 4] > 0).all()
@@ -207,9 +214,9 @@ def test_not_finite(bad, size):
         eager, ours = (f(broken, size) for f in (ops.upsample_softmax_reference, ops.upsample_softmax))
         torch.testing.assert_close(ours, eager, equal_nan=True)
         assert torch.equal(ops.confusion_matrix(broken, target), ops.confusion_matrix_reference(broken, target))
-        nothing = torch.zeros(1, *size, dtype=torch.bool)
+        nothing, ones = torch.zeros(1, *size, dtype=torch.bool, device=DEVICE), torch.ones(1, 6, *size, device=DEVICE)
         for f in (ops.upsample_softmax_reference, ops.upsample_softmax):
-            assert all((x == 0).all() for x in both_ways(f, broken, size, valid=nothing, upstream=torch.ones(1, 6, *size)))
+            assert all((x == 0).all() for x in both_ways(f, broken, size, valid=nothing, upstream=ones))
         touched = F.interpolate(broken, size, mode="bilinear", align_corners=True).isfinite().all(1).logical_not()
         far = target.masked_fill(touched, 255)
         ours, clean = (both_ways(ops.masked_cross_entropy, x, far) for x in (broken, logits))
@@ -233,7 +240,7 @@ def test_confidence_that_does_not_count():
     logits, *_ = inputs(1, 4, 3, 3, 17, 17)
     for value, threshold, counts in [(float("nan"), 0.0, False), (0.0, 0.5, False), (1e-3, 0.5, True), (-200, 0.2, False),
                                      (200, 0.2, True), (200, 1.0, False), (-5, 0.0, True)]:
-        confidence = torch.full((1, 1, 2, 2), float(value))
+        confidence = torch.full((1, 1, 2, 2), float(value), device=DEVICE)
         for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
             assert (f(logits, confidence=confidence, threshold=threshold, size=(17, 17))[1] > 0) == counts, (value, threshold)
 
@@ -255,7 +262,7 @@ def test_bad_labels(size):
 
 def test_same_bits_for_any_number_of_threads():
     logits, target, confidence, valid = inputs(3, 21, 17, 17, 129, 129)
-    grad, threads, results = torch.randn(3, 21, 129, 129), torch.get_num_threads(), []
+    grad, threads, results = noise(3, 21, 129, 129), torch.get_num_threads(), []
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)

@@ -1,0 +1,72 @@
+"""nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, the build from cold."""
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from csrc import build, ops
+
+pytestmark = pytest.mark.skipif(not build.cuda_home() or ops.in_use() != "kernel", reason="no nvcc, or no kernels")
+ARCHITECTURES = ("80", "90", "120")
+# The most registers of a thread, for any architecture and type. A multiprocessor has 65,536: four blocks of 128 threads at 128.
+REGISTERS = {"cells_cross_entropy": 104, "finish": 32, "plain_forward": 40, "plain_backward": 32, "probabilities": 80,
+             "probabilities_backward": 112, "argmax_of": 56, "count_ids": 24}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{file: (what nvcc says, PTX)}"""
+    home, folder = build.cuda_home(), tmp_path_factory.mktemp("nvcc")
+    include = [*build.INCLUDE, Path(torch.__file__).parent / "include"]
+
+    def one(source):
+        words = [home / "bin/nvcc", *build.CUDA_FLAGS, "-Xptxas", "-v", "-Werror", "all-warnings",
+                 "-Xcompiler", "-Wall,-Werror", *(word for path in include for word in ("-isystem", path)),
+                 *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES), "--keep", "--keep-dir", folder,
+                 "-c", source, "-o", folder / f"{source.name}.o"]
+        done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        ptx = [f.read_text() for f in folder.glob(f"{source.stem}*.ptx")]
+        return source.name, (done.stdout + done.stderr, ptx)
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(one, sorted((ROOT / "csrc").glob("*.cu"))))
+
+
+def test_no_spills_and_registers_as_expected(compiled):
+    seen = {name: {} for name in REGISTERS}
+    for said, _ in compiled.values():
+        assert "warning" not in said
+        for kernel, architecture, report in re.findall(r"entry function '(\w+)' for 'sm_(\d+)'\n(.*\n.*\n.*registers.*)", said):
+            assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, (kernel, report)
+            assert "smem" not in report, report  # it is dynamic: Tile::bytes
+            registers = seen[max((name for name in REGISTERS if name in kernel), key=len)]
+            registers[architecture] = max(registers.get(architecture, 0), int(re.search(r"Used (\d+) registers", report)[1]))
+    print(seen)
+    assert all(set(seen[name]) == set(ARCHITECTURES) for name in REGISTERS), seen
+    assert all(max(seen[name].values()) <= most for name, most in REGISTERS.items()), seen
+
+
+def test_ptx(compiled):
+    """No memory of a thread's own; a cell's four numbers in shared memory are one access of 16 bytes."""
+    for name, (_, ptx) in compiled.items():
+        assert len(ptx) == len(ARCHITECTURES)
+        for text in ptx:
+            assert not re.search(r"\.local|ld\.param\.\w+ .*depot", text), name
+            if name != "plain_cross_entropy.cu":
+                assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
+
+
+def test_build_from_cold_without_a_gpu(tmp_path):
+    code = "import torch; from csrc import build; build.load('cuda'); print(build.note)"
+    (tmp_path / build.folder().name).symlink_to(build.folder())  # the CPU's kernels are there
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"})
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert int(re.fullmatch(r", built in (\d+) s\n", done.stdout)[1]) < 60
