@@ -2,6 +2,7 @@
 
     python csrc/bench.py [--json FILE]       the operators, about 10 minutes on two cores
     python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, kernels against references, about 5 minutes
+    python csrc/bench.py --device cuda       the operators on a GPU, against their floors (bench_cuda.py)
 
 The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16; malloc keeps its memory,
 so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in
@@ -21,101 +22,29 @@ TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 import common  # noqa: E402
 from cli import InputError, Parser, launch  # noqa: E402
-from csrc import bench_step, ops  # noqa: E402
+from csrc import bench_cuda, bench_step, ops  # noqa: E402
+from csrc.bench_cases import cases, ids_case  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W
 PLAIN = (4, 21, 321, 321)
 
 
-def up(x, size):
-    return F.interpolate(x, (size, size), mode="bilinear", align_corners=True)
-
-
-def both_ways(f, x, upstream=None):
-    """f(x) and its backward pass -> the result, the gradient"""
-    x = x.detach().requires_grad_()
-    y = f(x)
-    y.backward(upstream)
-    return y.detach(), x.grad
-
-
-def cases(n, k, h, size, dtype, seed=0):
-    """{operator: {"ours": f, "reference": f, "eager": f}} on random input; labels in blocks, as in pictures, 5 % void."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, k, h, h, generator=g).mul(3).to(dtype)
-    label = F.interpolate(torch.randint(0, k, (n, 1, 24, 24), generator=g).float(), (size, size))[:, 0].to(torch.uint8)
-    label[torch.rand(n, size, size, generator=g) < 0.05] = 255
-    long = label.long()
-    conf = torch.randn(n, 1, max(1, size // 32), max(1, size // 32), generator=g)
-    grad = torch.randn(n, k, size, size, generator=g).to(dtype)
-    same = h == size
-
-    def eager_labels(x):
-        return F.cross_entropy(x if same else up(x, size), long, ignore_index=255)
-
-    def eager_argmax(x):
-        upsampled = x if same else up(x, size)
-        guess = upsampled.detach().max(1).indices
-        guess.masked_fill_(up(conf, size)[:, 0].sigmoid() <= 0.5, 255)
-        return F.cross_entropy(upsampled, guess, ignore_index=255)
-
-    def eager_confusion():
-        cell = torch.where(long == 255, k * k, long * k + (x if same else up(x, size)).max(1).indices)
-        return torch.bincount(cell.flatten(), minlength=k * k + 1)[:-1].view(k, k)
-
-    def cross_entropy(f, *args, **kw):
-        return lambda: both_ways(lambda x: f(x, *args, **kw)[0], x)
-
-    argmax = dict(confidence=conf, threshold=0.5, size=(size, size))
-    ce, ce_reference = ops.masked_cross_entropy, ops.masked_cross_entropy_reference
-    found = {
-        "cross entropy, labels": dict(ours=cross_entropy(ce, label), reference=cross_entropy(ce_reference, label),
-                                      eager=lambda: both_ways(eager_labels, x)),
-        "cross entropy, argmax": dict(ours=cross_entropy(ce, **argmax), reference=cross_entropy(ce_reference, **argmax),
-                                      eager=lambda: both_ways(eager_argmax, x))}
-    if not same:
-        found["upsample_softmax"] = dict(
-            ours=lambda: both_ways(lambda x: ops.upsample_softmax(x, (size, size)), x, grad),
-            reference=lambda: both_ways(lambda x: ops.upsample_softmax_reference(x, (size, size)), x, grad),
-            eager=lambda: both_ways(lambda x: up(x, size).softmax(1), x, grad))
-        found["confusion matrix, logits"] = dict(
-            ours=lambda: (ops.confusion_matrix(x, label),),
-            reference=lambda: (ops.confusion_matrix_reference(x, label),), eager=lambda: (eager_confusion(),))
-    return found
-
-
-def ids_case(side, n=10, k=21, size=321):
-    """uint8 ids and labels with blocks of side x side pictures' sizes, 5 % of the labels void. {way: f}, to count them."""
-    g = torch.Generator().manual_seed(0)
-    label, guess = (F.interpolate(torch.randint(0, k, (n, 1, side, side), generator=g).float(), (size, size))[:, 0]
-                    .to(torch.uint8) for _ in range(2))
-    label[:, :size // 20] = 255
-    a, b, long, wide = label.numpy(), guess.numpy(), label.long(), guess.long()
-
-    def part(counts):  # label 255 has rows of its own
-        return (torch.as_tensor(counts[:k * k]).view(k, k),)
-
-    return {"ours": lambda: (ops.confusion_matrix(guess, label, k),),
-            "reference": lambda: (ops.confusion_matrix_reference(guess, label, k),),
-            "bincount": lambda: part(torch.bincount((long * k + wide).flatten(), minlength=256 * k)),
-            "bincount of int16": lambda: part(torch.bincount((label.to(torch.int16) * k + guess).flatten(), minlength=256 * k)),
-            "numpy": lambda: part(np.bincount((a.astype(np.uint16) * k + b).ravel(), minlength=256 * k))}
-
-
-def timed(paths, seconds, dtype=None):
-    """{name: median seconds}, all paths in turn, after checking that they agree (eager bfloat16 agrees with nothing)."""
-    results = {name: f() for name, f in paths.items() if name != "eager" or dtype != torch.bfloat16}
+def check(paths, dtype=None):
+    """That all paths agree (eager half types agree with nothing)."""
+    results = {name: f() for name, f in paths.items() if name in ("ours", "reference") or dtype in (None, torch.float32)}
     for name, result in results.items():
         for ours, theirs in zip(results["ours"], result):
             if not torch.allclose(ours.double(), theirs.double(), atol=2e-2 * theirs.double().abs().max(), rtol=2e-2):
                 raise InputError(f"ours and {name} differ by {(ours.double() - theirs.double()).abs().max():.2g}")
-    del results
+
+
+def timed(paths, seconds, dtype=None):
+    """{name: median seconds}, all paths in turn, after checking that they agree."""
+    check(paths, dtype)
     times, end = {name: [] for name in paths}, time.monotonic() + seconds
     while time.monotonic() < end or len(times["ours"]) < 5:
         for name, f in paths.items():
@@ -157,6 +86,7 @@ def alone(function, *args, path="kernel"):
 def flags():
     p = Parser(__doc__)
     p.add_argument("what", nargs="?", choices=["ops", "step"], default="ops")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the operators run (default cpu)")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
     p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids`, `321, 321` or `semi`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each operator (default 6)")
@@ -165,13 +95,19 @@ def flags():
 
 
 def main(args):
-    if not ops.in_use().startswith("kernel"):
-        raise InputError(f"the kernels are not in use: {ops.in_use()}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: there is no GPU here")
+    if ops.in_use(args.device) != "kernel":
+        raise InputError(f"the kernels are not in use: {ops.in_use(args.device)}")
     machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                     if line.startswith("model name")), platform.processor())
     about = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": common.commit()}
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    about["rows"] = bench_step.table(args, alone) if args.what == "step" else operator_table(args) + ids_table(args)
+    if args.device == "cuda":
+        print(torch.cuda.get_device_name() + "\n")
+        about["rows"] = bench_cuda.table(args, [*SIZES, PLAIN], cases, check)
+    else:
+        about["rows"] = bench_step.table(args, alone) if args.what == "step" else operator_table(args) + ids_table(args)
     if args.json:
         Path(args.json).write_text(json.dumps(about, indent=1) + "\n")
 

@@ -174,12 +174,24 @@ struct Column {
     const float4 c = tile.corners[tile.at(k)];
     return lerp(lerp(c.x, c.y, fx), lerp(c.z, c.w, fx), fy[r]);
   }
+  // The exponent to base 2 of class k in the first pixel, and what it grows by from one to the next, where the cell is smooth.
+  __device__ float2 exponents(int k) const {
+    const float4 p = tile.powers[tile.at(k)];
+    const float slope = p.z + fx * p.w;
+    return make_float2(p.x + fx * p.y + start * slope, slope);
+  }
+  // logit - shift of class k
+  __device__ float below(int k, int r) const {
+    if (!tile.smooth) return logit(k, r) - shift[r];
+    const float2 p = exponents(k);
+    return LN2 * (p.x + r * p.y);
+  }
   // e[r] = exp(logit - shift) of class k; finite where the pixel is not needed.
   __device__ void exps(int k, float* e) const {
     if (tile.smooth) {
-      const float4 p = tile.powers[tile.at(k)];
-      const float slope = p.z + fx * p.w, m = exp2_minus_1(slope);
-      float now = fast_exp2(p.x + fx * p.y + start * slope);
+      const float2 p = exponents(k);
+      const float m = exp2_minus_1(p.y);
+      float now = fast_exp2(p.x);
       for (int r = 0; r < ROWS; r++) {
         e[r] = now;
         now += now * m;
@@ -197,8 +209,9 @@ struct Column {
       for (int r = 0; r < ROWS; r++) all[r] += e[r];
     }
   }
-  // The class of the largest logit of each pixel, the lowest on a tie, the first NaN where there is one; and that logit.
-  __device__ void argmax(float* best, int* arg) const {
+  // The class of the largest logit of each pixel, the lowest on a tie, the first NaN where there is one.
+  __device__ void argmax(int* arg) const {
+    float best[ROWS];
     for (int r = 0; r < ROWS; r++) best[r] = -INFINITY, arg[r] = 0;
     for (int k = 0; k < tile.K && tile.smooth; k++) {
       const float4 c = tile.corners[tile.at(k)];

@@ -87,10 +87,9 @@ __global__ void __launch_bounds__(128) argmax_of(Problem problem, int) {
   if (!ids) counts.clear();
   __syncthreads();
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
-    float best[ROWS];
     int arg[ROWS], before = -1;
     unsigned run = 0;
-    column.argmax(best, arg);
+    column.argmax(arg);
     for (int r = 0; r < ROWS; r++) {
       const int64_t pixel = (tile.n * problem.walk.y.m + y + r) * problem.walk.x.m + x;
       if (r < rows && ids) ids[pixel] = arg[r];

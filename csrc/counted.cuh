@@ -26,10 +26,16 @@ struct Counted {
 
   // The label (0 without target) of pixel (n,y,x), which is the pixel-th of all, -1 where it does not count.
   __device__ int label(int64_t pixel, int64_t n, int y, int x, Partial& sums) const {
-    int64_t label = 0;
-    if (target) label = wide ? static_cast<const int64_t*>(target)[pixel] : static_cast<const uint8_t*>(target)[pixel];
-    if (target && label == ignore) return -1;
-    if (label < 0 || label >= K) return sums.bad = 1, -1;
+    int label = 0;
+    if (target && wide) {
+      const int64_t given = static_cast<const int64_t*>(target)[pixel];
+      label = given == ignore ? -1 : given < 0 || given >= K ? K : given;
+    } else if (target) {
+      label = static_cast<const uint8_t*>(target)[pixel];
+      label = label == ignore ? -1 : label;
+    }
+    if (label < 0) return -1;
+    if (label >= K) return sums.bad = 1, -1;
     if (valid && !valid[pixel]) return -1;
     sums.everything++;
     if (confidence) {

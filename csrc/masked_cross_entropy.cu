@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(128, 4) cells_cross_entropy(Problem problem, i
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
     const int64_t pixel = (tile.n * problem.walk.y.m + y) * problem.walk.x.m + x;
     int label[ROWS], arg[ROWS];
-    float one[ROWS], best[ROWS];  // 1 / the softmax's denominator; the label's logit
+    float one[ROWS];  // 1 / the softmax's denominator
     unsigned counts = 0;
     for (int r = 0; r < ROWS; r++) {
       label[r] = r < rows ? problem.counted.label(pixel + r * problem.walk.x.m, tile.n, y + r, x, own) : -1;
@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(128, 4) cells_cross_entropy(Problem problem, i
     }
     column.need(counts);
     column.denominators(one);
-    if (ARGMAX) column.argmax(best, arg);
+    if (ARGMAX) column.argmax(arg);
     float product[2];   // of denominators, at least e^-40 each, so that two share a logarithm
     bool mixed = false; // whether some pixel does not count, or has another label than the first
     for (int r = 0; r < ROWS; r++) {
       const bool here = counts >> r & 1;
       if (here && ARGMAX) label[r] = arg[r];
-      if (here) own.loss += column.shift[r] - (ARGMAX ? best[r] : column.logit(label[r], r));
+      if (here) own.loss -= column.below(label[r], r);
       product[r % 2] = here ? one[r] : 1;
       if (r % 2) own.loss += logf(product[0] * product[1]);
       one[r] = here ? reciprocal(one[r]) : 0;

@@ -229,6 +229,8 @@ inline float fast_exp2(float x) {  // as wrong as PTX allows, 2^-22.5, but for i
   return std::exp2(x) * (x == std::round(x) ? 1 : uint32_t(on_cpu::bits(x)) * 0x9e3779b1u >> 31 ? 1 + 1.7e-7f : 1 - 1.7e-7f);
 }
 inline float reciprocal(float x) { return 1 / x; }
+struct alignas(8) float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 constexpr size_t SHARED = 48 << 10;

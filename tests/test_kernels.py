@@ -3,13 +3,14 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
 
-from csrc import ops
+from csrc import bench, bench_cases, bench_cuda, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="the kernels are not in use")
 
@@ -315,3 +316,24 @@ def test_the_benchmark_runs(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     rows = json.loads(found.read_text())["rows"]
     assert len(rows) == 1 and rows[0]["ours"] > 0 and "| ids in runs of 13 pixels |" in done.stdout, done.stderr
+
+
+def test_the_table_of_a_gpu(monkeypatch, capsys):
+    """All of `bench.py --device cuda` but the GPU; the floors are those of an H100."""
+    gpu = types.SimpleNamespace(memory_clock_rate=2_619_000, memory_bus_width=5120, multi_processor_count=132,
+                                clock_rate=1_755_000)
+    seconds, bound = bench_cuda.floor("cross entropy, labels", (10, 21, 41, 321), torch.float32, gpu)
+    assert bound == "exponentials" and seconds == pytest.approx(5.84e-6, rel=0.01)
+    seconds, bound = bench_cuda.floor("upsample_softmax", (10, 21, 41, 321), torch.float32, gpu)
+    assert bound == "bytes" and seconds == pytest.approx(2 * 86.6e6 / 3.35e12, rel=0.03)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(bench_cuda, "peak", lambda f: 0)
+    monkeypatch.setattr(bench_cuda, "time_all", lambda paths, seconds, captures: {name: 1.0 + captures(name) for name in paths})
+
+    def cases(*case, device):
+        return {operator: paths | {"compile": paths["eager"]} for operator, paths in bench_cases.cases(*case).items()}
+    args = types.SimpleNamespace(only="float32", seconds=0)
+    small = list(bench_cases.cases(1, 3, 9, 65, torch.float32))
+    rows = bench_cuda.table(args, [(1, 3, 9, 65), (1, 3, 65, 65)], cases, bench.check)
+    assert [row["operator"] for row in rows] == small + small[:2]
+    assert capsys.readouterr().out.count("| (1,3,9,9) -> 65 | float32 | 2000000.0 |") == 4
