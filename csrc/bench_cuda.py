@@ -82,6 +82,6 @@ def table(args, sizes, cases, check):
                 rows.append(row | times)
                 ours = times["ours"]
                 print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {ours * 1e6:.1f} "
-                      f"| {least * 1e6:.1f} ({bound}) | {ours / least:.2f} | {times['eager'] / ours:.1f}x | {times['compile'] / ours:.1f}x "
-                      f"| {memory[0]:.1f} / {memory[1]:.0f} |", flush=True)
+                      f"| {least * 1e6:.1f} ({bound}) | {ours / least:.2f} | {times['eager'] / ours:.1f}x "
+                      f"| {times['compile'] / ours:.1f}x | {memory[0]:.1f} / {memory[1]:.0f} |", flush=True)
     return rows

@@ -19,7 +19,7 @@ struct Problem {
 };
 
 template <bool ARGMAX>
-__global__ void __launch_bounds__(128, 4) cells_cross_entropy(Problem problem, int round) {
+__global__ void __launch_bounds__(128, ARGMAX ? 4 : 6) cells_cross_entropy(Problem problem, int round) {
   const Tile tile(problem.logits, problem.walk.y.step, SUMS, round);
   Partial own{};
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
