@@ -38,7 +38,8 @@ def check(paths, dtype=None):
     results = {name: f() for name, f in paths.items() if name in ("ours", "reference") or dtype in (None, torch.float32)}
     for name, result in results.items():
         for ours, theirs in zip(results["ours"], result):
-            if not torch.allclose(ours.double(), theirs.double(), atol=2e-2 * theirs.double().abs().max(), rtol=2e-2):
+            least = 6e-8 if ours.dtype == torch.float16 else 0  # a step of what is almost 0
+            if not torch.allclose(ours.double(), theirs.double(), atol=2e-2 * theirs.double().abs().max() + least, rtol=2e-2):
                 raise InputError(f"ours and {name} differ by {(ours.double() - theirs.double()).abs().max():.2g}")
 
 

@@ -68,7 +68,8 @@ def cases(n, k, h, size, dtype, seed=0, device="cpu"):
         return lambda: both_ways(f, x, grad if operator == "upsample_softmax" else None)
 
     for paths in found.values() if device != "cpu" else ():
-        paths["compile"] = torch.compile(paths["eager"])
+        torch._dynamo.reset()  # what was compiled for other sizes would serve these
+        paths["compile"] = torch.compile(paths["eager"], dynamic=False)
     return {operator: {name: call(operator, f) for name, f in paths.items()} for operator, paths in found.items()}
 
 

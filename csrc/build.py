@@ -89,7 +89,7 @@ def build(place, device="cpu"):
     if not shutil.which(compiler):
         raise RuntimeError(f"no C++ compiler: {compiler}")
     if device == "cuda" and not cuda_home():
-        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc]==13.0.*"')
+        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]==13.0.*"')
     with open(place / "building", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the system when its process dies
         if (place / "ready").exists():

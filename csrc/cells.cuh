@@ -2,7 +2,7 @@
 //
 // Four neighbouring low-resolution points span a cell. A block has a row of cells side by side of one picture, and LANES threads
 // for each: thread i of a cell has the columns i, i + LANES, ... of its pixels, so that a warp reads and writes pixels side by
-// side. Down a column in a cell a class's logit is linear, so two exponentials serve ROWS pixels: from one to the next
+// side where a cell has 8. Down a column in a cell a class's logit is linear, so two exponentials serve ROWS pixels: from one to the next
 // e += e * m, m = exp(step) - 1, which costs half an ulp. The shift that keeps exponentials in range is the cell's largest
 // corner; where a logit falls too far within a cell, or a corner is not finite, pixels are computed one by one by ATen's formula.
 //
@@ -43,9 +43,10 @@ __device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul
 // As it interpolates any: to it the last point, here at fraction 1, is a cell of its own at fraction 0, where infinity is NaN.
 __device__ inline float lerp(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
 
-// 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24 (powers of 2 of integers are exact)
+// 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24
 __device__ inline float exp2_minus_1(float x) {
-  const float n = rintf(x), r = x - n, power = fast_exp2(n);
+  const float shifted = x + 12582912.f, r = x - (shifted - 12582912.f);  // 1.5 * 2^23: its last bits are x, rounded
+  const float power = __uint_as_float((__float_as_uint(shifted) << 23) + 0x3f800000u);
   return power * (r * exp2_polynomial(r)) + (power - 1);
 }
 

@@ -23,7 +23,8 @@ struct Labels {
 
 // A block's counts.
 struct Counts {
-  unsigned* mine;  // (K,K) in shared memory, or null
+  bool fits;       // into shared memory
+  unsigned* mine;  // (K,K) there, set by the block, or null
   Count* out;      // (K,K)
   int K;
 
@@ -47,20 +48,20 @@ struct Counts {
     if (truth == ignore) return -1;
     return truth < 0 || truth >= K || guess < 0 || guess >= K ? -2 : int(truth * K + guess);
   }
-  __device__ void complain() const { atomicAdd(out, Count(0) - (Count(1) << 44)); }
+  // 2^44 from the first cell, once however often: counts do not reach these bits.
+  __device__ void complain() const { atomicOr(out, Count(0) - (Count(1) << 44)); }
 };
 
 __global__ void __launch_bounds__(256) count_ids(Labels guess, Labels truth, int64_t pixels, int64_t ignore, Counts counts) {
-  counts.mine = counts.mine ? shared_memory<unsigned>() : nullptr;
+  if (counts.fits) counts.mine = shared_memory<unsigned>();
   counts.clear();
   __syncthreads();
-  const unsigned all = 0xffffffffu;
   for (int64_t start = int64_t(blockIdx.x) * blockDim.x; start < pixels; start += int64_t(gridDim.x) * blockDim.x) {
     const int64_t i = start + threadIdx.x;
     const int cell = i < pixels ? counts.cell(truth.at(i), guess.at(i), ignore) : -1;
     if (cell == -2) counts.complain();
-    const int first = __shfl_sync(all, cell, 0);
-    if (__ballot_sync(all, cell == first) == all) {  // labels come in runs: one addition for a warp
+    const int first = __shfl_sync(ALL, cell, 0);
+    if (__ballot_sync(ALL, cell == first) == ALL) {  // labels come in runs: one addition for a warp
       if (threadIdx.x % 32 == 0 && cell >= 0) counts.add(cell, 32);
     } else if (cell >= 0) {
       counts.add(cell, 1);
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(128) argmax_of(Problem problem, int) {
   const Tile tile(problem.logits, problem.walk.y.step, CORNERS, 0);
   Counts& counts = problem.counts;
   uint8_t* const ids = problem.ids;
-  if (counts.mine) counts.mine = reinterpret_cast<unsigned*>(tile.powers);  // behind the corners
+  if (counts.fits) counts.mine = reinterpret_cast<unsigned*>(tile.powers);  // behind the corners
   if (!ids) counts.clear();
   __syncthreads();
   problem.walk(tile, [&](Column& column, int x, int y, int rows) {
@@ -107,8 +108,7 @@ __global__ void __launch_bounds__(128) argmax_of(Problem problem, int) {
 
 Counts counts_in(Tensor& out) {
   const int64_t K = out.size(0);
-  // not null where the counts fit into shared memory: where there, only the block knows
-  return {Counts::bytes(K) ? reinterpret_cast<unsigned*>(1) : nullptr, reinterpret_cast<Count*>(out.mutable_data_ptr<int64_t>()), int(K)};
+  return {Counts::bytes(K) > 0, nullptr, reinterpret_cast<Count*>(out.mutable_data_ptr<int64_t>()), int(K)};
 }
 
 // Adds to out (K,K), contiguous. Ids and target are contiguous.
@@ -122,8 +122,8 @@ void confusion_matrix(Tensor prediction, Tensor target, int64_t K, int64_t ignor
 void of_logits(const Tensor& logits, int64_t height, int64_t width, uint8_t* ids, const Labels& truth, int64_t ignore, Counts counts) {
   const Launcher launch(logits);
   const Walk walk{Axis(logits.size(2), height), Axis(logits.size(3), width)};
-  if (Tile::bytes(logits.size(1), 16, CORNERS) + Counts::bytes(counts.K) > SHARED) counts.mine = nullptr;
-  const Grid grid(launch, logits, walk, CORNERS, counts.mine ? Counts::bytes(counts.K) : 0);
+  counts.fits &= Tile::bytes(logits.size(1), 16, CORNERS) + Counts::bytes(counts.K) <= SHARED;
+  const Grid grid(launch, logits, walk, CORNERS, counts.fits ? Counts::bytes(counts.K) : 0);
   grid(launch, argmax_of, {Points(logits), walk, ids, truth, ignore, counts});
 }
 
@@ -133,7 +133,7 @@ void confusion_of_logits(Tensor logits, Tensor target, int64_t ignore, Tensor ou
 
 Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), height, width}, ScalarType::Byte);
-  of_logits(logits, height, width, out.mutable_data_ptr<uint8_t>(), Labels(out), -1, Counts{nullptr, nullptr, 1});
+  of_logits(logits, height, width, out.mutable_data_ptr<uint8_t>(), Labels(out), -1, Counts{false, nullptr, nullptr, 1});
   return out;
 }
 }  // namespace

@@ -56,7 +56,7 @@ __device__ V warp_sum(V value) {
   return value;
 }
 
-// Sum over a block, to *to. Behind a barrier: it uses shared memory, sizeof(Partial) for a warp.
+// Sum over a block, to *to. It overwrites the first sizeof(Partial) a warp of shared memory (a tile's corners).
 __device__ inline void add_up_block(Partial own, Partial* to) {
   Partial* warps = shared_memory<Partial>();
   own.loss = warp_sum(own.loss), own.kept = warp_sum(own.kept);

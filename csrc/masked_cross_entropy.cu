@@ -56,7 +56,6 @@ __global__ void __launch_bounds__(128, ARGMAX ? 4 : 6) cells_cross_entropy(Probl
   });
   __syncthreads();
   tile.write(problem.grad, problem.logits.sizes);
-  __syncthreads();
   if (threadIdx.x < LANES) own = Partial{};  // the first cell's pixels are counted by the block on the left
   add_up_block(own, &problem.partials[(tile.n * problem.walk.y.cells() + tile.row) * gridDim.x + blockIdx.x]);
 }

@@ -94,12 +94,12 @@ Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tenso
   const Launcher launch(logits);
   Tensor out = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
   const Walk walk{Axis(logits.size(2), grad.size(2)), Axis(logits.size(3), grad.size(3))};
-  const Grid grid_of_cells(launch, logits, walk, SUMS);
+  const Grid grid(launch, logits, walk, SUMS);
   with_type(grad, [&](auto* upstream) {
     using P = std::decay_t<decltype(*upstream)>;
-    grid_of_cells(launch, probabilities_backward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, upstream,
-                                        {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)},
-                                        out.mutable_data_ptr<float>()});
+    grid(launch, probabilities_backward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, upstream,
+                                             {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)},
+                                             out.mutable_data_ptr<float>()});
   });
   return out;
 }

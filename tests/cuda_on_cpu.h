@@ -208,12 +208,9 @@ UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
 }  // namespace on_cpu
 
 template <class T>
-UNWATCHED T atomicAdd(T* at, T value) {
-  on_cpu::watch(at, sizeof(T), true, true);
-  const T old = *at;
-  *at = old + value;
-  return old;
-}
+UNWATCHED void atomicAdd(T* at, T value) { on_cpu::watch(at, sizeof(T), true, true), *at += value; }
+template <class T>
+UNWATCHED void atomicOr(T* at, T value) { on_cpu::watch(at, sizeof(T), true, true), *at |= value; }
 
 #define threadIdx (on_cpu::running->index)
 #define __syncthreads() on_cpu::wait("barrier", __LINE__, 0, 0)
@@ -225,9 +222,11 @@ template <class T>
 T* shared_memory() { return reinterpret_cast<T*>(on_cpu::shared.data()); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
-inline float fast_exp2(float x) {  // as wrong as PTX allows, 2^-22.5, but for integers
-  return std::exp2(x) * (x == std::round(x) ? 1 : uint32_t(on_cpu::bits(x)) * 0x9e3779b1u >> 31 ? 1 + 1.7e-7f : 1 - 1.7e-7f);
+inline float fast_exp2(float x) {  // as wrong as PTX allows: exact at 0, else 2^-22.5
+  return std::exp2(x) * (x == 0 ? 1 : uint32_t(on_cpu::bits(x)) * 0x9e3779b1u >> 31 ? 1 + 1.7e-7f : 1 - 1.7e-7f);
 }
+inline uint32_t __float_as_uint(float x) { return on_cpu::bits(x); }
+inline float __uint_as_float(uint32_t x) { return on_cpu::from_bits<float>(x); }
 inline float reciprocal(float x) { return 1 / x; }
 struct alignas(8) float2 { float x, y; };
 inline float2 make_float2(float x, float y) { return {x, y}; }

@@ -23,7 +23,8 @@ SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
 # the CPU's, scaled down: N, K, h, w, H, W
 SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
           (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (2, 4, 9, 12, 9, 12), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35),
-          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 150, 3, 3, 9, 17)]
+          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127),
+          (1, 150, 3, 10, 9, 73)]
 SCHEDULES = 20
 
 
@@ -99,7 +100,9 @@ def test_shapes_of_the_cpu(kernels, shape, dtype, test):
 
 
 # the same that tests/test_cuda.py runs on a GPU
-EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(pixels, longest) for pixels in (1, 63, 1025) for longest in (1, 50)]),
+EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, longest) for n in (1, 63, 1025, 9000) for longest in (1, 50)]),
+         # more blocks than `finish` has threads
+         (test_kernels.test_cross_entropy, [((2, 2, 130, 3, 131, 5), torch.float32)]),
          (test_kernels.test_every_number_of_classes, [(2,), (31,), (64,), (65,), (128,), (254,)]),
          (test_kernels.test_nothing_ignored_and_everything, [(0,), (1,)]),
          (test_kernels.test_second_backward_is_the_same, [()]),
@@ -109,6 +112,7 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(pixels, longest) for pix
          (test_kernels.test_not_finite, [(bad, size) for bad in (float("nan"), float("inf"), -float("inf"))
                                          for size in ((33, 33), (5, 5), (33, 5))]),
          (test_kernels.test_steep_logits, [()]),
+         (test_kernels.test_steep_across, [()]),
          (test_kernels.test_confidence_that_does_not_count, [()])]
 EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}") for test, several in EDGES for args in several]
 
@@ -129,6 +133,18 @@ def test_confusion_matrix_of_logits_on_the_way(kernels, shape, dtype):
         counts = torch.ones_like(exact)
         kernels.confusion_of_logits(logits, labels, 255, counts)
         assert torch.equal(counts, exact + 1)
+
+
+def test_any_number_of_bad_labels_poisons(built):
+    """2^19 and more of them, which would wrap if each took something away."""
+    operators, _ = built
+    truth, logits = torch.full((1, 1000, 1100), 7), torch.zeros(1, 6, 2, 2)
+    guess = torch.zeros(truth.shape, dtype=torch.uint8)
+    for count in (lambda out: operators.confusion_matrix(guess, truth, 6, 255, out),
+                  lambda out: operators.confusion_of_logits(logits, truth, 255, out)):
+        out = torch.zeros(6, 6, dtype=torch.int64)
+        count(out)
+        assert out[0, 0] == -(1 << 44)
 
 
 @pytest.mark.parametrize("value", [6, 254, -1, 1 << 40])

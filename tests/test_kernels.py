@@ -237,6 +237,18 @@ def test_steep_logits():
                   both_ways(ops.masked_cross_entropy_reference, logits.double(), **kw), floor=4e-6)
 
 
+def test_steep_across():
+    """Falls of 200 along the rows only, so that down a column nothing says how far apart the classes are."""
+    logits, target, *_ = inputs(1, 6, 3, 8, 25, 57)
+    for column in range(8):
+        logits[:, column % 3, :, column] = 200
+    close([ops.upsample_softmax(logits, (25, 57))], [ops.upsample_softmax_reference(logits, (25, 57))],
+          [ops.upsample_softmax_reference(logits.double(), (25, 57))], floor=4e-6)
+    for kw in (dict(target=target), dict(size=(25, 57))):
+        close(both_ways(ops.masked_cross_entropy, logits, **kw), both_ways(ops.masked_cross_entropy_reference, logits, **kw),
+              both_ways(ops.masked_cross_entropy_reference, logits.double(), **kw), floor=4e-6)
+
+
 def test_confidence_that_does_not_count():
     logits, *_ = inputs(1, 4, 3, 3, 17, 17)
     for value, threshold, counts in [(float("nan"), 0.0, False), (0.0, 0.5, False), (1e-3, 0.5, True), (-200, 0.2, False),
