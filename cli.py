@@ -27,6 +27,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
+class Recipes(argparse.Action):
+    """A flag that prints the files in recipes/: the command, what was published, what the file says of itself."""
+
+    def __init__(self, option_strings, dest, help=None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, *_):
+        for file in sorted((Path(__file__).parent / "recipes").glob("*.txt")):
+            about = dict(line[2:].split(": ", 1) for line in file.read_text().splitlines() if line.startswith("# "))
+            print(f"python {about['script']} @recipes/{file.name:27} published {about['published']}\n    {about['what']}")
+        parser.exit()
+
+
 def launch(main, flags):
     """Run a script: parse its flags, call main(args), turn InputError into one line and exit status 2."""
     try:

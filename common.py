@@ -54,10 +54,14 @@ def describe(device):
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-def poly_lr(optimizer, done, iters, power=0.9):
-    """Set every group's rate to initial * (1 - done/iters)**power, `done` being the updates made so far."""
+def poly_lr(optimizer, done, args, power=0.9):
+    """Set every group's rate to initial * (1 - done/iters)**power, `done` being the updates made so far.
+
+    Counted in whole --decay-every's; with 0 the rates stay.
+    """
+    done = done - done % args.decay_every if args.decay_every else 0
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / args.iters) ** power
 
 
 def commit():

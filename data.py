@@ -111,6 +111,10 @@ def settle(args, defaults):
     for name, value in vars(args).items():
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
+    if args.decay_every < 0:
+        raise InputError(f"--decay-every {args.decay_every}: it must be at least 0")
+    if not all(0 <= beta < 1 for beta in [*getattr(args, "d_betas", []), getattr(args, "d_momentum", 0)]):
+        raise InputError("--d-betas, --d-momentum: they are in 0 .. 1, 1 left out")
     if not 0 < args.scale[0] <= args.scale[1] < math.inf:
         raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
     if args.input_scale not in (1, 0.5, 0.25):
@@ -276,7 +280,8 @@ def place(image, geometry, crop, resample, fill):
 
 
 class Stream(torch.utils.data.Dataset):
-    """Endless random crops of `samples`: draw n is a pure function of (seed, name, n), epochs are shuffles of all samples.
+    """Endless random crops of `samples`: draw n is a pure function of (seed, name, n), epochs are shuffles of all samples,
+    less what does not fill a batch with --drop-last.
 
     With labels: ((3,crop,crop) uint8, (crop,crop) uint8 with 255 on padding). Without (label path None, no label file is
     ever opened): ((3,crop,crop) uint8, (crop,crop) bool, False on padding).
@@ -286,9 +291,12 @@ class Stream(torch.utils.data.Dataset):
         self.samples, self.num_classes, self.crop = samples, num_classes, args.crop
         self.scale = [s * args.input_scale for s in args.scale]
         self.key, self.order = f"{args.seed}/{name}", (None, None)
+        self.epoch = len(samples) - (len(samples) % args.batch_size if args.drop_last else 0)
+        if not self.epoch:
+            raise InputError(f"--drop-last: {len(samples)} {name} pictures are no batch of {args.batch_size}; leave it out")
 
     def __getitem__(self, n):
-        epoch, position = divmod(n, len(self.samples))
+        epoch, position = divmod(n, self.epoch)
         if self.order[0] != epoch:
             order = list(range(len(self.samples)))
             random.Random(f"{self.key}/epoch {epoch}").shuffle(order)

@@ -1,6 +1,7 @@
 """The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the losses on D."""
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -9,9 +10,12 @@ import torchvision
 from torchvision.ops import Conv2dNormActivation
 
 from cli import InputError
+from data import VOC_CLASSES
 
+COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # DeepLabv2 trained on MS-COCO, what --init coco reads
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
 INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # pixels in -1..1, what EfficientNet-Lite was trained on
+CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 1 / 255)  # and channels in the order B, G, R
 
 # expansion, kernel, stride, channels, repeats of each stage: Tan & Le 2019, table 1, as fixed for EfficientNet-Lite
 LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -24,41 +28,45 @@ class DeepLabV2(nn.Module):
     Normalised pictures (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1): the corners of both grids coincide, which is
     what align_corners=True upsampling assumes.
     bn: "train", "no-grad" (batch statistics, but weight and bias stay), "frozen" (nothing of batch norm moves).
+    norm: how `normalise` treats pixels: "imagenet" (as the backbone's ImageNet weights want them), "caffe", "none" (0..1).
+    branches: 4, or 2 as in the authors' code. upsample: "bilinear" (left to who takes the logits), or "learned", by a
+    transposed convolution that starts as bilinear and gives logits at the picture's size.
+    caffe: a ResNet that strides in the first 1x1 of a bottleneck, as the MS-COCO weights of DeepLabv2 were trained.
     """
 
-    def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train"):
+    def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train", norm="imagenet", branches=4,
+                 upsample="bilinear", caffe=False):
         super().__init__()
-        if init == "coco":
-            raise InputError("--init coco: the MS-COCO DeepLabv2 file cannot be read yet; use imagenet, none or a checkpoint")
         if backbone == "efficientnet_lite0":
-            blocks, width, (mean, std) = efficientnet_lite0(init == "imagenet"), 1280, INCEPTION
+            blocks, width, own = efficientnet_lite0(init == "imagenet"), 1280, INCEPTION
             dilate(blocks[1:], 2, stride)
         else:
-            blocks, width, (mean, std) = resnet(backbone, init == "imagenet"), 512 if backbone == "resnet18" else 2048, IMAGENET
+            blocks, width, own = resnet(backbone, init == "imagenet", caffe), 512 if backbone == "resnet18" else 2048, IMAGENET
             dilate(blocks[1:], 4, stride)
-        self.num_classes, self.stride, self.bn = num_classes, stride, bn
+        self.num_classes, self.stride, self.bn, self.norm = num_classes, stride, bn, norm
         self.backbone = nn.Sequential(*blocks)
         # 6-12-18-24 is for stride 8; at stride 16 half of it sees the same part of the picture
-        rates = [r * 8 // stride for r in (6, 12, 18, 24)]
+        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]
         self.head = nn.ModuleList(nn.Conv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
+        self.up = bilinear_deconvolution(num_classes, stride) if upsample == "learned" else nn.Identity()
+        mean, std = {"imagenet": own, "caffe": CAFFE, "none": ((0, 0, 0), (1, 1, 1))}[norm]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
         for module in self.batch_norms():
             module.requires_grad_(bn == "train")
-        if init not in ("imagenet", "none"):
-            load_init(self, init)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x):  # (N,3,H,W)
         x = self.backbone(x)  # (N,C,h,w)
-        return sum(conv(x) for conv in self.head)  # (N,K,h,w)
+        return self.up(sum(conv(x) for conv in self.head))  # (N,K,h,w), with learned upsampling (N,K,H,W)
 
     def normalise(self, pictures):
-        """(N,3,H,W) uint8 -> float32 as this backbone's ImageNet weights were trained."""
-        return ((pictures - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        """(N,3,H,W) uint8, RGB -> float32 as `norm` says."""
+        x = (pictures - self.mean) / self.std
+        return (x.flip(1) if self.norm == "caffe" else x).contiguous(memory_format=torch.channels_last)
 
     def batch_norms(self):
         return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -90,13 +98,26 @@ class Discriminator(nn.Module):
         return self.layers(x)  # (N,1,h,w)
 
 
-def resnet(name, pretrained):
-    """torchvision's ResNet as a list of blocks. Errors: InputError where its ImageNet weights cannot be downloaded."""
+def bilinear_deconvolution(channels, stride):
+    """A transposed convolution (N,K,h,w) -> (N,K,stride*(h-1)+1,...) that starts as bilinear, align_corners=True."""
+    up = nn.ConvTranspose2d(channels, channels, 2 * stride - 1, stride, stride - 1, bias=False)
+    ramp = 1 - torch.arange(1 - stride, stride).abs() / stride
+    with torch.no_grad():
+        up.weight.zero_()[range(channels), range(channels)] = ramp * ramp[:, None]
+    return up
+
+
+def resnet(name, pretrained, caffe=False):
+    """torchvision's ResNet as a list of blocks, or Caffe's of the same layers. Errors: InputError, no weights to be had."""
     try:
         net = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
     except (OSError, RuntimeError) as e:  # no network, or a broken download
         raise InputError(f"--init imagenet: the weights of {name} cannot be downloaded ({e}); use --init none, or "
                          "--backbone efficientnet_lite0, whose weights pip has installed") from None
+    if caffe:
+        net.maxpool.ceil_mode = True
+        for first in (net.layer2[0], net.layer3[0], net.layer4[0]):
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
     stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
     return [stem, *net.layer1, *net.layer2, *net.layer3, *net.layer4]
 
@@ -176,63 +197,143 @@ def autocast(amp, device, net):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def parameter_groups(seg, lr, head=10):
-    """SGD's groups: the backbone at `lr`, the classifier at `head` times that (DeepLabv2); frozen parameters left out."""
+def seg_optimizer(seg, args):
+    """SGD: the backbone at --lr, the classifier and learned upsampling at --head-lr times that; frozen parameters left out."""
     backbone = [p for p in seg.backbone.parameters() if p.requires_grad]
-    return [{"params": backbone, "lr": lr}, {"params": list(seg.head.parameters()), "lr": head * lr}]
+    groups = [{"params": backbone, "lr": args.lr}, {"params": [*seg.head.parameters(), *seg.up.parameters()],
+                                                    "lr": args.head_lr * args.lr}]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=args.nesterov, weight_decay=args.weight_decay)
 
 
-def disc_optimizer(disc, name, lr):
-    """Adam as in the paper (betas 0.9 and 0.999; the authors' code has 0.99), or the SGD of the 2017 reproduction."""
-    if name == "adam":
-        return torch.optim.Adam(disc.parameters(), lr, betas=(0.9, 0.999))
-    return torch.optim.SGD(disc.parameters(), lr, momentum=0.5, weight_decay=1e-4)
+def disc_optimizer(disc, args):
+    """Adam as in the paper, or the SGD of the 2017 reproduction, whose weight decay and momentum are the defaults."""
+    if args.d_optim == "adam":
+        return torch.optim.Adam(disc.parameters(), args.d_lr, betas=args.d_betas, weight_decay=args.d_decay or 0)
+    decay = 1e-4 if args.d_decay is None else args.d_decay
+    return torch.optim.SGD(disc.parameters(), args.d_lr, momentum=args.d_momentum, weight_decay=decay)
 
 
 def read_checkpoint(path, flag):
-    """The dict that Run.save wrote to `path`, on the CPU. Errors: InputError naming `flag` where it is not one."""
+    """The dict that Run.save wrote to `path`, on the CPU; of a public DeepLabv2 file one like it, of its args the net's.
+
+    Errors: InputError naming `flag` where it is neither.
+    """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
-    if not isinstance(checkpoint, dict) or not {"seg", "args", "classes", "step"} <= set(checkpoint):
-        raise InputError(f"{flag} {path}: no checkpoint of this repository; name a last.pt or best.pt of a training here")
-    return checkpoint
+    if isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint):
+        return checkpoint
+    found = translate(checkpoint)
+    if found is None:
+        raise InputError(f"{flag} {path}: no checkpoint of this repository and no DeepLabv2 with a ResNet of bottlenecks; name "
+                         "a last.pt or best.pt of a training here")
+    return found
+
+
+def translate(theirs):
+    """A checkpoint of the weights of others in the names of this file, None for what is not known.
+
+    The authors' (a plain state dict: the first 2 of their 4 branches run), the first implementation's snapshots ({epoch,
+    state_dict, miou}, "module." before each name), DeepLabv2 on MS-COCO ("Scale." before each name or not), all on Caffe's
+    ResNet, and torchvision's ImageNet ResNets.
+    """
+    snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
+    weights = theirs["state_dict"] if snapshot else theirs
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        return None
+    weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
+    depths = [len({k.split(".")[1] for k in weights if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4)]
+    backbone = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}.get(tuple(depths))
+    caffe = any(k.startswith("layer5.") for k in weights)
+    if backbone is None or "layer1.0.conv3.weight" not in weights or not (caffe or "fc.weight" in weights):
+        return None
+    seg = {}
+    for name, weight in weights.items():
+        part, _, rest = name.partition(".")
+        if part == "layer5":
+            seg[rest.replace("conv2d_list", "head")] = weight
+        elif part.startswith("layer"):
+            block, _, rest = rest.partition(".")
+            seg[f"backbone.{1 + sum(depths[:int(part[5:]) - 1]) + int(block)}.{rest}"] = weight
+        elif part != "fc":
+            seg[f"backbone.0.{name}"] = weight
+    plain = caffe and not snapshot and not any("Scale." in k for k in theirs)
+    branches = 2 if plain else 4
+    classes = len(weights["layer5.conv2d_list.0.bias"]) if "layer5.conv2d_list.0.bias" in weights else 0
+    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": branches,
+            "norm": "imagenet" if snapshot or not caffe else "caffe"}
+    names = VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]
+    return {"seg": seg, "args": args, "classes": names, "step": 0}
+
+
+def fit(seg, theirs, where, new_classifier=False):
+    """Load weights that have to be `seg`'s, but for branches that it has not and, if allowed, a classifier for other classes.
+
+    Errors: InputError that lists the keys which are missing, left over or of another shape.
+    """
+    ours = seg.state_dict()
+    counters = [k for k in ours if k.endswith("num_batches_tracked") and k not in theirs]  # which old files lack
+    unused = [k for k in theirs if k.startswith("head.") and k not in ours]
+    other = [k for k in ours if k.startswith(("head.", "up.")) and (k not in theirs or theirs[k].shape != ours[k].shape)]
+    if not new_classifier:
+        other = []
+    wrong = {"missing": [k for k in ours if k not in theirs and k not in counters + other],
+             "left over": [k for k in theirs if k not in ours and k not in unused],
+             "of another shape": [k for k in ours if k in theirs and k not in other and theirs[k].shape != ours[k].shape]}
+    if any(wrong.values()):
+        raise InputError(f"{where}: made by another net; " + "; ".join(
+            f"{what}: {', '.join(keys[:20])}{', ...' if len(keys) > 20 else ''}" for what, keys in wrong.items() if keys)
+            + "; give the --backbone and flags it was trained with")
+    if other:
+        print(f"{where}: its classifier is for other classes, or there is none, so this one starts anew")
+        unused += other
+    seg.load_state_dict({k: v for k, v in theirs.items() if k not in unused}, strict=False)
 
 
 def build_segmenter(checkpoint, path):
     """The trained DeepLabV2 of a checkpoint, in eval mode, on the CPU. Errors: InputError naming `path`."""
     args = checkpoint["args"]
+    if not checkpoint["classes"]:
+        raise InputError(f"--ckpt {path}: an ImageNet net without a classifier for pixels; train from it with --init")
     try:
-        seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"])
-        seg.load_state_dict(checkpoint["seg"])
+        seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"],
+                        args.get("norm", "imagenet"), args.get("aspp_branches", 4), args.get("upsample", "bilinear"),
+                        args.get("caffe", False))
     except (KeyError, TypeError, ValueError, RuntimeError):
-        raise InputError(f"--ckpt {path}: its weights do not fit the net that its args name; train again") from None
+        raise InputError(f"--ckpt {path}: no net can be made of its args; train again") from None
+    fit(seg, checkpoint["seg"], f"--ckpt {path}")
     return seg.eval()
 
 
 def load_segmenter(path):
     """The trained segmenter of a checkpoint file: normalised pictures (N,3,H,W) -> logits (N,K,h,w) at the net's stride.
 
-    In eval mode, on the CPU; `.normalise` takes uint8 pictures. Errors: InputError where `path` is no checkpoint.
+    In eval mode, on the CPU; `.normalise` takes uint8 pictures. Reads the files of both public implementations too (see
+    `translate`). Errors: InputError where `path` is no checkpoint.
     """
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
 
-def load_init(seg, path):
-    """Start `seg` from a checkpoint's segmenter; a classifier for another number of classes stays as it was made."""
-    theirs = read_checkpoint(path, "--init")["seg"]
-    ours = seg.state_dict()
-    other = [k for k in ours if k.startswith("head.") and k in theirs and theirs[k].shape[0] != ours[k].shape[0]]
-    wrong = [k for k in ours.keys() | theirs.keys()
-             if k not in other and (k not in ours or k not in theirs or ours[k].shape != theirs[k].shape)]
-    if wrong:
-        raise InputError(f"--init {path}: made by another net ({len(wrong)} keys differ, {min(wrong)} is one); "
-                         "give the --backbone it was trained with")
-    if other:
-        print(f"--init {path}: its classifier has another number of classes, so this one starts anew")
-    seg.load_state_dict({k: v for k, v in theirs.items() if k not in other}, strict=False)
+def new_segmenter(args, num_classes):
+    """The DeepLabV2 that a training's flags ask for. Where its weights come from sets args.caffe, and args.norm for None.
+
+    Errors: InputError where --init cannot be read or does not fit.
+    """
+    start = None
+    if args.init == "coco" and not COCO_FILE.is_file():
+        raise InputError(f"--init coco: {COCO_FILE} is not there; put the file in that place or name it with --init FILE")
+    if args.init not in ("imagenet", "none"):
+        where = f"--init {args.init}"
+        start = read_checkpoint(COCO_FILE if args.init == "coco" else args.init, "--init")
+    origin = start["args"] if start else {}
+    args.caffe, args.norm = origin.get("caffe", False), args.norm or origin.get("norm", "imagenet")
+    seg = DeepLabV2(args.backbone, num_classes, args.stride, args.init if start is None else "none", args.bn, args.norm,
+                    args.aspp_branches, args.upsample, args.caffe)
+    if start:
+        fit(seg, start["seg"], where, new_classifier=True)
+    return seg
 
 
 def one_hot(target, num_classes, dtype=torch.float32):

@@ -4,8 +4,6 @@
 """
 import argparse
 
-import torch
-
 import cli
 import common
 import data
@@ -27,20 +25,34 @@ def flags():
                    help="random scale of pictures (default 0.5 1.5)")
     p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
                    "work); scores stay at the labels' own size")
+    p.add_argument("--drop-last", action="store_true", help="leave out what does not fill a batch at the end of an epoch")
     p.add_argument("--workers", type=int, default=2, help="loader processes a stream (default 2); 0 loads in the script itself")
     # net
     p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="paper: resnet101")
-    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH is a checkpoint (paper: imagenet)")
+    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH: a checkpoint, or "
+                   "a file of either public implementation (paper: imagenet)")
+    p.add_argument("--norm", choices=["imagenet", "caffe", "none"], help="pixels: by ImageNet's mean and deviation, "
+                   "minus its mean in 0..255, or 0..1; default: as the start weights want them")
     p.add_argument("--stride", type=int, help="pixels a logit: 8, or 16 for efficientnet_lite0 (paper: 8)")
+    p.add_argument("--aspp-branches", type=int, choices=[2, 4], default=4, help="of the classifier (paper: 4; the "
+                   "authors' code runs 2)")
+    p.add_argument("--upsample", choices=["bilinear", "learned"], default="bilinear", help="of the logits; learned: a "
+                   "transposed convolution that starts as bilinear")
     p.add_argument("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps its "
                    "weight and bias, frozen its statistics as well")
     # optimisation
     p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
     p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
-    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay; the classifier's is 10 times "
-                   "that (paper: 2.5e-4)")
+    p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay (paper: 2.5e-4)")
+    p.add_argument("--head-lr", type=float, default=10, metavar="TIMES", help="the classifier's rate in --lr's (default "
+                   "10, as in the authors' code; 1: one rate)")
+    p.add_argument("--decay-every", type=int, default=1, metavar="STEPS", help="steps between updates of the rates (default "
+                   "1); 0: they stay")
+    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="momentum (paper: Nesterov's)")
+    p.add_argument("--weight-decay", type=float, default=1e-4, help="of the segmentation net (paper: 1e-4)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
+    p.add_argument("--recipes", action=cli.Recipes, help="print the experiments in recipes/ and what was published, and stop")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     p.add_argument("--seed", type=int, default=0, help="of first weights and of every random draw (default 0)")
     p.add_argument("--out", default="out/base", metavar="DIR", help="where log, checkpoints and flags are written")
@@ -59,8 +71,8 @@ def main(args):
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 
-    seg = model.DeepLabV2(args.backbone, num_classes, args.stride, args.init, args.bn).to(device)
-    opt_seg = torch.optim.SGD(model.parameter_groups(seg, args.lr), momentum=0.9, nesterov=True, weight_decay=1e-4)
+    seg = model.new_segmenter(args, num_classes).to(device)
+    opt_seg = model.seg_optimizer(seg, args)
     parts = {"seg": seg, "opt_seg": opt_seg}
     done = run.resume(**parts)
 
@@ -70,7 +82,7 @@ def main(args):
     for step in run.steps(done):
         if run.due(step - 1):
             run.score(step - 1, evaluate(seg, val, args, device), parts)
-        common.poly_lr(opt_seg, step - 1, args.iters)
+        common.poly_lr(opt_seg, step - 1, args)
         picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
 
         with model.autocast(args.amp, device, args.backbone):

@@ -14,7 +14,7 @@ def test_poly_lr():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0}, {"params": [torch.zeros(1)], "lr": 10.0}])
     rates = []
     for done in range(4):
-        common.poly_lr(optimizer, done, 4)
+        common.poly_lr(optimizer, done, argparse.Namespace(iters=4, decay_every=1))
         rates.append([g["lr"] for g in optimizer.param_groups])
     want = [(1 - d / 4) ** 0.9 for d in range(4)]
     assert [r[0] for r in rates] == pytest.approx(want) and [r[1] for r in rates] == pytest.approx([10 * w for w in want])

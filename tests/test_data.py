@@ -12,7 +12,7 @@ import data
 
 def settings(crop=65, scale=(0.5, 1.5), seed=0, input_scale=1):
     import argparse
-    return argparse.Namespace(crop=crop, scale=scale, seed=seed, input_scale=input_scale)
+    return argparse.Namespace(crop=crop, scale=scale, seed=seed, input_scale=input_scale, drop_last=False, batch_size=2)
 
 
 def stream(voc, labelled=True, name="labelled", **kw):

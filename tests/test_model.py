@@ -4,6 +4,12 @@ import torch.nn.functional as F
 import torchvision
 
 import model
+import train_adv
+import train_base
+
+
+def flags(*words, script=train_base):
+    return script.flags().parse_args(words)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +61,9 @@ def test_imagenet_weights_and_their_pixels():
 
 
 def test_head_learns_ten_times_faster(lite):
-    groups = model.parameter_groups(lite, 1e-3)
+    groups = model.seg_optimizer(lite, flags("--lr", "1e-3")).param_groups
     assert [g["lr"] for g in groups] == [1e-3, 1e-2]
+    assert all(g["nesterov"] and g["momentum"] == 0.9 and g["weight_decay"] == 1e-4 for g in groups)
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in lite.parameters()}
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in lite.head.parameters()}
 
@@ -67,7 +74,7 @@ def test_batch_norm_modes(bn, statistics, affine):
     seg.eval().train()
     norm = seg.batch_norms()[3]
     before = norm.running_mean.clone(), norm.weight.detach().clone()
-    optimizer = torch.optim.SGD(model.parameter_groups(seg, 0.1), momentum=0.9)
+    optimizer = model.seg_optimizer(seg, flags("--lr", "0.1"))
     seg(torch.randn(2, 3, 65, 65)).square().mean().backward()
     optimizer.step()
     assert torch.equal(before[0], norm.running_mean) != statistics
@@ -104,17 +111,19 @@ def test_checkpoint_comes_back(lite, tmp_path):
     torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}, tmp_path / "a.pt")
     seg, x = model.load_segmenter(tmp_path / "a.pt"), torch.randn(1, 3, 65, 65)
     assert not seg.training and torch.equal(seg(x), lite.eval()(x))
-    again = model.DeepLabV2("efficientnet_lite0", 5, 16, str(tmp_path / "a.pt")).eval()
+    start = flags("--backbone", "efficientnet_lite0", "--stride", "16", "--init", str(tmp_path / "a.pt"))
+    again = model.new_segmenter(start, 5).eval()
     assert torch.equal(again(x), lite(x))
-    other = model.DeepLabV2("efficientnet_lite0", 4, 16, str(tmp_path / "a.pt")).eval()  # only the backbone comes over
+    other = model.new_segmenter(start, 4).eval()  # only the backbone comes over
     assert torch.equal(other.backbone(x), lite.backbone(x))
     with pytest.raises(cli.InputError, match="another net"):
-        model.DeepLabV2("resnet18", 5, 8, str(tmp_path / "a.pt"))
+        model.new_segmenter(flags("--backbone", "resnet18", "--stride", "8", "--init", str(tmp_path / "a.pt")), 5)
 
 
 def test_optimisers_are_the_papers():
     """SGD with Nesterov momentum, ten times the rate for the classifier; Adam as PyTorch has it; SGD as in 2017."""
     disc = model.Discriminator(5)
-    adam, sgd = model.disc_optimizer(disc, "adam", 1e-4), model.disc_optimizer(disc, "sgd", 0.1)
+    adam, sgd = (model.disc_optimizer(disc, flags("--d-optim", name, "--d-lr", "1e-4", script=train_adv))
+                 for name in ("adam", "sgd"))
     assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.999) and adam.defaults["lr"] == 1e-4
-    assert type(sgd) is torch.optim.SGD and (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.1, 0.5)
+    assert type(sgd) is torch.optim.SGD and (sgd.defaults["lr"], sgd.defaults["momentum"]) == (1e-4, 0.5)
