@@ -274,22 +274,20 @@ def fit(seg, theirs, where, new_classifier=False):
     Errors: InputError that lists the keys which are missing, left over or of another shape.
     """
     ours = seg.state_dict()
-    counters = [k for k in ours if k.endswith("num_batches_tracked") and k not in theirs]  # which old files lack
-    unused = [k for k in theirs if k.startswith("head.") and k not in ours]
-    other = [k for k in ours if k.startswith(("head.", "up.")) and (k not in theirs or theirs[k].shape != ours[k].shape)]
-    if not new_classifier:
-        other = []
-    wrong = {"missing": [k for k in ours if k not in theirs and k not in counters + other],
-             "left over": [k for k in theirs if k not in ours and k not in unused],
-             "of another shape": [k for k in ours if k in theirs and k not in other and theirs[k].shape != ours[k].shape]}
-    if any(wrong.values()):
-        raise InputError(f"{where}: made by another net; " + "; ".join(
-            f"{what}: {', '.join(keys[:20])}{', ...' if len(keys) > 20 else ''}" for what, keys in wrong.items() if keys)
-            + "; give the --backbone and flags it was trained with")
-    if other:
+    fresh = {k for k in ours if k.endswith("num_batches_tracked") and k not in theirs}  # which old files lack
+    if new_classifier and ("head.0.bias" not in theirs or theirs["head.0.bias"].shape != ours["head.0.bias"].shape):
         print(f"{where}: its classifier is for other classes, or there is none, so this one starts anew")
-        unused += other
-    seg.load_state_dict({k: v for k, v in theirs.items() if k not in unused}, strict=False)
+        fresh |= {k for k in ours if k.startswith(("head.", "up."))}
+    elif new_classifier and "up.weight" not in theirs:
+        fresh.add("up.weight")  # starts as bilinear
+    spare = {k for k in theirs if k.startswith("head.") and k not in ours}
+    wrong = {"missing": ours.keys() - theirs.keys() - fresh, "left over": theirs.keys() - ours.keys() - spare,
+             "of another shape": {k for k in ours.keys() & theirs.keys() - fresh if ours[k].shape != theirs[k].shape}}
+    if any(wrong.values()):
+        listed = "; ".join(f"{what}: {', '.join(sorted(keys)[:20])}{', ...' if len(keys) > 20 else ''}"
+                           for what, keys in wrong.items() if keys)
+        raise InputError(f"{where}: made by another net; {listed}; give the --backbone and flags it was trained with")
+    seg.load_state_dict({k: w for k, w in theirs.items() if k not in spare | fresh}, strict=False)
 
 
 def build_segmenter(checkpoint, path):

@@ -1,8 +1,8 @@
 """Each operator on a GPU: time against its floor, the best eager PyTorch and torch.compile: `bench.py --device cuda`.
 
 The floor is the larger of what the bytes take that have to be moved at least, and what an exponential for each pixel and class
-takes of those units (16 a clock and multiprocessor; confusion matrices need none), by the device's clocks. Calls are captured in
-CUDA graphs, so that times are the GPU's alone (eager PyTorch's confusion matrix synchronises and is not). What fits stays in
+takes of those units (16 a clock and multiprocessor; confusion matrices need none), by the device's clocks. Calls are captured
+in CUDA graphs, so that times are the GPU's alone (eager PyTorch's confusion matrix synchronises and is not). What fits stays in
 the L2 cache.
 """
 import statistics

@@ -243,6 +243,29 @@ def test_keys_that_do_not_fit_are_listed(weights, tmp_path):
         model.new_segmenter(settings("--init", file, "--backbone", "resnet50", "--stride", 8), 21)
 
 
+def test_start_from_the_two_implementations(weights, tmp_path):
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}, "miou": 0.69}, tmp_path / "first.pth")
+    two = {k: w for k, w in weights.items() if "list.2" not in k and "list.3" not in k}
+    torch.save(two, tmp_path / "authors.pth")
+    seg = model.new_segmenter(settings("--init", tmp_path / "first.pth", "--backbone", "resnet101", "--stride", 8), 21)
+    assert torch.equal(seg.head[3].weight, weights["layer5.conv2d_list.3.weight"])
+    flags = "--init", tmp_path / "authors.pth", "--backbone", "resnet101", "--stride", 8
+    seg = model.new_segmenter(settings(*flags, "--aspp-branches", 2, "--upsample", "learned"), 21)
+    assert torch.equal(seg.head[1].bias, weights["layer5.conv2d_list.1.bias"])
+    assert seg(torch.zeros(1, 3, 65, 65)).shape == (1, 21, 65, 65)
+    with pytest.raises(cli.InputError, match="missing: head.2.bias, head.2.weight, head.3.bias, head.3.weight;"):
+        model.new_segmenter(settings(*flags), 21)
+
+
+def test_eval_reads_a_file_of_others(voc, tmp_path, capsys):
+    import eval as script
+    small = random_weights(caffe_names(4, (3, 4, 6, 3)))
+    torch.save(small, tmp_path / "authors.pth")
+    words = ["--ckpt", tmp_path / "authors.pth", "--data", voc, "--gpu", -1, "--workers", 0, "--out", tmp_path / "out"]
+    script.main(script.flags().parse_args([str(w) for w in words]))
+    assert "\nmIoU " in capsys.readouterr().out and (tmp_path / "out/val0.png").exists()
+
+
 def test_torchvision_file(tmp_path, monkeypatch):
     import torchvision
     net = torchvision.models.resnet50(weights=None)
