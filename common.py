@@ -24,6 +24,10 @@ HEALTHY = {
 }
 PATIENCE = 10  # logged steps in a row before a warning
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
+# what flags stand for that a checkpoint is too old to name
+BEFORE = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "head_lr": 10, "decay_every": 1,
+          "nesterov": True, "weight_decay": 1e-4, "drop_last": False, "d_betas": [0.9, 0.999], "d_momentum": 0.5,
+          "d_decay": None}
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
@@ -89,7 +93,7 @@ class Run:
         if not (self.args.resume and last.exists()):
             return 0
         checkpoint = read_checkpoint(last, "--resume")
-        for key, value in checkpoint["args"].items():
+        for key, value in (BEFORE | checkpoint["args"]).items():
             now = getattr(self.args, key, value)
             if now != value and key not in MAY_CHANGE:
                 raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the flags "

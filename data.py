@@ -22,7 +22,7 @@ VOC_ROOT = Path("data/VOC2012")
 SHAPES_ROOT = Path("data/shapes")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
-PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after either normalisation
+PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 where pixels are normalised
 SHAPES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "triangle": (60, 90, 220),
           "star": (230, 190, 40), "ring": (170, 70, 190)}
 PICTURES = (".jpg", ".jpeg", ".png")

@@ -24,7 +24,8 @@ from csrc import ops
 
 def flags():
     p = cli.Parser(__doc__)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training")
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training, or a file of either public "
+                   "implementation")
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
     p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")

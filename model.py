@@ -1,8 +1,10 @@
 """The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the losses on D."""
+import re
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -218,18 +220,24 @@ def read_checkpoint(path, flag):
 
     Errors: InputError naming `flag` where it is neither.
     """
+    scalar = np.float64().__reduce__()[0]  # the first implementation's snapshots hold one, under either of numpy's names
+    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
-        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here") from None
-    if isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint):
-        return checkpoint
-    found = translate(checkpoint)
-    if found is None:
-        raise InputError(f"{flag} {path}: no checkpoint of this repository and no DeepLabv2 with a ResNet of bottlenecks; name "
-                         "a last.pt or best.pt of a training here")
+        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here, or a published one") from None
+    ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
+    found = checkpoint if ours else translate(checkpoint)
+    if found is None or not isinstance(found["args"], dict) or not is_weights(found["seg"]):
+        raise InputError(f"{flag} {path}: no checkpoint of this repository and no ResNet or DeepLabv2 that is known here; "
+                         "name a last.pt or best.pt of a training here, or a published one")
     return found
+
+
+def is_weights(x):
+    return isinstance(x, dict) and all(isinstance(k, str) and isinstance(w, torch.Tensor) for k, w in x.items())
 
 
 def translate(theirs):
@@ -241,28 +249,30 @@ def translate(theirs):
     """
     snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
     weights = theirs["state_dict"] if snapshot else theirs
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if not is_weights(weights):
         return None
+    plain = not snapshot and not any(k.startswith("Scale.") for k in weights)
     weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
-    depths = [len({k.split(".")[1] for k in weights if k.startswith(f"layer{n}.")}) for n in (1, 2, 3, 4)]
-    backbone = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}.get(tuple(depths))
+    parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
+    depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
+    bottlenecks = "layer1.0.conv3.weight" in weights
+    backbone = {(2, 2, 2, 2, False): "resnet18", (3, 4, 6, 3, True): "resnet50", (3, 4, 23, 3, True): "resnet101"}.get(
+        (*depths, bottlenecks))
     caffe = any(k.startswith("layer5.") for k in weights)
-    if backbone is None or "layer1.0.conv3.weight" not in weights or not (caffe or "fc.weight" in weights):
+    if backbone is None or caffe == ("fc.weight" in weights) or (caffe and not bottlenecks):
         return None
     seg = {}
     for name, weight in weights.items():
-        part, _, rest = name.partition(".")
-        if part == "layer5":
-            seg[rest.replace("conv2d_list", "head")] = weight
-        elif part.startswith("layer"):
-            block, _, rest = rest.partition(".")
-            seg[f"backbone.{1 + sum(depths[:int(part[5:]) - 1]) + int(block)}.{rest}"] = weight
-        elif part != "fc":
+        if parts[name]:
+            layer, block, rest = parts[name].groups()
+            seg[f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"] = weight
+        elif name.startswith("layer5.conv2d_list."):
+            seg[name.replace("layer5.conv2d_list", "head")] = weight
+        elif not name.startswith("fc."):
             seg[f"backbone.0.{name}"] = weight
-    plain = caffe and not snapshot and not any("Scale." in k for k in theirs)
-    branches = 2 if plain else 4
-    classes = len(weights["layer5.conv2d_list.0.bias"]) if "layer5.conv2d_list.0.bias" in weights else 0
-    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": branches,
+    heads = [w for k, w in seg.items() if k.startswith("head.") and w.dim()]
+    classes = len(heads[0]) if heads else 0
+    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if plain else 4,
             "norm": "imagenet" if snapshot or not caffe else "caffe"}
     names = VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]
     return {"seg": seg, "args": args, "classes": names, "step": 0}
@@ -275,12 +285,17 @@ def fit(seg, theirs, where, new_classifier=False):
     """
     ours = seg.state_dict()
     fresh = {k for k in ours if k.endswith("num_batches_tracked") and k not in theirs}  # which old files lack
-    if new_classifier and ("head.0.bias" not in theirs or theirs["head.0.bias"].shape != ours["head.0.bias"].shape):
+    spare = {k for k in theirs if re.match(r"head\.\d", k) and k not in ours}
+    bias = theirs.get("head.0.bias")
+    if new_classifier and (not any(k.startswith("head.") for k in theirs) or
+                           (bias is not None and bias.shape != ours["head.0.bias"].shape)):
         print(f"{where}: its classifier is for other classes, or there is none, so this one starts anew")
         fresh |= {k for k in ours if k.startswith(("head.", "up."))}
-    elif new_classifier and "up.weight" not in theirs:
+        spare |= {k for k in theirs if k.startswith("up.")} - ours.keys()
+    elif spare:
+        print(f"{where}: {len(seg.head)} of its {len(seg.head) + len(spare) // 2} branches are used")
+    if new_classifier and "up.weight" not in theirs:
         fresh.add("up.weight")  # starts as bilinear
-    spare = {k for k in theirs if k.startswith("head.") and k not in ours}
     wrong = {"missing": ours.keys() - theirs.keys() - fresh, "left over": theirs.keys() - ours.keys() - spare,
              "of another shape": {k for k in ours.keys() & theirs.keys() - fresh if ours[k].shape != theirs[k].shape}}
     if any(wrong.values()):
@@ -299,7 +314,7 @@ def build_segmenter(checkpoint, path):
         seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"],
                         args.get("norm", "imagenet"), args.get("aspp_branches", 4), args.get("upsample", "bilinear"),
                         args.get("caffe", False))
-    except (KeyError, TypeError, ValueError, RuntimeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise InputError(f"--ckpt {path}: no net can be made of its args; train again") from None
     fit(seg, checkpoint["seg"], f"--ckpt {path}")
     return seg.eval()
@@ -326,11 +341,15 @@ def new_segmenter(args, num_classes):
         where = f"--init {args.init}"
         start = read_checkpoint(COCO_FILE if args.init == "coco" else args.init, "--init")
     origin = start["args"] if start else {}
-    args.caffe, args.norm = origin.get("caffe", False), args.norm or origin.get("norm", "imagenet")
+    args.caffe, args.norm = bool(origin.get("caffe")), args.norm or origin.get("norm", "imagenet")
+    if args.norm not in ("imagenet", "caffe", "none"):
+        raise InputError(f"{where}: its args do not name a net of this repository; name another file")
     seg = DeepLabV2(args.backbone, num_classes, args.stride, args.init if start is None else "none", args.bn, args.norm,
                     args.aspp_branches, args.upsample, args.caffe)
     if start:
         fit(seg, start["seg"], where, new_classifier=True)
+        if args.init != "coco" and args.caffe and origin.get("aspp_branches", 4) < args.aspp_branches:
+            print(f"{where}: if this is the authors', only 2 of its branches were trained; give --aspp-branches 2")
     return seg
 
 

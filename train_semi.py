@@ -67,7 +67,8 @@ def flags():
     p.add_argument("--lam-semi", type=float, help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=float, default=0.2, help="a pixel is trusted where D says more, T_semi (paper: 0.2)")
     p.add_argument("--semi-start", type=int, help="updates before the self-taught loss; default --iters / 4 (paper: 5000)")
-    p.add_argument("--semi-start-epoch", type=float, metavar="E", help="the same as passes over the labelled pictures")
+    p.add_argument("--semi-start-epoch", type=float, metavar="E", help="the same in passes over the labelled "
+                   "pictures; it wins")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--recipes", action=cli.Recipes, help="print the experiments in recipes/ and what was published, and stop")
@@ -90,7 +91,8 @@ def main(args):
     if not unlabelled_samples:
         raise cli.InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give more with --unlabelled")
     if args.semi_start_epoch is not None:
-        args.semi_start = math.ceil(args.semi_start_epoch * len(labelled) / args.batch_size)
+        steps = len(labelled) / args.batch_size  # of an epoch
+        args.semi_start = math.ceil(args.semi_start_epoch * (int(steps) if args.drop_last else steps))
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 

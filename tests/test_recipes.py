@@ -5,6 +5,7 @@ import math
 import re
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ def about(recipe):
 
 def settings(*words, script=train_base):
     return script.flags().parse_args([str(w) for w in words])
+
+
+def flags_in(name):
+    recipe = ROOT / f"recipes/{name}.txt"
+    return vars(settings(f"@{recipe}", script=importlib.import_module(about(recipe)["script"].removesuffix(".py"))))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda f: f.stem)
@@ -54,13 +60,35 @@ def test_all_rows_are_there_and_in_the_readme(capsys):
         assert re.findall(r"[\d.]{5}|\d\d\.\d", row.split("|", 2)[2]) == published, row
 
 
-def test_a_recipe_says_what_its_row_says():
-    a = settings(f"@{ROOT}/recipes/adv204.txt", script=train_adv)
-    assert (a.split, a.init, a.norm, a.bn, a.drop_last) == (1, "coco", "imagenet", "no-grad", True)
-    assert (a.head_lr, a.decay_every) == (1, 1)
-    assert (a.d_optim, a.d_lr, a.d_smooth, a.lr, a.batch_size) == ("adam", 1e-5, 0.1, 2.5e-4, 10)
-    b = settings(f"@{ROOT}/recipes/base101.txt")
-    assert (b.norm, b.decay_every, b.upsample) == ("none", 10, "learned")
+BASE, ADV, FINAL = "base104", "adv202", "final_semi_2"
+DIFFERS = {  # row by row: from which other one, and in what
+    "base101": (BASE, dict(decay_every=10, upsample="learned")), "base102": (BASE, dict(decay_every=0)),
+    "base103": (BASE, dict(decay_every=10)), "base105": (BASE, dict(norm="imagenet")),
+    "base110": (BASE, dict(norm="imagenet", init="imagenet", bn="train")),
+    "base111": (BASE, dict(norm="imagenet", init="imagenet", bn="train", head_lr=10)),
+    "adv101": (ADV, dict(d_optim="sgd", d_decay=1e-4, d_smooth=0)),
+    "adv102": (ADV, dict(d_optim="sgd", d_decay=1e-4, d_smooth=0.25)),
+    "adv103": (ADV, dict(d_smooth=0.25)), "adv104": (ADV, dict(norm="none", d_optim="sgd", d_decay=1e-4, d_smooth=0.25)),
+    "adv105": (ADV, dict(norm="none", d_smooth=0.25)), "adv106": (ADV, dict(norm="none", d_smooth=0.25, batch_size=21)),
+    "adv105-cuda": (ADV, dict(d_optim="sgd", d_decay=1e-4, d_smooth=0.25, batch_size=21)), "adv201": (ADV, dict(d_smooth=0.25)),
+    "adv203": (ADV, {}), "adv204": (ADV, dict(d_lr=1e-5)), "final_adv_full": (ADV, dict(bn="train")),
+    "final_semi_8": (FINAL, dict(split=0.125)), "final_semi_4": (FINAL, dict(split=0.25)),
+}
+
+
+def test_recipes_say_what_their_rows_say():
+    a, base = flags_in(ADV), flags_in(BASE)
+    for name, value in dict(split=1, init="coco", norm="imagenet", bn="no-grad", drop_last=True, head_lr=1, decay_every=1,
+                            d_lr=1e-4, d_optim="adam", d_smooth=0.1, lr=2.5e-4, batch_size=10, iters=20000,
+                            lam_adv=0.01).items():
+        assert a[name] == value and base.get(name, value) == ("none" if name == "norm" else value), name
+    for name, (other, changes) in DIFFERS.items():
+        other = flags_in(other)
+        assert {k: v for k, v in flags_in(name).items() if v != other[k]} == changes, name
+    semi = flags_in(FINAL)
+    assert [semi[k] for k in ("split", "lam_semi", "threshold", "semi_start", "lam_adv_u")] == [0.5, 0.2, 0.2, 5000, 0]
+    semi = flags_in("paper_voc_semi")
+    assert [semi[k] for k in ("lam_semi", "threshold", "semi_start", "init")] == [0.1, 0.2, 5000, "imagenet"]
 
 
 def test_rates_decay_every_k_steps_or_never():
@@ -200,15 +228,17 @@ def test_forward_parity(weights, tmp_path, origin, branches, norm):
     if origin == "authors, two branches":
         theirs = {k: w for k, w in weights.items() if not k.startswith(("layer5.conv2d_list.2", "layer5.conv2d_list.3"))}
     if origin == "first implementation":
-        theirs = {"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}, "miou": 0.69}
+        theirs = {"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}, "miou": np.float64(0.69)}
     if origin == "coco":
         theirs = {f"Scale.{k}": w for k, w in weights.items()}
     torch.save(theirs, tmp_path / "theirs.pth")
-    seg, x = model.load_segmenter(tmp_path / "theirs.pth"), torch.randn(1, 3, 65, 97)
-    with torch.inference_mode():
-        ours, want = seg(x), caffe_forward(weights, x, branches)
+    seg = model.load_segmenter(tmp_path / "theirs.pth")
     assert not seg.training and len(seg.head) == branches and seg.norm == norm
-    torch.testing.assert_close(ours, want, rtol=0, atol=1e-5 * want.abs().max().item())
+    for size in ((65, 97), (64, 90)):  # pooling in ceil mode shows at even sizes
+        x = torch.randn(1, 3, *size, dtype=torch.float64)
+        with torch.inference_mode():
+            ours, want = seg.double()(x), caffe_forward({k: w.double() for k, w in weights.items()}, x, branches)
+        torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["Scale.", ""])
@@ -218,7 +248,7 @@ def test_start_from_coco(weights, tmp_path, capsys, monkeypatch, prefix):
     monkeypatch.setattr(model, "COCO_FILE", file)
     args = settings("--init", "coco", "--backbone", "resnet101", "--aspp-branches", 2, "--stride", 8)
     seg = model.new_segmenter(args, 21)
-    assert args.caffe and args.norm == "caffe" and len(seg.head) == 2 and not capsys.readouterr().out
+    assert args.caffe and args.norm == "caffe" and len(seg.head) == 2 and "2 of its 4 branches" in capsys.readouterr().out
     assert torch.equal(seg.head[1].weight, weights["layer5.conv2d_list.1.weight"])
     assert torch.equal(seg.backbone[8].conv1.weight, weights["layer3.0.conv1.weight"])
     assert seg.backbone[4].conv1.stride == (2, 2)
@@ -237,19 +267,24 @@ def test_keys_that_do_not_fit_are_listed(weights, tmp_path):
                  lambda: model.new_segmenter(settings("--init", file, "--backbone", "resnet101", "--stride", 8), 21)):
         with pytest.raises(cli.InputError) as error:
             load()
-        for part in ("missing: backbone.15.bn2.bias", "left over: other", "shape: backbone.0.conv1.weight"):
+        for part in ("missing: backbone.15.bn2.bias", "left over: backbone.0.layer5.other", "shape: backbone.0.conv1.weight"):
             assert part in str(error.value)
     with pytest.raises(cli.InputError, match="missing|another shape"):
         model.new_segmenter(settings("--init", file, "--backbone", "resnet50", "--stride", 8), 21)
 
 
-def test_start_from_the_two_implementations(weights, tmp_path):
-    torch.save({"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}, "miou": 0.69}, tmp_path / "first.pth")
+def test_start_from_the_two_implementations(weights, tmp_path, capsys):
+    torch.save(weights, tmp_path / "whole.pth")
+    snapshot = {"epoch": 3, "state_dict": {f"module.{k}": w for k, w in weights.items()}, "miou": np.float64(0.69)}
+    torch.save(snapshot, tmp_path / "first.pth")
     two = {k: w for k, w in weights.items() if "list.2" not in k and "list.3" not in k}
     torch.save(two, tmp_path / "authors.pth")
     seg = model.new_segmenter(settings("--init", tmp_path / "first.pth", "--backbone", "resnet101", "--stride", 8), 21)
     assert torch.equal(seg.head[3].weight, weights["layer5.conv2d_list.3.weight"])
     flags = "--init", tmp_path / "authors.pth", "--backbone", "resnet101", "--stride", 8
+    capsys.readouterr()
+    whole = model.new_segmenter(settings("--init", tmp_path / "whole.pth", *flags[2:]), 21)
+    assert len(whole.head) == 4 and "give --aspp-branches 2" in capsys.readouterr().out
     seg = model.new_segmenter(settings(*flags, "--aspp-branches", 2, "--upsample", "learned"), 21)
     assert torch.equal(seg.head[1].bias, weights["layer5.conv2d_list.1.bias"])
     assert seg(torch.zeros(1, 3, 65, 65)).shape == (1, 21, 65, 65)
@@ -266,7 +301,43 @@ def test_eval_reads_a_file_of_others(voc, tmp_path, capsys):
     assert "\nmIoU " in capsys.readouterr().out and (tmp_path / "out/val0.png").exists()
 
 
-def test_torchvision_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what, broken", [
+    ("numbers for names", {0: torch.zeros(1)}), ("a list", [torch.zeros(1)]), ("nothing", {}),
+    ("no tensors", {"conv1.weight": 1}),
+    ("args a list", {"seg": {}, "args": [], "classes": ["a", "b"], "step": 0}),
+    ("seg a list", {"seg": [], "args": {}, "classes": ["a", "b"], "step": 0}),
+    ("odd norm", {"seg": {}, "args": {"norm": "odd", "backbone": "resnet50"}, "classes": ["a"], "step": 0}),
+    ("no weights", {"epoch": 1, "state_dict": None, "miou": 0.5})])
+def test_files_that_are_no_net(voc, tmp_path, fails, what, broken):
+    torch.save(broken, tmp_path / "broken.pth")
+    assert "broken.pth: " in fails("eval", "--ckpt", tmp_path / "broken.pth")
+    flags = "--init", tmp_path / "broken.pth", "--out", tmp_path / "out"
+    assert "broken.pth: " in fails("train_base", "--data", voc, *SMALL, *flags)
+
+
+def test_a_classifier_that_is_cut_is_an_error(weights, tmp_path):
+    keys = dict(weights)
+    del keys["layer5.conv2d_list.0.bias"]
+    keys |= {"layer1": torch.zeros(1), "layer_norm.weight": torch.zeros(1)}
+    torch.save({f"Scale.{k}": w for k, w in keys.items()}, tmp_path / "cut.pth")
+    for load in (lambda f: model.load_segmenter(f),
+                 lambda f: model.new_segmenter(settings("--init", f, "--backbone", "resnet101", "--stride", 8), 21)):
+        with pytest.raises(cli.InputError, match="missing: head.0.bias; left over: backbone.0.layer1, backbone.0.layer_"):
+            load(tmp_path / "cut.pth")
+
+
+def test_an_older_checkpoint_resumes_with_its_flags(train, fails, voc):
+    out = train("train_base", "--iters", 2)
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    for name in ("nesterov", "norm", "head_lr", "caffe", "aspp_branches", "upsample", "decay_every", "weight_decay"):
+        del checkpoint["args"][name]
+    torch.save(checkpoint, out / "last.pt")
+    for flags in (["--no-nesterov"], ["--norm", "none"], ["--head-lr", 1]):
+        assert "--resume: --" in fails("train_base", "--data", voc, *SMALL, "--out", out, "--resume", "--iters", 4, *flags)
+    train("train_base", "--iters", 4, "--resume")
+
+
+def test_torchvision_file(tmp_path):
     import torchvision
     net = torchvision.models.resnet50(weights=None)
     torch.save(net.state_dict(), tmp_path / "resnet50.pth")
@@ -275,11 +346,15 @@ def test_torchvision_file(tmp_path, monkeypatch):
     assert not args.caffe and args.norm == "imagenet" and torch.equal(seg.backbone[1].conv1.weight, net.layer1[0].conv1.weight)
     with pytest.raises(cli.InputError, match="without a classifier"):
         model.load_segmenter(tmp_path / "resnet50.pth")
+    net = torchvision.models.resnet18(weights=None)
+    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+    seg = model.new_segmenter(settings("--init", tmp_path / "resnet18.pth", "--backbone", "resnet18", "--stride", 8), 5)
+    assert torch.equal(seg.backbone[8].conv2.weight, net.layer4[1].conv2.weight)
 
 
 def test_origin_is_recorded_and_comes_back(weights, voc, tmp_path):
     """A training from Caffe's weights writes a checkpoint that eval.py reads as Caffe's net."""
-    small = {k: w for k, w in random_weights(caffe_names(4, (3, 4, 6, 3))).items()}
+    small = random_weights(caffe_names(4, (3, 4, 6, 3)))
     torch.save({f"Scale.{k}": w for k, w in small.items()}, tmp_path / "coco50.pth")
     words = ["--data", voc, *SMALL, "--backbone", "resnet50", "--init", tmp_path / "coco50.pth", "--iters", 1, "--lr", 0,
              "--bn", "frozen", "--out", tmp_path / "out", "--no-amp"]
