@@ -323,8 +323,8 @@ def build_segmenter(checkpoint, path):
 def load_segmenter(path):
     """The trained segmenter of a checkpoint file: normalised pictures (N,3,H,W) -> logits (N,K,h,w) at the net's stride.
 
-    In eval mode, on the CPU; `.normalise` takes uint8 pictures. Reads the files of both public implementations too (see
-    `translate`). Errors: InputError where `path` is no checkpoint.
+    At the picture's size where upsampling is learned. In eval mode, on the CPU; `.normalise` takes uint8 pictures. Reads the
+    files of both public implementations too (see `translate`). Errors: InputError where `path` is no checkpoint.
     """
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
