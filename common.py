@@ -24,10 +24,6 @@ HEALTHY = {
 }
 PATIENCE = 10  # logged steps in a row before a warning
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
-# what flags stand for that a checkpoint is too old to name
-BEFORE = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "head_lr": 10, "decay_every": 1,
-          "nesterov": True, "weight_decay": 1e-4, "drop_last": False, "d_betas": [0.9, 0.999], "d_momentum": 0.5,
-          "d_decay": None}
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
@@ -59,10 +55,7 @@ def describe(device):
 
 
 def poly_lr(optimizer, done, args, power=0.9):
-    """Set every group's rate to initial * (1 - done/iters)**power, `done` being the updates made so far.
-
-    Counted in whole --decay-every's; with 0 the rates stay.
-    """
+    """Set every group's rate to initial * (1 - done/iters)**power, done: updates so far in whole --decay-every's; 0: none."""
     done = done - done % args.decay_every if args.decay_every else 0
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / args.iters) ** power
@@ -93,7 +86,7 @@ class Run:
         if not (self.args.resume and last.exists()):
             return 0
         checkpoint = read_checkpoint(last, "--resume")
-        for key, value in (BEFORE | checkpoint["args"]).items():
+        for key, value in checkpoint["args"].items():
             now = getattr(self.args, key, value)
             if now != value and key not in MAY_CHANGE:
                 raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the flags "

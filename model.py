@@ -18,6 +18,10 @@ COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # DeepLabv2
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
 INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # pixels in -1..1, what EfficientNet-Lite was trained on
 CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 1 / 255)  # and channels in the order B, G, R
+# what flags stand for that a checkpoint is too old to name
+OLDER = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "head_lr": 10, "decay_every": 1,
+         "nesterov": True, "weight_decay": 1e-4, "drop_last": False, "d_betas": [0.9, 0.999], "d_momentum": 0.5,
+         "d_decay": None}
 
 # expansion, kernel, stride, channels, repeats of each stage: Tan & Le 2019, table 1, as fixed for EfficientNet-Lite
 LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -233,7 +237,7 @@ def read_checkpoint(path, flag):
     if found is None or not isinstance(found["args"], dict) or not is_weights(found["seg"]):
         raise InputError(f"{flag} {path}: no checkpoint of this repository and no ResNet or DeepLabv2 that is known here; "
                          "name a last.pt or best.pt of a training here, or a published one")
-    return found
+    return found | {"args": OLDER | found["args"]}
 
 
 def is_weights(x):
@@ -311,9 +315,8 @@ def build_segmenter(checkpoint, path):
     if not checkpoint["classes"]:
         raise InputError(f"--ckpt {path}: an ImageNet net without a classifier for pixels; train from it with --init")
     try:
-        seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"],
-                        args.get("norm", "imagenet"), args.get("aspp_branches", 4), args.get("upsample", "bilinear"),
-                        args.get("caffe", False))
+        seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"], args["norm"],
+                        args["aspp_branches"], args["upsample"], args["caffe"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise InputError(f"--ckpt {path}: no net can be made of its args; train again") from None
     fit(seg, checkpoint["seg"], f"--ckpt {path}")
@@ -340,15 +343,15 @@ def new_segmenter(args, num_classes):
     if args.init not in ("imagenet", "none"):
         where = f"--init {args.init}"
         start = read_checkpoint(COCO_FILE if args.init == "coco" else args.init, "--init")
-    origin = start["args"] if start else {}
-    args.caffe, args.norm = bool(origin.get("caffe")), args.norm or origin.get("norm", "imagenet")
+    origin = start["args"] if start else OLDER
+    args.caffe, args.norm = bool(origin["caffe"]), args.norm or origin["norm"]
     if args.norm not in ("imagenet", "caffe", "none"):
         raise InputError(f"{where}: its args do not name a net of this repository; name another file")
     seg = DeepLabV2(args.backbone, num_classes, args.stride, args.init if start is None else "none", args.bn, args.norm,
                     args.aspp_branches, args.upsample, args.caffe)
     if start:
         fit(seg, start["seg"], where, new_classifier=True)
-        if args.init != "coco" and args.caffe and origin.get("aspp_branches", 4) < args.aspp_branches:
+        if args.init != "coco" and args.caffe and origin["aspp_branches"] < args.aspp_branches:
             print(f"{where}: if this is the authors', only 2 of its branches were trained; give --aspp-branches 2")
     return seg
 

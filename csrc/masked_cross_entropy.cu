@@ -4,7 +4,7 @@
 // of that mean (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
 //
 // Grid: (w / (cells - 1), half the rows of cells, N), two launches. Block: 16 cells in a row (8 for many classes), 8 threads each;
-// cells.cuh says who owns what. A thread goes over the classes twice, for the softmax's denominators and for the gradient, and
+// tile.cuh says who owns what. A thread goes over the classes twice, for the softmax's denominators and for the gradient, and
 // once more for the argmax. The gradient of a class in a cell needs four sums over its pixels (p, fx*p, fy*p, fx*fy*p), by
 // shuffles, which then go to the four corners. All sums have a fixed order: the same bits from run to run.
 #include "counted.cuh"
