@@ -48,12 +48,12 @@ struct Column {
   float fx, fy[ROWS];   // where in the cell they lie
   float start;          // the first one's fy, in rows of pixels
   unsigned needed;      // bit r: exponentials of the r-th pixel are wanted
-  float shift[ROWS];    // what `exps` subtracts
+  float shift[ROWS];    // what `exps` subtracts where the cell is not smooth
 
   // To be called before `exps`.
   __device__ void need(unsigned rows) {
     needed = rows;
-    for (int r = 0; r < ROWS; r++) shift[r] = tile.smooth ? tile.largest : -INFINITY;
+    for (int r = 0; r < ROWS; r++) shift[r] = -INFINITY;
     for (int k = 0; k < tile.K && !tile.smooth; k++)
       for (int r = 0; r < ROWS; r++) shift[r] = fmaxf(shift[r], logit(k, r));
   }

@@ -29,10 +29,9 @@ struct Tile {
   const int64_t n;            // picture
   // (K, cells) in shared memory:
   float4* const corners;      // a class's logits: top left, top right, bottom left, bottom right
-  float4* const powers;       // log2 of exp(logit - largest): at the top left, what fx adds, what a row adds, what fx adds to that
+  float4* const powers;       // log2 of exp(logit - the largest corner): at the top left, what fx adds, what a row adds, what fx adds to that
   float4* const sums;         // of a gradient over a cell's pixels: plain, times fx, times fy, times both
-  float largest = -INFINITY;  // corner of the thread's cell
-  bool smooth;                // whether its exponentials go by recurrence; if not, it may hold what is not finite
+  bool smooth;                // whether exponentials in the thread's cell go by recurrence; if not, it may hold what is not finite
 
   static size_t bytes(int64_t K, int cells, Kinds kinds) { return sizeof(float4) * K * cells * kinds; }
 
@@ -91,7 +90,7 @@ struct Tile {
   }
   // The cell's threads share its classes.
   __device__ void survey(float step, Kinds kinds) {
-    float floor = -INFINITY, steepest = 0, broken = 0;
+    float largest = -INFINITY, floor = -INFINITY, steepest = 0, broken = 0;
     for (int k = threadIdx.x % LANES; k < K; k += LANES) {
       const float4 c = corners[at(k)];
       largest = fmaxf(largest, fmaxf(fmaxf(c.x, c.y), fmaxf(c.z, c.w)));
