@@ -16,9 +16,9 @@ class InputError(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and @files of flags."""
 
-    def __init__(self, description):
+    def __init__(self, description, **more):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def convert_arg_line_to_args(self, line):
         return line.split("#")[0].split()

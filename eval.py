@@ -56,7 +56,7 @@ def evaluate(seg, samples, args, device, write=None):
     was = seg.training
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    whole = data.Whole(samples, seg.num_classes, round(args.stride / args.input_scale))
+    whole = data.Whole(samples, round(args.stride / args.input_scale))
     loader = torch.utils.data.DataLoader(whole, num_workers=args.workers)
     for i, (picture, target) in enumerate(cli.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
@@ -117,7 +117,7 @@ def main(args):
     if args.images:
         if out is None:
             raise cli.InputError("--images: name a folder for the predictions with --out")
-        return predict_images(seg, args, trained, out)
+        return predict_images(seg, args, trained, out, checkpoint["palette"])
 
     dataset, note = data.open_data(args.data or trained.data)
     if len(dataset.classes) != len(classes):
@@ -134,9 +134,8 @@ def main(args):
         with cli.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
         if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
-            label = data.read_label(samples[i][1], len(classes), picture.size).convert("P")
-            label.putpalette(dataset.palette)
-            rows.append((picture, label, drawn))
+            label = torch.from_numpy(data.read_label(samples[i][1], picture.size).copy())
+            rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
 
     with drafts_of(out) as drafts:
         miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
@@ -158,7 +157,7 @@ def main(args):
 
 
 @torch.inference_mode()
-def predict_images(seg, args, trained, out):
+def predict_images(seg, args, trained, out, palette):
     """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before anything is written."""
     stems = [Path(path).stem for path in args.images]
     for path, stem in zip(args.images, stems):
@@ -176,7 +175,7 @@ def predict_images(seg, args, trained, out):
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
             ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()
             with cli.writing(f"--out {out}"):
-                palette_png(ids, picture.size, data.voc_palette()).save(drafts / f"{stem}.png")
+                palette_png(ids, picture.size, palette).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")
 
 

@@ -12,7 +12,7 @@ import torchvision
 from torchvision.ops import Conv2dNormActivation
 
 from cli import InputError
-from data import VOC_CLASSES
+from data import VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # DeepLabv2 trained on MS-COCO, what --init coco reads
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
@@ -237,7 +237,7 @@ def read_checkpoint(path, flag):
     if found is None or not isinstance(found["args"], dict) or not is_weights(found["seg"]):
         raise InputError(f"{flag} {path}: no checkpoint of this repository and no ResNet or DeepLabv2 that is known here; "
                          "name a last.pt or best.pt of a training here, or a published one")
-    return found | {"args": OLDER | found["args"]}
+    return {"palette": voc_palette()} | found | {"args": OLDER | found["args"]}
 
 
 def is_weights(x):

@@ -21,10 +21,10 @@ def flags():
     p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled (default 0)")
     p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
     p.add_argument("--crop", type=int, help="side of a crop in pixels: stride*k+1, at least 65 (paper: 321)")
-    p.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"),
-                   help="random scale of pictures (default 0.5 1.5)")
-    p.add_argument("--input-scale", type=float, default=1, help="shrink pictures by this for the net (0.5: a quarter of the "
-                   "work); scores stay at the labels' own size")
+    p.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
+                   help="random scale of pictures (default 0.5 1.5; Cityscapes 1 1)")
+    p.add_argument("--input-scale", type=float, help="shrink pictures by this for the net: 1 (default), 0.5 "
+                   "(Cityscapes' default) or 0.25; scores stay at the labels' own size")
     p.add_argument("--drop-last", action="store_true", help="leave out what does not fill a batch at the end of an epoch")
     p.add_argument("--workers", type=int, default=2, help="loader processes a stream (default 2); 0 loads in the script itself")
     # net
@@ -86,7 +86,7 @@ def main(args):
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
     done = run.resume(**parts)
 
-    stream = data.Stream(labelled_samples, num_classes, args, "labelled")
+    stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
     seg_weights = [p for p in seg.parameters() if p.requires_grad]
     disc_weights = list(disc.parameters())

@@ -16,6 +16,10 @@ SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --i
          "--gpu -1").split()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
+
+
 @pytest.fixture
 def voc(tmp_path):
     """A tiny set in VOC layout: 8 training and 2 validation pictures of blocks, each class in its own colour; K = 4."""

@@ -329,6 +329,37 @@ def test_each_script_adds_one_idea():
         assert len(gone) <= changed, "\n".join(gone)
 
 
+def test_own_data_in_colour_and_unlabelled_pictures_of_any_size(tmp_path, capsys):
+    """Two folders and classes.txt, no lists: names, colours and number of classes come from there, down to the pictures."""
+    rng = np.random.RandomState(0)
+    colours = np.array([(10, 20, 30), (200, 100, 0), (0, 0, 0)], np.uint8)  # the last is void
+    own, more = tmp_path / "own", tmp_path / "more/deep/er"
+    for folder in (own / "images", own / "labels", more):
+        folder.mkdir(parents=True)
+    (own / "classes.txt").write_text("road 10 20 30\nold car 200 100 0\nvoid 0 0 0\n")
+    for n in range(10):
+        label = rng.randint(0, 3, (5, 6)).repeat(16, 0).repeat(16, 1)
+        Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8)).save(own / f"images/{n}.jpg")
+        Image.fromarray(colours[label]).save(own / f"labels/{n}.png")
+    for n, size in enumerate([(30, 20), (300, 100), (64, 200)]):
+        Image.fromarray(rng.randint(0, 255, (*size, 3), np.uint8)).save(more.parents[n % 2] / f"x{n}.jpg")
+    out = tmp_path / "out"
+    words = ["--data", own, *SMALL, "--split", 1, "--unlabelled", tmp_path / "more", "--workers", 2, "--out", out]
+    done = python("train_semi.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "own has no val.txt: 8 of its labelled pictures train, 2 are val; data " in done.stdout
+    assert "8 labelled pictures, 2 classes" in done.stdout
+    checkpoint = torch.load(out / "last.pt", weights_only=True)
+    assert checkpoint["classes"] == ["road", "old car"] and checkpoint["palette"][:6] == [10, 20, 30, 200, 100, 0]
+    done = python("eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "pictures")
+    assert done.returncode == 0 and "\nold car " in done.stdout, done.stderr
+    done = python("eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "found",
+                  "--images", own / "images/3.jpg")
+    assert done.returncode == 0, done.stderr
+    shown = {c for _, c in Image.open(tmp_path / "found/3.png").convert("RGB").getcolors()}
+    assert shown and shown <= {(10, 20, 30), (200, 100, 0)}
+
+
 def test_readme_file_map_is_what_git_has():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     block = (ROOT / "README.md").read_text().split("<!-- files -->")[1]
