@@ -181,8 +181,8 @@ class Run:
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
         checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc")) | {k: v.state_dict() for k, v in parts.items()}
-        checkpoint |= {"step": step, "args": vars(self.args), "classes": list(self.data.classes), "palette": self.data.palette,
-                       "rng": torch.get_rng_state(), "miou": miou}
+        checkpoint |= {"step": step, "args": vars(self.args) | {"palette": self.data.palette},
+                       "classes": list(self.data.classes), "rng": torch.get_rng_state(), "miou": miou}
         replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
 
     def score(self, step, evaluation, parts):

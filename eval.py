@@ -117,7 +117,7 @@ def main(args):
     if args.images:
         if out is None:
             raise cli.InputError("--images: name a folder for the predictions with --out")
-        return predict_images(seg, args, trained, out, checkpoint["palette"])
+        return predict_images(seg, args, trained, out)
 
     dataset, note = data.open_data(args.data or trained.data)
     if len(dataset.classes) != len(classes):
@@ -157,7 +157,7 @@ def main(args):
 
 
 @torch.inference_mode()
-def predict_images(seg, args, trained, out, palette):
+def predict_images(seg, args, trained, out):
     """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before anything is written."""
     stems = [Path(path).stem for path in args.images]
     for path, stem in zip(args.images, stems):
@@ -175,7 +175,7 @@ def predict_images(seg, args, trained, out, palette):
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
             ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()
             with cli.writing(f"--out {out}"):
-                palette_png(ids, picture.size, palette).save(drafts / f"{stem}.png")
+                palette_png(ids, picture.size, trained.palette).save(drafts / f"{stem}.png")
     print(f"{len(stems)} predictions in {out}")
 
 

@@ -21,7 +21,7 @@ CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 
 # what flags stand for that a checkpoint is too old to name
 OLDER = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "head_lr": 10, "decay_every": 1,
          "nesterov": True, "weight_decay": 1e-4, "drop_last": False, "d_betas": [0.9, 0.999], "d_momentum": 0.5,
-         "d_decay": None}
+         "d_decay": None, "palette": voc_palette()}
 
 # expansion, kernel, stride, channels, repeats of each stage: Tan & Le 2019, table 1, as fixed for EfficientNet-Lite
 LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -237,7 +237,7 @@ def read_checkpoint(path, flag):
     if found is None or not isinstance(found["args"], dict) or not is_weights(found["seg"]):
         raise InputError(f"{flag} {path}: no checkpoint of this repository and no ResNet or DeepLabv2 that is known here; "
                          "name a last.pt or best.pt of a training here, or a published one")
-    return {"palette": voc_palette()} | found | {"args": OLDER | found["args"]}
+    return found | {"args": OLDER | found["args"]}
 
 
 def is_weights(x):

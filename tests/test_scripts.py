@@ -350,7 +350,7 @@ def test_own_data_in_colour_and_unlabelled_pictures_of_any_size(tmp_path, capsys
     assert "own has no val.txt: 8 of its labelled pictures train, 2 are val; data " in done.stdout
     assert "8 labelled pictures, 2 classes" in done.stdout
     checkpoint = torch.load(out / "last.pt", weights_only=True)
-    assert checkpoint["classes"] == ["road", "old car"] and checkpoint["palette"][:6] == [10, 20, 30, 200, 100, 0]
+    assert checkpoint["classes"] == ["road", "old car"] and checkpoint["args"]["palette"][:6] == [10, 20, 30, 200, 100, 0]
     done = python("eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "pictures")
     assert done.returncode == 0 and "\nold car " in done.stdout, done.stderr
     done = python("eval.py", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "found",
