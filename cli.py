@@ -48,6 +48,8 @@ def launch(main, flags):
         # a loader's worker hands its exception over with the traceback as text: the message is behind the class's name
         print(f"{Path(sys.argv[0]).name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def clock(seconds):

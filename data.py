@@ -32,7 +32,7 @@ SHAPES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "
           "star": (230, 190, 40), "ring": (170, 70, 190)}
 PICTURES = (".jpg", ".jpeg", ".png")
 PICTURE_DIRS, LABEL_DIRS = ("JPEGImages", "img", "images"), ("SegmentationClassAug", "SegmentationClass", "cls", "labels")
-LIST_DIRS = "ImageSets/Segmentation", "lists", "."
+LIST_DIRS, TRAIN_LISTS = ("ImageSets/Segmentation", "lists", "."), ("train_aug", "trainaug", "train")
 
 # What a training takes where no flag says otherwise: the paper's settings, or what trains in minutes on a CPU. There D must be
 # slower: with the paper's rate it has won by step 60 (CamVid: `loss_d` 0.04), and hardly an unlabelled pixel is trusted.
@@ -68,22 +68,23 @@ class Data:
     drawn: dict  # list -> ids, where the folder has no lists: see draw_lists
 
     def ids(self, *names):
-        """The ids of the first list there is among `names` (of the folder's lists) or of a file of that path.
+        """The ids of the first list there is among `names`: one of the folder's, a drawn one, or a file of that path.
 
         Errors: InputError where there is no such list or it is empty.
         """
-        files = [f for name in names for f in (*(self.root / d / f"{name}.txt" for d in LIST_DIRS), Path(name)) if f.is_file()]
-        if files:
-            return read_ids(files[0])
-        for name in names:
-            if name in self.drawn:
-                return self.drawn[name]
+        for find in (lambda name: find_list(self.root, name), self.drawn.get, Path):
+            for found in map(find, names):
+                if isinstance(found, list):
+                    return found
+                if found and found.is_file():
+                    return read_ids(found)
+        advice = f", or let python data.py cityscapes --root {self.root}" if self.picture_dir.name == "leftImg8bit" else (
+            "" if (self.root / "classes.txt").is_file() else "; a folder of your own needs classes.txt as well")
         raise InputError(f"{self.root / LIST_DIRS[0]}: no list {' or '.join(f'{n}.txt' for n in names)}; write one with an id "
-                         "a line" + (f", or let python data.py cityscapes --root {self.root}"
-                                     if self.picture_dir.name == "leftImg8bit" else ""))
+                         f"a line{advice}")
 
     def train_ids(self):
-        return self.ids("train_aug", "trainaug", "train")
+        return self.ids(*TRAIN_LISTS)
 
     def samples(self, ids, labels=True):
         """[(picture path, Label)] of `ids`, the Label None where none is wanted. Errors: InputError, not there."""
@@ -102,8 +103,9 @@ def open_data(root=None):
     Errors: InputError.
     """
     note = ""
-    if root is None and not VOC_ROOT.is_dir():
-        note = f"{VOC_ROOT} is not there (to get it: python data.py voc), so this run uses shapes; "
+    if root is None and not any(find_list(VOC_ROOT, name) for name in TRAIN_LISTS[:2]):
+        lack = f"has no {TRAIN_LISTS[0]}.txt" if VOC_ROOT.is_dir() else "is not there"
+        note = f"{VOC_ROOT} {lack} (to get it: python data.py voc), so this run uses shapes; "
     shapes = root == "shapes" or bool(note)
     if shapes:
         make_shapes(SHAPES_ROOT)
@@ -122,13 +124,21 @@ def open_data(root=None):
                          "(or labels/), classes.txt and ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
     classes, palette, colours = read_classes(root / "classes.txt")
     drawn = {}
-    if (root / "classes.txt").is_file() and not any((root / d / "val.txt").is_file() for d in LIST_DIRS):
-        drawn = draw_lists([i for i in pictures if i in labels])
-        bare = len(pictures) - sum(map(len, drawn.values()))
-        note = (f"{root} has no val.txt: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are val"
+    if (root / "classes.txt").is_file() and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
+        pairs = [i for i in pictures if i in labels]
+        if len(pairs) < 2:
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(pictures)} pictures in {picture_dir} have a label of the same "
+                             "name there; it takes 2")
+        drawn, bare = draw_lists(pairs), len(pictures) - len(pairs)
+        note = (f"{root} has no lists: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are val"
                 f"{f', {bare} have no label and are left out' if bare else ''}; ")
     return Data("shapes" if shapes else str(root), root, classes, palette, colours, defaults, pictures, labels, picture_dir,
                 label_dir, drawn), note
+
+
+def find_list(root, name):
+    """Path of a data set's list, None where it has none of that name."""
+    return next((f for d in LIST_DIRS if (f := root / d / f"{name}.txt").is_file()), None)
 
 
 def draw_lists(ids):
@@ -180,14 +190,18 @@ def settle(args, defaults):
 
 
 def index(folder, suffixes):
-    """{id: path} of the files in `folder` that end in one of `suffixes`."""
+    """{id: path} of the files in `folder` that end in one of `suffixes`. Errors: InputError, two files for one id."""
     try:
-        files = map(Path, sorted(e.path for e in os.scandir(folder)))
+        files = [Path(e.path) for e in os.scandir(folder) if not e.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as e:
         raise InputError(f"{folder}: cannot be read ({e.strerror}); mend its permissions") from None
-    return {f.stem: str(f) for f in files if f.suffix.lower() in suffixes}
+    found = {}
+    for f in sorted(f for f in files if f.suffix.lower() in suffixes):
+        if found.setdefault(f.stem, str(f)) != str(f):
+            raise InputError(f"{f}: beside {found[f.stem]}, and both are id {f.stem}; keep one")
+    return found
 
 
 def index_cityscapes(folder, ending):
@@ -198,7 +212,7 @@ def index_cityscapes(folder, ending):
 def read_lines(file):
     """The lines of a text file, stripped, without empty ones. Errors: InputError."""
     try:
-        return [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{file}: cannot be read as text ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
 
@@ -225,9 +239,12 @@ def read_classes(file):
     for line in read_lines(file):
         words = line.split()
         colour = None
-        if len(words) > 3 and all(w.isdigit() and int(w) < 256 for w in words[-3:]):
+        if len(words) > 3 and all(w.isdecimal() and int(w) < 256 for w in words[-3:]):
             colour, words = tuple(map(int, words[-3:])), words[:-3]
-        void = words == ["void"] and colour is not None
+        void = [w.lower() for w in words] == ["void"]
+        if void and not colour or not void and " ".join(words) in names:
+            raise InputError(f"{file}: the line {line!r} " + ("has no colour R G B: void is no class, it is 255 in index labels"
+                                                              if void else "names a class a second time") + "; mend it")
         if colour:
             colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if void else len(names)))
         if not void:
@@ -270,13 +287,18 @@ def split_ids(ids, fraction, seed, labelled_ids=None):
     return [i for i in ids if i in chosen], [i for i in ids if i not in chosen]
 
 
-def folder_pictures(folder):
-    """Every picture under `folder`, any depth, as samples without a label; [] for None. Errors: InputError for no picture."""
+def folder_pictures(folder, samples):
+    """Every picture under `folder`, any depth, as samples without a label, but those of `samples`; [] for None.
+
+    Errors: InputError for no picture.
+    """
     if folder is None:
         return []
-    found = [(str(f), None) for f in sorted(Path(folder).rglob("*")) if f.suffix.lower() in PICTURES]
+    files = [Path(f"{at}/{name}") for at, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
+    known = {os.path.realpath(path) for path, _ in samples}
+    found = [(str(f), None) for f in sorted(files) if f.suffix.lower() in PICTURES and os.path.realpath(f) not in known]
     if not found:
-        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder; name one that holds pictures")
+        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder that the data set has not; name one that has")
     return found
 
 
@@ -290,10 +312,16 @@ def reading(path):
         raise InputError(f"{path}: cannot be read ({why}); replace the file or drop its id from the list") from None
 
 
+def to_rgb(image):
+    if image.mode[0] in "IF":  # PIL would cut off what is above 255
+        raise ValueError(f"mode {image.mode}: convert it to 8 bits a channel")
+    return image.convert("RGB")
+
+
 def read_picture(path):
     """The picture at `path`, mode RGB. Errors: InputError."""
     with reading(path):
-        return Image.open(path).convert("RGB")
+        return to_rgb(Image.open(path))
 
 
 def read_label(label, size):
@@ -306,6 +334,8 @@ def read_label(label, size):
                          "make them equal")
     if image.mode in ("L", "P"):
         ids = np.asarray(image)
+        if label.colours:
+            check_indices(image, label)
         if label.path.endswith("_labelIds.png"):
             ids = cityscapes_ids()[ids]
     elif image.mode in ("RGB", "RGBA") and label.colours:
@@ -323,6 +353,17 @@ def read_label(label, size):
         raise InputError(f"{label.path}: label value {value} is outside the {label.num_classes} classes "
                          f"(0..{label.num_classes - 1}, 255 is void); mend it or give the class a line in classes.txt")
     return ids
+
+
+def check_indices(image, label):
+    """Errors: InputError where an index picture looks like one in colours, whose indices are no classes."""
+    used = [i for i, n in enumerate(image.histogram()) if n]
+    palette, known = (image.getpalette("RGB") if image.mode == "P" else None), dict(label.colours)
+    for i in used if palette else set(used) & {255}:
+        r, g, b = palette[3 * i:3 * i + 3] or (0, 0, 0) if palette else (i, i, i)
+        if known.get(r << 16 | g << 8 | b, i) != i:
+            raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives to another class; "
+                             "save it as RGB if its colours count, else in mode L or with the colours of classes.txt")
 
 
 @functools.lru_cache
@@ -362,7 +403,7 @@ def read_scaled(path, factor):
         size = image.size
         if 1 < grid <= min(size):
             image.draft("RGB", (size[0] // grid, size[1] // grid))  # JPEGs only
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     return pixels, size, 1 if image.size == size else grid
 
 

@@ -123,6 +123,8 @@ def main(args):
     if len(dataset.classes) != len(classes):
         raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; "
                                 "name the data it was trained on with --data")
+    if classes != dataset.classes and classes[0] != "class 0":
+        note += f"{dataset.root} names its classes otherwise than {args.ckpt}; "
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
     device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)

@@ -9,6 +9,7 @@
     python data.py bench --data ROOT                       pictures a second, beside torchvision's transforms
 """
 import argparse
+import filecmp
 import hashlib
 import http.client
 import math
@@ -38,6 +39,7 @@ CAMVID_CLASSES = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192,
                   "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign_symbol": (192, 128, 128), "fence": (64, 64, 128),
                   "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
 SHOWN = 20  # mistakes of a kind that `check` prints
+BLOCK = 1 << 20  # bytes of a download that are read at once
 
 
 def voc_archives():
@@ -55,7 +57,7 @@ def voc(args):
     """
     root = folder("--root", args.root)
     lists, own_dir, merged = root / "ImageSets/Segmentation", root / "SegmentationClass", root / "SegmentationClassAug"
-    mats = root / "benchmark_RELEASE"
+    mats = root / "sbd.part"
     (voc_name, voc_source), (sbd_name, sbd_source) = voc_archives().items()
 
     own = [i for name in ("train", "val") if (lists / f"{name}.txt").is_file() for i in data.read_ids(lists / f"{name}.txt")]
@@ -76,8 +78,9 @@ def voc(args):
         todo = [i for i in aug if i not in train and i not in have]
         for _ in everywhere(convert_sbd, [(mats / f"cls/{i}.mat", merged / f"{i}.png") for i in todo], "converting SBD"):
             pass
-    for i in {*train, *val} - set(have):  # VOC's own labels win
-        copy(own_dir / f"{i}.png", merged / f"{i}.png")
+    for i in train + val:  # VOC's own labels win
+        if i not in have or not filecmp.cmp(own_dir / f"{i}.png", merged / f"{i}.png", shallow=False):
+            copy(own_dir / f"{i}.png", merged / f"{i}.png")
 
     pictures = data.index(root / "JPEGImages", data.PICTURES)
     for i in aug + val:
@@ -87,7 +90,8 @@ def voc(args):
         if len(ids) != VOC_COUNTS[name]:
             raise InputError(f"{root}: {name} has {len(ids):,} pictures, published are {VOC_COUNTS[name]:,}; remove {lists} "
                              "and run the same command again")
-    replace(lists / "train_aug.txt", lambda f: f.write_text("\n".join(aug) + "\n"))
+    if not (lists / "train_aug.txt").is_file():
+        replace(lists / "train_aug.txt", lambda f: f.write_text("\n".join(aug) + "\n"))
     shutil.rmtree(mats, ignore_errors=True)
     print(f"{root}: train_aug {len(aug):,} pictures ({len(train):,} of them with VOC's own labels, the others with SBD's), "
           f"val {len(val):,}" + (f"; {root / 'archives'} may be deleted" if (root / "archives").is_dir() else ""))
@@ -129,21 +133,27 @@ def download(url, part):
     total, why = 0, "the connection ended early"
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            size *= answer.status == 206  # else the server starts anew
             length = int(answer.headers.get("Content-Length") or 0)
+            if answer.status != 206:  # the server starts anew
+                if length < size:
+                    raise InputError(f"{url}: gives {length} bytes, fewer than {part} has; if that is the file, remove this")
+                size = 0
             total = size + length
-            blocks = iter(lambda: answer.read(1 << 20), b"")
-            with writing(part), open(part, "ab" if size else "wb", buffering=0) as file:
-                for block in progress(blocks, math.ceil(length / 2**20), f"{url.rsplit('/', 1)[-1]}, MB"):
-                    size += file.write(block)
+            blocks = iter(lambda: answer.read(BLOCK), b"")
+            with writing(part):
+                file = open(part, "ab" if size else "wb", buffering=0)
+            with file:
+                for block in progress(blocks, math.ceil(length / BLOCK), f"{url.rsplit('/', 1)[-1]}, MB"):
+                    with writing(part):
+                        size += file.write(block)
     except urllib.error.HTTPError as e:
         if e.code != 416:  # else there is nothing behind `size`
             raise InputError(f"{url}: {e.code} {e.reason}; get the file elsewhere and name its folder with --from") from None
     except (OSError, http.client.HTTPException) as e:
         total, why = math.inf, getattr(e, "reason", None) or e or type(e).__name__
     if size < total:
-        raise InputError(f"{url}: the download stopped at {size / 1e6:.1f} MB ({why}); run the same command again and it goes "
-                         "on from there")
+        raise InputError(f"{url}: the download stopped at {size / 1e6:.1f} MB ({' '.join(str(why).split())}); run the same "
+                         "command again and it goes on from there")
 
 
 def unpack(archive, root, wanted):
@@ -278,6 +288,9 @@ def camvid(args):
             raise InputError(f"--from {source}: {odd} is in only one of {name}/ and {name}annot/; add the other file")
         if pictures:
             lists[name] = sorted(pictures)
+        twice = [i for other in lists if other != name for i in lists[other] if i in pictures]
+        if twice:
+            raise InputError(f"--from {source}: {twice[0]} is in {name}/ and in another part; rename one")
         jobs += [(pictures[i], labels[i], root) for i in pictures]
     if not {"train", "val"} <= set(lists):
         raise InputError(f"--from {source}: needs train/, trainannot/, val/ and valannot/ with *.png, as SegNet's CamVid has")
@@ -290,9 +303,6 @@ def camvid(args):
 def convert_camvid(job):
     """(picture, label, root): copies the picture and writes the label with 255 for SegNet's 11. Errors: InputError."""
     picture, label, root = job
-    target = root / "SegmentationClassAug" / Path(label).name
-    if target.exists():
-        return
     with data.reading(label):
         ids = np.array(Image.open(label))
     if ids.ndim != 2 or ids.max() > len(CAMVID_CLASSES):
@@ -300,7 +310,8 @@ def convert_camvid(job):
     palette = data.voc_palette()
     palette[:3 * len(CAMVID_CLASSES)] = sum(CAMVID_CLASSES.values(), ())
     copy(picture, root / "JPEGImages" / Path(picture).name)
-    save_label(np.where(ids == len(CAMVID_CLASSES), data.IGNORE, ids).astype(np.uint8), palette, target)
+    ids = np.where(ids == len(CAMVID_CLASSES), data.IGNORE, ids).astype(np.uint8)
+    save_label(ids, palette, root / "SegmentationClassAug" / Path(label).name)
 
 
 def inspect(sample):
@@ -323,9 +334,17 @@ def check(args):
     Exit status 1 if anything is wrong. Errors: InputError where there is no data set.
     """
     dataset, note = data.open_data(args.data)
-    train, val = dataset.train_ids(), dataset.ids("val")
+    wrong = {"bad files": [], "in a list, but not there": [], "label without a picture": [], "both in train and val": [],
+             "class that no training label shows": []}
+    lists = []
+    for names in (data.TRAIN_LISTS, ["val"]):
+        try:
+            lists.append(dataset.ids(*names))
+        except InputError as e:
+            wrong["bad files"].append(str(e))
+            lists.append([])
+    train, val = lists
     ids = sorted(dataset.pictures)
-    wrong = {"bad files": [], "in a list, but not there": [], "label without a picture": [], "both in train and val": []}
     for i in train + val:
         wrong["in a list, but not there"] += [f"{folder}/{i}" for folder, files in (
             (dataset.picture_dir, dataset.pictures), (dataset.label_dir, dataset.labels)) if i not in files]
@@ -334,7 +353,7 @@ def check(args):
     samples = [dataset.samples([i], labels=i in dataset.labels)[0] for i in ids]
     sizes, digests, counts = Counter(), {}, {}
     for i, (size, digest, count, bad) in zip(ids, everywhere(inspect, samples, "reading")):
-        sizes[size] += size is not None
+        sizes.update([size] if size else [])
         digests[i], counts[i] = digest, np.array(count)
         wrong["bad files"] += bad
     first = {digests[i]: i for i in reversed(train) if digests.get(i)}
@@ -343,7 +362,7 @@ def check(args):
 
     print(f"{note}data {dataset.name}: {len(ids):,} pictures, {len(dataset.labels):,} labels, {len(dataset.classes)} classes; "
           f"{len(train):,} training, {len(val):,} validation pictures")
-    print("sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in (+sizes).most_common(8))
+    print("sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8))
           + (f" and {len(sizes) - 8} others" if len(sizes) > 8 else ""))
     shares = []
     for part in (train, val):
@@ -353,6 +372,8 @@ def check(args):
     for value, name in [*enumerate(dataset.classes), (data.IGNORE, "void")]:
         with_it = sum(bool(c[value]) for c in counts.values())
         print(f"{value:4} {name:23} {shares[0][value]:7.2f} {shares[1][value]:7.2f} {with_it:16,}")
+        if not shares[0][value] and value != data.IGNORE:
+            wrong["class that no training label shows"].append(f"{value}, {name} (255 is void, not a class)")
     for kind, found in wrong.items():
         for line in found[:SHOWN]:
             print(f"wrong, {kind}: {line}")
@@ -371,11 +392,12 @@ def split(args):
     out = folder("--out", args.out or dataset.root / data.LIST_DIRS[0])
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    print("\n".join(labelled + unlabelled))
+    files, of = [], f"{Path(args.list).stem}_" if args.list else ""
     for kind, part in (("labelled", labelled), ("unlabelled", unlabelled)):
-        file = out / f"{kind}_{args.split:g}_seed{args.split_seed}.txt"
-        replace(file, lambda f: f.write_text("".join(f"{i}\n" for i in part)))
-        print(f"{len(part):,} {kind} above, and in {file}")
+        files.append(out / f"{kind}_{of}{args.split}_seed{args.split_seed}.txt")
+        replace(files[-1], lambda f: f.write_text("".join(f"{i}\n" for i in part)))
+    print("\n".join(labelled + unlabelled))
+    print(f"{len(labelled):,} labelled above, and in {files[0]}\n{len(unlabelled):,} unlabelled behind them, and in {files[1]}")
     print(f"{note}protocol: {args.split:g} of the {len(ids):,} pictures of {args.list or 'the training list'}, "
           f"{args.split * len(ids):.6g} rounded to {len(labelled):,} (halves to the even number), seed {args.split_seed}")
     try:
@@ -403,7 +425,9 @@ class Torchvision(torch.utils.data.Dataset):
         from torchvision import io, tv_tensors
         from torchvision.transforms.v2.functional import pil_to_tensor
         path, label = self.samples[n % len(self.samples)]
-        ids = self.mask(torch.from_numpy(np.array(Image.open(label.path))))  # torchvision's reader makes colours of index PNGs
+        ids = Image.open(label.path)  # torchvision's reader makes colours of index PNGs
+        ids = np.array(ids) if ids.mode in ("L", "P") else data.read_label(label, ids.size)
+        ids = self.mask(torch.from_numpy(ids))
         if self.tensors:
             return self.transform(tv_tensors.Image(io.decode_image(path, "RGB")), ids)
         picture, ids = self.transform(Image.open(path).convert("RGB"), ids)
@@ -411,7 +435,9 @@ class Torchvision(torch.utils.data.Dataset):
 
 
 def bench(args):
-    """Pictures a second that one worker brings, Stream and torchvision in turn, medians of --rounds."""
+    """Pictures a second that one worker brings, Stream and torchvision in turn, medians of --rounds. Errors: InputError."""
+    if min(args.rounds, args.pictures, args.crop) < 1 or not 0 < args.scale[0] <= args.scale[1] < math.inf:
+        raise InputError("--rounds, --pictures, --crop: they are at least 1; --scale is MIN MAX with 0 < MIN <= MAX")
     dataset, note = data.open_data(args.data)
     samples = dataset.samples(dataset.train_ids())
     size = data.read_picture(samples[0][0]).size
@@ -441,8 +467,6 @@ def shapes(args):
 
 
 def main(args):
-    if not 0 < args.__dict__.get("split", 1) <= 1:
-        raise InputError(f"--split {args.split}: it is the labelled fraction, above 0 and at most 1")
     args.run(args)
 
 
@@ -473,7 +497,7 @@ def flags():
     p_split.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled (default 0)")
     p_split.add_argument("--list", help="list to split; default: the training list. `train` is the protocol of 1,464 on VOC: "
                          "give its labelled list to a training with --labelled-ids")
-    p_split.add_argument("--out", metavar="DIR", help="where the lists are written; default: beside the data set's own")
+    p_split.add_argument("--out", metavar="DIR", help="where the lists are written; default: ROOT/ImageSets/Segmentation")
     p_bench.add_argument("--crop", type=int, default=321, help="side of a crop in pixels (default 321)")
     p_bench.add_argument("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"), help="default 0.5 1.5")
     p_bench.add_argument("--pictures", type=int, default=200, help="pictures a round (default 200)")

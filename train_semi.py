@@ -87,7 +87,8 @@ def main(args):
     data.settle(args, dataset.defaults)
     labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
     labelled_samples, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
-    unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled)
+    unlabelled_samples = dataset.samples(unlabelled, labels=False) + data.folder_pictures(
+        args.unlabelled, labelled_samples + val)
     if not unlabelled_samples:
         raise cli.InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give more with --unlabelled")
     if args.semi_start_epoch is not None:

@@ -195,16 +195,23 @@ def test_a_jpeg_is_decoded_no_finer_than_needed(tmp_path, monkeypatch):
     assert torch.equal(data.read_scaled(str(file), 0.6)[0], whole)
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_pictures_of_other_modes(tmp_path, mode):
     """Training and evaluation read the same three channels."""
     file = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
     grey = np.random.RandomState(0).randint(0, 255, (90, 131), np.uint8)
-    Image.fromarray(grey.astype(np.uint16) if mode == "I;16" else np.stack([grey] * 3, 2)).convert(mode).save(file)
+    Image.fromarray(np.stack([grey] * 3, 2)).convert(mode).save(file)
     pixels, _, _ = data.read_scaled(str(file), 0.6)
     assert pixels.shape == (3, 90, 131) and pixels.dtype == torch.uint8
     difference = np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(data.read_picture(str(file))))
     assert difference.max() <= (2 if mode == "CMYK" else 0)
+
+
+def test_pictures_of_16_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((90, 131), 40000, np.uint16)).save(tmp_path / "p.png")
+    for read in (data.read_picture, lambda path: data.read_scaled(path, 0.6)):
+        with pytest.raises(cli.InputError, match="mode I;16: convert it to 8 bits a channel"):
+            read(str(tmp_path / "p.png"))
 
 
 def test_layout_of_the_first_implementation(voc):
@@ -226,8 +233,72 @@ def test_without_lists_a_fifth_is_val(voc):
     dataset, note = data.open_data(str(voc))
     assert dataset.train_ids() + dataset.ids("val") and train[0] not in dataset.train_ids() and "1 have no label" in note
     (voc / "classes.txt").unlink()  # VOC's classes, but no lists: more likely a set that is not whole
-    with pytest.raises(cli.InputError, match="no list"):
+    with pytest.raises(cli.InputError, match="no list .*needs classes.txt as well"):
         data.open_data(str(voc))[0].train_ids()
+
+
+def test_a_training_list_alone_draws_nothing(voc, tmp_path, monkeypatch):
+    (voc / "ImageSets/Segmentation/val.txt").unlink()
+    monkeypatch.chdir(tmp_path)
+    dataset, note = data.open_data(str(voc))
+    assert len(dataset.train_ids()) == 8 and not note
+    with pytest.raises(cli.InputError, match="no list val.txt"):
+        dataset.ids("val")
+    (tmp_path / "mine").write_text("val0")
+    assert dataset.ids("mine") == ["val0"]
+
+
+def test_labels_that_match_no_picture(voc):
+    shutil.rmtree(voc / "ImageSets")
+    for f in (voc / "SegmentationClassAug").iterdir():
+        f.rename(f.with_name(f"{f.stem}_mask.png"))
+    with pytest.raises(cli.InputError, match="0 of 10 pictures in .* have a label of the same name"):
+        data.open_data(str(voc))
+
+
+def test_odd_files_in_a_folder(voc, tmp_path):
+    (voc / "JPEGImages/._train0.png").write_bytes(b"what a Mac leaves")
+    assert len(data.open_data(str(voc))[0].pictures) == 10
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/link").symlink_to(voc / "JPEGImages")
+    dataset, _ = data.open_data(str(voc))
+    val = dataset.samples(dataset.ids("val"))
+    assert len(data.folder_pictures(tmp_path / "more", val)) == 8 and data.folder_pictures(None, val) == []
+    with pytest.raises(cli.InputError, match="no .jpg or .png"):
+        data.folder_pictures(voc / "ImageSets", val)
+    shutil.copy(voc / "JPEGImages/train0.png", voc / "JPEGImages/train0.jpg")
+    with pytest.raises(cli.InputError, match="both are id train0"):
+        data.open_data(str(voc))
+
+
+@pytest.mark.parametrize("text,say", [("a\na\n", "names a class a second time"), ("a\nb\nvoid\n", "void is no class"),
+                                      ("a\n", "holds 1 classes")])
+def test_wrong_classes(tmp_path, text, say):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(cli.InputError, match=say):
+        data.read_classes(tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_bytes("\ufeffVoid 0 0 0\r\ncar 1 2 3\r\nsky 4 5 ²\r\n".encode())
+    assert data.read_classes(tmp_path / "classes.txt")[0] == ["car", "sky 4 5 ²"]
+
+
+def test_colours_that_pass_for_indices(tmp_path):
+    """Colour labels that a tool has saved with a palette, and masks of 0 and 255: an error, not swapped or lost classes."""
+    (tmp_path / "classes.txt").write_text("ground 0 0 0\nroad 10 20 30\ncar 255 255 255\n")
+    names, palette, colours = data.read_classes(tmp_path / "classes.txt")
+    label = data.Label(str(tmp_path / "label.png"), 3, colours)
+    rgb = Image.fromarray(np.array([[(255, 255, 255), (10, 20, 30)], [(0, 0, 0), (0, 0, 0)]], np.uint8))
+    rgb.save(label.path)
+    assert data.read_label(label, (2, 2)).tolist() == [[2, 1], [0, 0]]
+    index = Image.fromarray(np.array([[2, 1], [0, 0]], np.uint8)).convert("P")
+    index.putpalette(palette)
+    index.save(label.path)
+    assert data.read_label(label, (2, 2)).tolist() == [[2, 1], [0, 0]]
+    swapped = Image.fromarray(np.array([[0, 2], [1, 1]], np.uint8)).convert("P")
+    swapped.putpalette([255, 255, 255, 0, 0, 0, 10, 20, 30])
+    for image in (swapped, Image.fromarray(np.array([[255, 1], [0, 0]], np.uint8))):
+        image.save(label.path)
+        with pytest.raises(cli.InputError, match="value (0|255) has the colour 255 255 255, which classes.txt gives"):
+            data.read_label(label, (2, 2))
 
 
 def test_a_draw_hangs_on_seed_stream_and_number_alone(voc):

@@ -5,6 +5,8 @@ import io
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -70,11 +72,13 @@ def archives(tmp_path_factory):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves the archives, with ranges; `cut` is how many bytes it sends before it hangs up, `spoilt` what it sends instead."""
+    """Serves the archives; `cut` is how many bytes it sends before it hangs up, with a TCP reset where `reset` is set,
+    `spoilt` what it sends instead, `ranges` whether it knows them.
+    """
 
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.cut, self.spoilt, self.asked = folder, None, None, []
+        self.folder, self.cut, self.reset, self.spoilt, self.ranges, self.asked = folder, None, False, None, True, []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -84,13 +88,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not (server.folder / name).exists():
             return self.send_error(404, "Not Found")
         content = server.spoilt or (server.folder / name).read_bytes()
-        start = int((self.headers["Range"] or "bytes=0-").split("=")[1][:-1])
+        start = int((self.headers["Range"] or "bytes=0-").split("=")[1][:-1]) if server.ranges else 0
         if start and start >= len(content):
             return self.send_error(416, "Range Not Satisfiable")
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", len(content) - start)
         self.end_headers()
         self.wfile.write(content[start:][:server.cut])
+        if server.reset:
+            self.wfile.flush()
+            time.sleep(0.2)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def log_message(self, *_):
         pass
@@ -180,6 +189,42 @@ def test_a_broken_download_goes_on(server, tmp_path, fails):
     is_complete(root)
 
 
+def test_a_server_that_knows_no_ranges(server, tmp_path, fails):
+    server.cut = 10000
+    fails("prepare", "voc", "--root", tmp_path / "v")
+    server.cut, server.ranges = None, False
+    prepare_main("voc", "--root", tmp_path / "v")
+    is_complete(tmp_path / "v")
+
+
+def test_a_reset_connection(server, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 1000)
+    server.cut, server.reset = 10000, True
+    assert "the download stopped at 0.0 MB ([Errno 104] Connection reset by peer); run the same command" in fails(
+        "prepare", "voc", "--root", tmp_path / "v")
+    assert (tmp_path / f"v/archives/{VOC}.part").stat().st_size == 10000
+    server.cut, server.spoilt = None, b"Please log in"
+    server.reset, server.ranges = False, False
+    assert "gives 13 bytes, fewer than" in fails("prepare", "voc", "--root", tmp_path / "v")
+    server.spoilt = None
+    prepare_main("voc", "--root", tmp_path / "v")
+    is_complete(tmp_path / "v")
+
+
+def test_what_is_there_but_wrong(archives, server, tmp_path):
+    """A file of another size and an SBD label where VOC has its own are replaced; the user's own files stay."""
+    root = tmp_path / "v"
+    for file, content in (("JPEGImages/p1.jpg", b"cut"), ("benchmark_RELEASE/mine.txt", b"mine")):
+        (root / file).parent.mkdir(parents=True)
+        (root / file).write_bytes(content)
+    prepare.save_label(np.full((60, 80), 2, np.uint8), data.voc_palette(), root / "SegmentationClassAug/p0.png")
+    prepare_main("voc", "--root", root, "--from", archives)
+    assert (root / "benchmark_RELEASE/mine.txt").read_bytes() == b"mine"
+    shutil.rmtree(root / "benchmark_RELEASE")
+    is_complete(root)
+    assert data.read_picture(root / "JPEGImages/p1.jpg").size == (80, 60)
+
+
 def test_a_wrong_download(server, tmp_path, fails):
     server.spoilt = b"an error page" * 100
     assert f"{VOC}: gave a file that is not the published one, whose MD5 is" in fails(
@@ -218,8 +263,17 @@ def script(archives, more=""):
 
 def test_a_killed_conversion(archives, server, tmp_path):
     root = tmp_path / "v"
-    slow = "import time; prepare.save_label, save = lambda *a: (save(*a), time.sleep(1 if 'p5' in str(a[2]) else 60)), " \
-           "prepare.save_label"
+    slow = textwrap.dedent("""
+        import time
+        from PIL import Image
+        def half(image, file, *kind, save=Image.Image.save):
+            save(image, file, *kind)
+            if "p5" not in str(file):
+                with open(file, "r+b") as f:  # in the middle of writing
+                    f.truncate(50)
+                time.sleep(60)
+        Image.Image.save = half
+    """)
     process = subprocess.Popen([sys.executable, "-c", script(archives, slow), "voc", "--root", root, "--from", archives])
     until = time.monotonic() + 60
     while not (root / "SegmentationClassAug/p5.png").exists() and time.monotonic() < until:
@@ -405,7 +459,7 @@ def test_split(voc, capsys, tmp_path, train):
     assert f"{len(set(labelled) & {'train0', 'train1', 'train2'})} of the labelled are of the 3 in train.txt" in said
     prepare_main("split", "--data", voc, "--split", "0.5", "--list", "train", "--split-seed", 3)
     assert "0.5 of the 3 pictures of train, 1.5 rounded to 2" in capsys.readouterr().out
-    list_3 = voc / "ImageSets/Segmentation/labelled_0.5_seed3.txt"
+    list_3 = voc / "ImageSets/Segmentation/labelled_train_0.5_seed3.txt"
     out = train("train_base", "--labelled-ids", list_3)
     assert (out / "labelled.txt").read_text() == list_3.read_text()
 

@@ -347,7 +347,7 @@ def test_own_data_in_colour_and_unlabelled_pictures_of_any_size(tmp_path, capsys
     words = ["--data", own, *SMALL, "--split", 1, "--unlabelled", tmp_path / "more", "--workers", 2, "--out", out]
     done = python("train_semi.py", *words)
     assert done.returncode == 0, done.stderr
-    assert "own has no val.txt: 8 of its labelled pictures train, 2 are val; data " in done.stdout
+    assert "own has no lists: 8 of its labelled pictures train, 2 are val; data " in done.stdout
     assert "8 labelled pictures, 2 classes" in done.stdout
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert checkpoint["classes"] == ["road", "old car"] and checkpoint["args"]["palette"][:6] == [10, 20, 30, 200, 100, 0]
