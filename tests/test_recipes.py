@@ -141,7 +141,7 @@ def test_drop_last(voc):
 
     def drawn(draws, *flags):  # which pictures
         args = settings("--crop", 65, "--batch-size", 3, *flags)
-        args.input_scale = 1
+        args.input_scale, args.scale = 1, (1, 1)
         stream = data.Stream(samples, args, "labelled")
         for n in draws:
             stream[n]
