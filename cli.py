@@ -2,6 +2,8 @@
 import argparse
 import contextlib
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,12 @@ def launch(main, flags):
         sys.exit(2)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def commit():
+    """Short hash of the checkout this file is in, "-dirty" behind it where it has changes; "" where there is no git."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
 def clock(seconds):

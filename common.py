@@ -1,20 +1,18 @@
-"""A run's state and nothing else: device, learning rate, log, warnings, checkpoints."""
+"""A run's state and nothing else: learning rate, log, warnings, checkpoints, stopping and going on."""
 import itertools
 import json
 import math
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from cli import InputError, clock, folder, replace, writing
-from csrc import build, ops
+import parallel
+from cli import InputError, clock, commit, folder, replace, writing
+from csrc import ops
 from model import read_checkpoint
 
 # what a healthy run logs, and what to try where it leaves that for long
@@ -27,33 +25,6 @@ FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
-def announce(data, gpu):
-    """Pick the device and print a run's first line: data, device, ops in use -> the torch.device.
-
-    Errors: InputError where --gpu names a device that is not there beside others that are, or SEG_OPS is wrong.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("torchrun: these scripts use one device; start them with python")
-    if gpu >= 0 and torch.cuda.is_available():
-        if gpu >= torch.cuda.device_count():
-            raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, from 0 on")
-        torch.cuda.set_device(gpu)
-        device = torch.device("cuda", gpu)
-    else:
-        device = torch.device("cpu")
-    try:
-        path = ops.in_use(device.type) + build.note
-    except ValueError as e:
-        raise InputError(str(e)) from None
-    print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}; ops {path}",
-          flush=True)
-    return device
-
-
-def describe(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-
-
 def poly_lr(optimizer, done, args, power=0.9):
     """Set every group's rate to initial * (1 - done/iters)**power, done: updates so far in whole --decay-every's; 0: none."""
     done = done - done % args.decay_every if args.decay_every else 0
@@ -61,20 +32,15 @@ def poly_lr(optimizer, done, args, power=0.9):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / args.iters) ** power
 
 
-def commit():
-    """Short hash of the checkout this file is in, "-dirty" behind it where it has changes; "" where there is no git."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-
-
 class Run:
-    """What one training writes to --out and to the screen."""
+    """What one training writes to --out and to the screen; under torchrun the first process's does, the others' only count."""
 
     def __init__(self, args, data, note, labelled):
         self.args, self.data, self.labelled, self.out = args, data, labelled, folder("--out", args.out)
-        self.device = announce(f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes",
-                               args.gpu)
+        about = f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes"
+        self.device = parallel.announce(about, args.gpu)
         self.rows, self.written, self.unhealthy = [], False, dict.fromkeys(HEALTHY, 0)
+        self.first, self.figures, self.ending = parallel.RANK == 0, {}, None
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
@@ -108,6 +74,8 @@ class Run:
     def begin(self):
         """Write OUT/run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to OUT/earlier-N."""
         self.written = True
+        if not self.first:
+            return
         old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
         with writing(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -118,38 +86,60 @@ class Run:
                     f.rename(aside / f.name)
                 tqdm.write(f"{self.out} holds a run: its files are now in {aside}")
         facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
-                 "torch": torch.__version__, "device": describe(self.device), "ops": ops.in_use(self.device.type)}
+                 "torch": torch.__version__, "device": parallel.describe(self.device), "processes": parallel.WORLD,
+                 "ops": ops.in_use(self.device.type)}
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
         replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
         self.write_log()
 
     def write_log(self):
-        replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
+        if self.first:
+            replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
 
     def steps(self, done):
-        """Yield done + 1 ... --iters, under a progress bar on a terminal (elsewhere `report` prints lines)."""
+        """Yield done + 1 ... --iters, under a progress bar on a terminal; end the script where a signal made `to_save` save."""
+        self.signals = parallel.Signals()
         self.clock = time.monotonic(), done
-        with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty()) as self.bar:
+        with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty() or not self.first) as self.bar:
             for step in range(done + 1, self.args.iters + 1):
                 yield step
                 self.bar.update()
+                if self.ending and step < self.args.iters:
+                    self.leave(step)
 
-    def report(self, step, **values):
+    def leave(self, step):
+        tqdm.write(f"stopped by {self.signals.name} after step {step}, which is in {self.out / 'last.pt'}; the same command "
+                   "with --resume goes on from there")
+        sys.exit(0)
+
+    def to_save(self, step):
+        """Whether a checkpoint is due after `step`: every --save-every, at the end, and when a signal asks to stop."""
+        self.ending = self.signals.heard()
+        return bool(self.ending) or step % self.args.save_every == 0 or step == self.args.iters
+
+    def add(self, **values):
+        """Sum up 0-dim tensors, a step's figures, over its pieces."""
+        for name, value in values.items():
+            self.figures[name] = self.figures.get(name, 0) + value.detach().double()
+
+    def report(self, step, lr):
         """Log and print the first and the last step, every --log-every-th and those before an evaluation.
 
-        Only there are `values` (0-dim tensors or numbers) read, which waits for the device. Errors: InputError where one
-        is not finite.
+        Only there are the step's figures summed over the processes and read, which waits for the device. Errors: InputError.
         """
-        args = self.args
+        args, values, self.figures = self.args, self.figures, {}
         if step not in (1, args.iters) and step % args.log_every and step % args.eval_every:
             return
-        row = {"step": step} | {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        numbers = parallel.total(torch.stack([*values.values()])).tolist()
+        row = {"step": step} | dict(zip(values, numbers)) | {"lr": lr}
         for name, value in row.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or a loss weight")
         if not self.written:
             self.begin()
         self.rows.append(row)
+        if not self.first:
+            return
         with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
@@ -180,20 +170,31 @@ class Run:
 
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
+        parallel.level(parts["seg"])
+        if not self.first:
+            return
         checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc")) | {k: v.state_dict() for k, v in parts.items()}
         checkpoint |= {"step": step, "args": vars(self.args) | {"palette": self.data.palette},
                        "classes": list(self.data.classes), "rng": torch.get_rng_state(), "miou": miou}
         replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
 
-    def score(self, step, evaluation, parts):
-        """Put what `evaluate` gave at this step into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
-        miou = 100 * evaluation[0]
+    def score(self, step, evaluate, val, parts):
+        """Evaluate at this step; put the mIoU into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
+        parallel.level(parts["seg"])
+        try:
+            self.signals.may_break_off = True
+            miou = 100 * evaluate(parts["seg"], val, self.args, self.device)[0]
+        except parallel.Stopped:  # the step may not be saved yet; its evaluation is made up for by --resume
+            self.save(step, parts)
+            self.leave(step)
+        finally:
+            self.signals.may_break_off = False
         before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
         if self.rows[-1].get("miou") != miou:
             self.rows[-1]["miou"] = miou
             self.write_log()
             self.save(step, parts, miou)
-            if miou > max(before, default=(-1, 0))[0]:
+            if self.first and miou > max(before, default=(-1, 0))[0]:
                 replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*max(before)) if before else ""

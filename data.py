@@ -2,14 +2,17 @@
 
     python data.py {voc,cityscapes,camvid,shapes,check,split,bench} --help      (prepare.py)
 """
+import atexit
 import colorsys
 import contextlib
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import random
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFilter
 
+import parallel
 from cli import InputError, launch, progress
 
 IGNORE = 255
@@ -158,9 +162,12 @@ def settle(args, defaults):
     for name in ("eval_every", "save_every"):
         if getattr(args, name) is None:
             setattr(args, name, max(1, args.iters // 10))
-    for name in ("iters", "batch_size", "log_every", "eval_every", "save_every"):
+    for name in ("iters", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+    if args.batch_size % (args.accumulate * parallel.WORLD):
+        raise InputError(f"--batch-size {args.batch_size}: it is shared out to {parallel.WORLD} processes x {args.accumulate} "
+                         "--accumulate; make it a multiple")
     for name, value in vars(args).items():
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
@@ -482,13 +489,32 @@ class Stream(torch.utils.data.Dataset):
         return pixels, place_label(read_label(label, size), geometry, grid, self.crop)
 
 
-def batches(stream, batch_size, start, stop, workers, device):
-    """Yield batches `start` to `stop` of a stream, pictures as (B,3,crop,crop); the same whatever the number of workers."""
-    draws = range(start * batch_size, stop * batch_size)
-    loader = torch.utils.data.DataLoader(stream, batch_size, sampler=draws, num_workers=workers,
+def batches(stream, args, done, device):
+    """Yield this process's part of each batch of a stream from update `done` to --iters, in --accumulate pieces.
+
+    Pictures are (B,3,crop,crop); the same whatever the number of workers, and the same a step for any number of processes.
+    """
+    size = args.batch_size // (args.accumulate * parallel.WORLD)
+    draws = [n for first in range(done * args.batch_size + size * parallel.RANK, args.iters * args.batch_size,
+                                  size * parallel.WORLD) for n in range(first, first + size)]
+    loader = torch.utils.data.DataLoader(stream, size, sampler=draws, num_workers=args.workers, worker_init_fn=deaf,
+                                         generator=torch.Generator(),  # else it would draw from the run's
                                          pin_memory=device.type == "cuda")
     for pixels, other in loader:
         yield pixels.permute(0, 3, 1, 2), other  # channels last in memory: no plane is ever moved
+
+
+def deaf(_):
+    """A loader's worker leaves SIGTERM and SIGINT, which a whole group of processes gets, to the script."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """multiprocessing would end them by SIGTERM, and wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class Whole(torch.utils.data.Dataset):

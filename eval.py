@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import cli
-import common
 import data
 import model
+import parallel
 from csrc import ops
 
 
@@ -51,21 +51,23 @@ def predict(seg, pictures, args):
 def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
-    write(index, class ids (H,W) uint8 on the CPU), if given, gets every prediction; padding is still on it.
+    Several processes share the samples out and sum their matrices: every picture counts once. write(index, class ids (H,W)
+    uint8 on the CPU), if given, gets every prediction of this process; padding is still on it.
     """
     was = seg.training
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    whole = data.Whole(samples, round(args.stride / args.input_scale))
-    loader = torch.utils.data.DataLoader(whole, num_workers=args.workers)
+    whole = data.Whole(samples[parallel.RANK::parallel.WORLD], round(args.stride / args.input_scale))
+    loader = torch.utils.data.DataLoader(whole, num_workers=args.workers, worker_init_fn=data.deaf,
+                                         generator=torch.Generator())
     for i, (picture, target) in enumerate(cli.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
         ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
         ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
         if write:
-            write(i, ids[0].cpu())
+            write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
     seg.train(was)
-    return ops.mean_iou(matrix)
+    return ops.mean_iou(parallel.total(matrix))
 
 
 def palette_png(ids, size, palette):
@@ -127,7 +129,7 @@ def main(args):
         note += f"{dataset.root} names its classes otherwise than {args.ckpt}; "
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
-    device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
+    device = parallel.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
     rows = []
 
     def write(i, prediction):
@@ -141,7 +143,7 @@ def main(args):
 
     with drafts_of(out) as drafts:
         miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
-        if out:
+        if out and parallel.RANK == 0:
             with cli.writing(f"--out {out}"):
                 overview(rows).save(drafts / "overview.jpg", quality=95)
     if out:
@@ -149,7 +151,7 @@ def main(args):
     percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
     for name, iou in percent.items():
         print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
-    if args.json:
+    if args.json and parallel.RANK == 0:
         percent = {name: None if math.isnan(iou) else iou for name, iou in percent.items()}
         scores = {"miou": 100 * miou, "per_class": percent, "data": dataset.name, "list": args.list,
                   "ckpt": args.ckpt, "step": checkpoint["step"]}
@@ -168,7 +170,7 @@ def predict_images(seg, args, trained, out):
         if Path(path).resolve() == (out / f"{stem}.png").resolve():
             raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
         data.read_picture(path)  # all are sound before one is predicted
-    device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
+    device = parallel.announce(f"data {len(stems)} pictures of --images", args.gpu)
     seg.to(device)
     multiple = round(trained.stride / trained.input_scale)
     with drafts_of(out) as drafts:

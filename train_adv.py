@@ -8,6 +8,7 @@ import cli
 import common
 import data
 import model
+import parallel
 from csrc import ops
 from eval import evaluate
 
@@ -42,7 +43,7 @@ def flags():
                    "weight and bias, frozen its statistics as well")
     # optimisation
     p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
-    p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
+    p.add_argument("--batch-size", type=int, help="pictures a step, over all processes (paper: 10)")
     p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay (paper: 2.5e-4)")
     p.add_argument("--head-lr", type=float, default=10, metavar="TIMES", help="the classifier's rate in --lr's (default "
                    "10, as in the authors' code; 1: one rate)")
@@ -58,6 +59,9 @@ def flags():
     p.add_argument("--d-momentum", type=float, default=0.5, help="of D's SGD (default 0.5)")
     p.add_argument("--d-decay", type=float, help="weight decay of D; default 0 for Adam, 1e-4 for SGD")
     p.add_argument("--d-smooth", type=float, help="D's answer for a label map is 1 minus this, label smoothing (paper: 0)")
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through a batch in N pieces one after the other: "
+                   "less memory; each piece's losses are means of their own (default 1)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the nets: minutes at the start, faster steps")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--recipes", action=cli.Recipes, help="print the experiments in recipes/ and what was published, and stop")
@@ -79,50 +83,55 @@ def main(args):
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 
-    seg = model.new_segmenter(args, num_classes).to(device)
+    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     opt_seg = model.seg_optimizer(seg, args)
-    disc = model.Discriminator(num_classes).to(device)
+    disc = parallel.ready(model.Discriminator(num_classes), device, args)
     opt_disc = model.disc_optimizer(disc, args)
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
     done = run.resume(**parts)
 
     stream = data.Stream(labelled_samples, args, "labelled")
-    labelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
+    labelled_batches = data.batches(stream, args, done, device)
     seg_weights = [p for p in seg.parameters() if p.requires_grad]
     disc_weights = list(disc.parameters())
-    size = args.crop, args.crop
+    size, d_dtype = (args.crop, args.crop), model.compute_dtype(args.amp, device, "disc")
     seg.train()
     for step in run.steps(done):
         if run.due(step - 1):
-            run.score(step - 1, evaluate(seg, val, args, device), parts)
+            run.score(step - 1, evaluate, val, parts)
         common.poly_lr(opt_seg, step - 1, args)
         common.poly_lr(opt_disc, step - 1, args)
-        picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
-
-        with model.autocast(args.amp, device, args.backbone):
-            logits = seg(seg.normalise(picture))  # (B,K,h,w)
-        loss_ce, _ = ops.masked_cross_entropy(logits, target)
-        valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
-        with model.autocast(args.amp, device, "disc"):
-            d_fake = disc(ops.upsample_softmax(logits, size, valid=valid))  # (B,1,a,b)
-            d_real = disc(model.one_hot(target, num_classes))
-        loss_adv = model.bce(d_fake, 1, valid)
-        loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-        loss_d = (loss_fake + loss_real) / 2
-        loss = loss_ce + args.lam_adv * loss_adv
-        # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
-        opt_disc.zero_grad()
-        (loss_real / 2).backward(inputs=disc_weights)
-        (loss_fake / 2).backward(inputs=disc_weights, retain_graph=True)
         opt_seg.zero_grad()
-        loss.backward(inputs=seg_weights)
+        opt_disc.zero_grad()
+        for _ in range(args.accumulate):
+            picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
+            valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
+            part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
+
+            with model.autocast(args.amp, device, args.backbone):
+                logits = seg(seg.normalise(picture))  # (B,K,h,w)
+            loss_ce = part * ops.masked_cross_entropy(logits, target)[0]
+            with model.autocast(args.amp, device, "disc"):
+                d_fake = disc(ops.upsample_softmax(logits, size, d_dtype, valid=valid))  # (B,1,a,b)
+                d_real = disc(model.one_hot(target, num_classes, d_dtype))
+            loss_adv = part * model.bce(d_fake, 1, valid)
+            loss_fake, loss_real = part * model.bce(d_fake, 0, valid), part * model.bce(d_real, 1 - args.d_smooth, valid)
+            loss_d = (loss_fake + loss_real) / 2
+            loss = loss_ce + args.lam_adv * loss_adv
+            # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
+            (loss_real / 2).backward(inputs=disc_weights)
+            (loss_fake / 2).backward(inputs=disc_weights, retain_graph=True)
+            loss.backward(inputs=seg_weights)
+            run.add(loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d)
+        parallel.sum_gradients(opt_seg)
+        parallel.sum_gradients(opt_disc)
         opt_seg.step()
         opt_disc.step()
 
-        run.report(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
-        if step % args.save_every == 0 or step == args.iters:
+        run.report(step, lr=opt_seg.param_groups[0]["lr"])
+        if run.to_save(step):
             run.save(step, parts)
-    run.score(args.iters, evaluate(seg, val, args, device), parts)
+    run.score(args.iters, evaluate, val, parts)
 
 
 if __name__ == "__main__":

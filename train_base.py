@@ -8,6 +8,7 @@ import cli
 import common
 import data
 import model
+import parallel
 from csrc import ops
 from eval import evaluate
 
@@ -42,7 +43,7 @@ def flags():
                    "weight and bias, frozen its statistics as well")
     # optimisation
     p.add_argument("--iters", type=int, help="training steps (paper: 20000)")
-    p.add_argument("--batch-size", type=int, help="pictures a step (paper: 10)")
+    p.add_argument("--batch-size", type=int, help="pictures a step, over all processes (paper: 10)")
     p.add_argument("--lr", type=float, help="first rate of the backbone, poly decay (paper: 2.5e-4)")
     p.add_argument("--head-lr", type=float, default=10, metavar="TIMES", help="the classifier's rate in --lr's (default "
                    "10, as in the authors' code; 1: one rate)")
@@ -50,6 +51,9 @@ def flags():
                    "1); 0: they stay")
     p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="momentum (paper: Nesterov's)")
     p.add_argument("--weight-decay", type=float, default=1e-4, help="of the segmentation net (paper: 1e-4)")
+    p.add_argument("--accumulate", type=int, default=1, metavar="N", help="go through a batch in N pieces one after the other: "
+                   "less memory; each piece's losses are means of their own (default 1)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the nets: minutes at the start, faster steps")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where faster")
     # run
     p.add_argument("--recipes", action=cli.Recipes, help="print the experiments in recipes/ and what was published, and stop")
@@ -71,31 +75,36 @@ def main(args):
     run = common.Run(args, dataset, note, labelled)
     device, num_classes = run.device, len(dataset.classes)
 
-    seg = model.new_segmenter(args, num_classes).to(device)
+    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     opt_seg = model.seg_optimizer(seg, args)
     parts = {"seg": seg, "opt_seg": opt_seg}
     done = run.resume(**parts)
 
     stream = data.Stream(labelled_samples, args, "labelled")
-    labelled_batches = data.batches(stream, args.batch_size, done, args.iters, args.workers, device)
+    labelled_batches = data.batches(stream, args, done, device)
     seg.train()
     for step in run.steps(done):
         if run.due(step - 1):
-            run.score(step - 1, evaluate(seg, val, args, device), parts)
+            run.score(step - 1, evaluate, val, parts)
         common.poly_lr(opt_seg, step - 1, args)
-        picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
-
-        with model.autocast(args.amp, device, args.backbone):
-            logits = seg(seg.normalise(picture))  # (B,K,h,w)
-        loss_ce, _ = ops.masked_cross_entropy(logits, target)
         opt_seg.zero_grad()
-        loss_ce.backward()
+        for _ in range(args.accumulate):
+            picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
+            valid = target != data.IGNORE  # (B,H,W)
+            part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
+
+            with model.autocast(args.amp, device, args.backbone):
+                logits = seg(seg.normalise(picture))  # (B,K,h,w)
+            loss_ce = part * ops.masked_cross_entropy(logits, target)[0]
+            loss_ce.backward()
+            run.add(loss_ce=loss_ce)
+        parallel.sum_gradients(opt_seg)
         opt_seg.step()
 
-        run.report(step, loss_ce=loss_ce, lr=opt_seg.param_groups[0]["lr"])
-        if step % args.save_every == 0 or step == args.iters:
+        run.report(step, lr=opt_seg.param_groups[0]["lr"])
+        if run.to_save(step):
             run.save(step, parts)
-    run.score(args.iters, evaluate(seg, val, args, device), parts)
+    run.score(args.iters, evaluate, val, parts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Time and peak memory of each operator against its reference and against the best eager PyTorch, as a Markdown table.
 
     python csrc/bench.py [--json FILE]       the operators, about 10 minutes on two cores
-    python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, kernels against references, about 5 minutes
+    python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, and several processes, about 15 minutes
     python csrc/bench.py --device cuda       the operators on a GPU, against their floors (bench_cuda.py)
 
 The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16; malloc keeps its memory,
@@ -24,8 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import common  # noqa: E402
-from cli import InputError, Parser, launch  # noqa: E402
+from cli import InputError, Parser, commit, launch  # noqa: E402
 from csrc import bench_cuda, bench_step, ops  # noqa: E402
 from csrc.bench_cases import cases, ids_case  # noqa: E402
 
@@ -77,10 +76,17 @@ def peak(case, operator, path):
     return found
 
 
-def alone(function, *args, path="kernel"):
-    """What peak or step_peak gives in a process of its own, whose memory goes back at once when it is freed."""
-    done = subprocess.run([sys.executable, __file__, function, json.dumps(args)], stdout=subprocess.PIPE, text=True, check=True,
-                          env=os.environ | {name: str(1 << 14) for name in TUNED} | {"SEG_OPS": path})
+ALONE = {"peak": peak, "step_peak": bench_step.step_peak, "step_seconds": bench_step.step_seconds}
+
+
+def alone(function, *args, processes=None):
+    """What a function of ALONE gives in a process of its own, whose memory goes back when it is freed, or in several."""
+    command = [sys.executable, __file__, function, json.dumps(args)]
+    env = {name: str(1 << 14) for name in TUNED}
+    if processes:
+        command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29499"]
+        env = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | env)
     return json.loads(done.stdout)
 
 
@@ -92,6 +98,9 @@ def flags():
     p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids`, `321, 321` or `semi`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each operator (default 6)")
     p.add_argument("--iters", type=int, default=40, help="steps of each training (default 40)")
+    p.add_argument("--backbones", nargs="+", default=["resnet18", "efficientnet_lite0"], help="of `step` (default resnet18 "
+                   "efficientnet_lite0)")
+    p.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="of `step` (default 1 2); they share the cores")
     return p
 
 
@@ -102,7 +111,7 @@ def main(args):
         raise InputError(f"the kernels are not in use: {ops.in_use(args.device)}")
     machine = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                     if line.startswith("model name")), platform.processor())
-    about = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": common.commit()}
+    about = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit()}
     print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
     if args.device == "cuda":
         print(torch.cuda.get_device_name() + "\n")
@@ -157,10 +166,9 @@ def line(operator, case, dtype, times, memory):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["peak"]:  # for `alone`
-        sys.exit(print(json.dumps(peak(*json.loads(sys.argv[2])))))
-    if sys.argv[1:2] == ["step_peak"]:
-        sys.exit(print(json.dumps(bench_step.step_peak(*json.loads(sys.argv[2])))))
+    if sys.argv[1:2] and sys.argv[1] in ALONE:
+        result = ALONE[sys.argv[1]](*json.loads(sys.argv[2]))
+        sys.exit(result is not None and print(json.dumps(result)))
     if sys.platform == "linux" and not TUNED.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
     launch(main, flags)

@@ -1,12 +1,14 @@
-"""Time and peak memory of the trainings' steps and of evaluation, kernels against references: `bench.py step`.
+"""Time and peak memory of the trainings' steps and of evaluation: `bench.py step`.
 
-The scripts themselves run, on noise of VOC's 21 classes that is loaded beforehand, and change path from step to step. Memory is
-what a step adds to what the process holds between steps (weights, momentum, libraries), at the most.
+The scripts themselves run, on noise of VOC's 21 classes that is loaded beforehand, and change path from step to step: kernels,
+references, and plain eager PyTorch, which is the references with one upsampling that all losses share. Memory is what a step
+adds to what the process holds between steps (weights, momentum, libraries), at the most.
 """
 import contextlib
 import ctypes
 import importlib
 import itertools
+import os
 import resource
 import statistics
 import sys
@@ -20,10 +22,12 @@ from PIL import Image
 
 import common
 import data
+import parallel
 from csrc import ops
 
-PATHS = ("kernel", "reference")
-STEP = "--backbone resnet18 --init none --crop 321 --batch-size 4 --split 0.5 --workers 0 --gpu -1"
+PATHS = ("kernel", "reference", "eager")
+BATCH = 4
+STEP = f"--init none --crop 321 --batch-size {BATCH} --split 0.5 --workers 0 --gpu -1"
 
 
 @contextlib.contextmanager
@@ -52,7 +56,24 @@ def noise(root, pictures=8, width=500, height=375):
         (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))
 
 
-def train(name, iters, around_step, around_evaluation):
+@contextlib.contextmanager
+def running(path):
+    """The operators take `path`."""
+    upsample, done = ops._upsample, {}
+    ops.in_use()  # loads the kernels
+
+    def once(x, size):
+        if id(x) not in done:
+            done[id(x)] = x, upsample(x, size)  # x is kept, so that no other gets its id
+        return done[id(x)][1]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(ops, "_choose", lambda *_: "kernel" if path == "kernel" else "reference"))
+        if path == "eager":
+            stack.enter_context(patch.object(ops, "_upsample", once))
+        yield
+
+
+def train(name, backbone, iters, around_step, around_evaluation):
     """Run a training, on pictures loaded beforehand, with each step in the context around_step(n), and evaluation, iters / 4
     times, in around_evaluation(n)."""
     script = importlib.import_module(name)
@@ -64,7 +85,7 @@ def train(name, iters, around_step, around_evaluation):
                 yield step
 
     def watched_evaluate(*args):
-        for i in range(max(iters // 4, 2)):  # once a path
+        for i in range(max(iters // 4, len(PATHS))):
             with around_evaluation(i):
                 result = evaluate(*args)
         return result
@@ -73,43 +94,70 @@ def train(name, iters, around_step, around_evaluation):
           patch.object(data, "batches", lambda *args: itertools.cycle(list(itertools.islice(batches(*args), 4)))),
           tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr)):
         noise(Path(folder) / "data")
-        script.main(script.flags().parse_args([*STEP.split(), "--iters", str(iters), "--eval-every", "1000",
-                                               "--data", f"{folder}/data", "--out", f"{folder}/out"]))
+        script.main(script.flags().parse_args([*STEP.split(), "--backbone", backbone, "--iters", str(iters), "--eval-every",
+                                               "1000", "--data", f"{folder}/data", "--out", f"{folder}/out"]))
 
 
-def step_times(script, iters):
+def step_times(script, backbone, iters):
     """{"step": {path: median seconds}, "evaluation": {...}}, the paths in turn"""
     times = {what: {path: [] for path in PATHS} for what in ("step", "evaluation")}
 
     @contextlib.contextmanager
     def timed(what, i):
-        with patch.object(ops, "_choose", lambda *_: PATHS[i % 2]):
+        path = PATHS[i % len(PATHS)]
+        with running(path):
             began = time.perf_counter()
             yield
-            times[what][PATHS[i % 2]].append(time.perf_counter() - began)
+            times[what][path].append(time.perf_counter() - began)
 
-    train(script, iters, lambda i: timed("step", i), lambda i: timed("evaluation", i))
+    train(script, backbone, iters, lambda i: timed("step", i), lambda i: timed("evaluation", i))
     return {what: {path: statistics.median(t[what == "step":]) for path, t in of.items()} for what, of in times.items()}
 
 
-def step_peak(script):
+def step_peak(script, backbone, path):
     """Bytes that a step and each evaluation add to what is held between steps: [step, evaluation, ...]"""
     found = []
-    train(script, 4, lambda i: growth(found) if i == 3 else contextlib.nullcontext(), lambda i: growth(found))
+    with running(path):
+        train(script, backbone, 4, lambda i: growth(found) if i == 3 else contextlib.nullcontext(), lambda i: growth(found))
     return found
 
 
+def step_seconds(script, backbone, iters):
+    """Median seconds of a step of this process, perhaps one of several; None for all but the first."""
+    times = []
+
+    @contextlib.contextmanager
+    def timed(_):
+        began = time.perf_counter()
+        yield
+        times.append(time.perf_counter() - began)
+    train(script, backbone, iters, timed, lambda _: contextlib.nullcontext())
+    return statistics.median(times[1:]) if parallel.RANK == 0 else None
+
+
 def table(args, alone):
-    print(f"`{STEP}`\n\n| script | | kernels, s | references, s | kernels / references | memory, MB | references, MB | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    rows = []
-    for script in ("train_base", "train_adv", "train_semi"):
-        if args.only not in script:
-            continue
-        memory = {path: alone("step_peak", script, path=path) for path in PATHS}
-        for i, (what, times) in enumerate(step_times(script, args.iters).items()):
-            rows.append({"script": script, "what": what, **times, "memory": {path: m[i] for path, m in memory.items()}})
-            ours, theirs = (memory[path][i] / 1e6 for path in PATHS)
-            print(f"| {script} | {what} | {times['kernel']:.3f} | {times['reference']:.3f} | "
-                  f"{times['kernel'] / times['reference']:.2f} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |", flush=True)
+    print(f"`{STEP}`\n\n| script, backbone | | pictures/s: kernels | references | eager | time, kernels / references | / eager "
+          "| memory, MB: kernels | references | eager | kernels / references | / eager |" + "\n" + 12 * "|---" + "|")
+    rows, scripts = [], ("train_base", "train_adv", "train_semi")
+    cases = [(script, net) for script in scripts for net in args.backbones if args.only in f"{script} {net}"]
+    for script, backbone in cases:
+        memory = {path: alone("step_peak", script, backbone, path) for path in PATHS}
+        for i, (what, times) in enumerate(step_times(script, backbone, args.iters).items()):
+            rows.append({"script": script, "backbone": backbone, "what": what, **times,
+                         "memory": {path: memory[path][i] for path in PATHS}})
+            pictures = 8 if what == "evaluation" else 2 * BATCH if script == "train_semi" else BATCH  # 8: see `noise`
+            rates = [f"{pictures / times[path]:.2f}" for path in PATHS]
+            sizes = [f"{memory[path][i] / 1e6:.0f}" for path in PATHS]
+            faster, smaller = ([f"{of['kernel'] / of[path]:.2f}" for path in PATHS[1:]] for of in (times, rows[-1]["memory"]))
+            print(f"| {script}, {backbone} | {what} | " + " | ".join([*rates, *faster, *sizes, *smaller]) + " |", flush=True)
+    print("\n| script, backbone | processes x threads | pictures/s | of one process |\n|---|---|---|---|")
+    for script, backbone in cases:
+        first = None
+        for n in args.processes:
+            seconds = alone("step_seconds", script, backbone, args.iters, processes=n)
+            first = seconds if n == args.processes[0] else first
+            rows.append({"script": script, "backbone": backbone, "what": "scaling", "processes": n, "seconds": seconds})
+            pictures = (2 if script == "train_semi" else 1) * BATCH
+            print(f"| {script}, {backbone} | {n} x {os.cpu_count() // n} | {pictures / seconds:.2f} | {first / seconds:.2f} |",
+                  flush=True)
     return rows

@@ -1,5 +1,6 @@
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,15 @@ SCRIPTS = "train_base", "train_adv", "train_semi"
 COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # class by class
 SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 "
          "--gpu -1").split()
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """What a training in this process does about signals is over with the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_configure(config):

@@ -1,3 +1,4 @@
+import argparse
 import shutil
 
 import numpy as np
@@ -14,7 +15,6 @@ import data
 
 
 def settings(crop=65, scale=(0.5, 1.5), seed=0, input_scale=1):
-    import argparse
     return argparse.Namespace(crop=crop, scale=scale, seed=seed, input_scale=input_scale, drop_last=False, batch_size=2)
 
 
@@ -324,7 +324,8 @@ def test_an_epoch_shows_every_picture_once(voc):
 
 def test_batches_do_not_hang_on_workers_or_start(voc):
     def take(workers, start):
-        return list(data.batches(stream(voc), 2, start, 4, workers, torch.device("cpu")))
+        args = argparse.Namespace(batch_size=2, accumulate=1, iters=4, workers=workers)
+        return list(data.batches(stream(voc), args, start, torch.device("cpu")))
     want = take(0, 0)
     assert len(want) == 4
     for workers, start in ((1, 0), (2, 0), (2, 2)):

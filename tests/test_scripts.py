@@ -312,7 +312,7 @@ def test_shared_flags_are_equal():
 @pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
 def test_every_flag_is_read(script):
     read = set()
-    for file in (script, "common", "data", "model") if script != "eval" else (script,):
+    for file in (script, "common", "data", "model", "parallel") if script != "eval" else (script,):
         tree = ast.parse((ROOT / f"{file}.py").read_text())
         tree.body = [node for node in tree.body if getattr(node, "name", "") != "settle"]  # checking a flag is not using it
         for node in ast.walk(tree):

@@ -1,0 +1,114 @@
+"""Devices and processes: what this process computes on, and sums over the processes that torchrun started.
+
+A loss is the mean over the pixels of all processes: each process multiplies the mean over its own by `share`, and gradients and
+figures are then summed. torch's DistributedDataParallel averages instead and takes one backward pass a step; here
+discriminator and segmentation net share a graph that is gone through three times.
+"""
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+from cli import InputError
+from csrc import build, ops
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def announce(data, gpu):
+    """Pick the device, join the other processes, print a run's first line: data, device, ops in use -> the torch.device.
+
+    Under torchrun a process takes the GPU of its local rank (--gpu -1: the CPU), and only the first one prints. Errors:
+    InputError where there is no such device beside others that are, or SEG_OPS is wrong.
+    """
+    device = torch.device("cpu")
+    if gpu >= 0 and torch.cuda.is_available():
+        gpu = int(os.environ["LOCAL_RANK"]) if WORLD > 1 else gpu
+        if gpu >= torch.cuda.device_count():
+            raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, from 0 on"
+                             + (", and a process needs one of its own: lower --nproc_per_node" if WORLD > 1 else ""))
+        torch.cuda.set_device(gpu)
+        device = torch.device("cuda", gpu)
+    try:
+        path = ops.in_use(device.type) + build.note
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+    print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}"
+          f"{f', {WORLD} processes' if WORLD > 1 else ''}; ops {path}", flush=True)
+    return device
+
+
+def describe(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def ready(net, device, args):
+    """`net` on its device; on several GPUs with batch statistics of all of them; with --compile compiled."""
+    net = net.to(device)
+    if WORLD > 1 and device.type == "cuda" and args.bn != "frozen":
+        net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if args.compile:
+        net.compile()
+    return net
+
+
+def total(x):
+    """The sum of a tensor over all processes, in place."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def share(count):
+    """This process's part of the pixels that all of them count, a 0-dim float tensor; 1 where it is alone.
+
+    count: 0-dim int64, its own.
+    """
+    return count / total(count.clone()).clamp(min=1) if WORLD > 1 else 1
+
+
+def sum_gradients(optimizer):
+    """Sum the gradients of an optimiser's parameters over all processes."""
+    if WORLD > 1:
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        parts = total(torch.cat([w.grad.flatten() for w in weights])).split([w.numel() for w in weights])
+        for w, part in zip(weights, parts):
+            w.grad.copy_(part.view_as(w))
+
+
+def level(net):
+    """Give all processes the first one's buffers, the running statistics of batch norm."""
+    if WORLD > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class Stopped(Exception):
+    """A signal to stop came where nothing is computed that has to be whole."""
+
+
+class Signals:
+    """SIGTERM and SIGINT, which ask a training to stop after its step. The same signal again ends it at once."""
+
+    def __init__(self):
+        self.name, self.may_break_off = None, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.hear)
+
+    def hear(self, number, _):
+        signal.signal(number, signal.SIG_DFL)
+        self.name = signal.Signals(number).name
+        if self.may_break_off and WORLD == 1:  # several would have to agree on the place: they go on to the end of it
+            raise Stopped
+
+    def heard(self):
+        """Name of the signal that any process has heard, or None. The hosts ask each other: no device waits."""
+        if WORLD > 1 and total(torch.tensor(int(bool(self.name)))) and not self.name:
+            self.name = "a signal to another process"
+        return self.name
