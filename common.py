@@ -98,8 +98,7 @@ class Run:
 
     def steps(self, done):
         """Yield done + 1 ... --iters, under a progress bar on a terminal; end the script where a signal made `to_save` save."""
-        self.signals = parallel.Signals()
-        self.clock = time.monotonic(), done
+        self.signals, self.clock = parallel.Signals(), (time.monotonic(), done)
         with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty() or not self.first) as self.bar:
             for step in range(done + 1, self.args.iters + 1):
                 yield step
@@ -143,12 +142,10 @@ class Run:
         with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
         shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
-        now = time.monotonic()
-        rate = (step - self.clock[1]) / (now - self.clock[0] + 1e-9)
-        self.clock = now, step
+        (began, before), self.clock = self.clock, (time.monotonic(), step)
+        rate = (step - before) / (self.clock[0] - began + 1e-9)
         if self.bar.disable:
-            left = clock((args.iters - step) / rate)
-            print(f"step {step}/{args.iters} {shown} | {rate:.2f} steps/s, {left} left", flush=True)
+            print(f"step {step}/{args.iters} {shown} | {rate:.2f} steps/s, {clock((args.iters - step) / rate)} left", flush=True)
         else:
             self.bar.set_postfix_str(shown, refresh=False)
         self.warn(row)
@@ -171,21 +168,23 @@ class Run:
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
         parallel.level(parts["seg"])
-        if not self.first:
-            return
         checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc")) | {k: v.state_dict() for k, v in parts.items()}
         checkpoint |= {"step": step, "args": vars(self.args) | {"palette": self.data.palette},
                        "classes": list(self.data.classes), "rng": torch.get_rng_state(), "miou": miou}
-        replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
+        if self.first:
+            replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
 
     def score(self, step, evaluate, val, parts):
         """Evaluate at this step; put the mIoU into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
         parallel.level(parts["seg"])
+        if parallel.WORLD > 1 and "miou" not in self.rows[-1]:
+            self.save(step, parts)  # several processes do not break off, and torchrun waits 30 s
         try:
             self.signals.may_break_off = True
             miou = 100 * evaluate(parts["seg"], val, self.args, self.device)[0]
-        except parallel.Stopped:  # the step may not be saved yet; its evaluation is made up for by --resume
-            self.save(step, parts)
+        except parallel.Stopped:  # --resume makes up for the evaluation
+            if "miou" not in self.rows[-1]:
+                self.save(step, parts)
             self.leave(step)
         finally:
             self.signals.may_break_off = False

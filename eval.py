@@ -130,14 +130,14 @@ def main(args):
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
     device = parallel.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
-    rows = []
+    rows, shown = [], max(1, len(ids) // (8 * parallel.WORLD))
 
     def write(i, prediction):
         picture = data.read_picture(samples[i][0])
         drawn = palette_png(prediction, picture.size, dataset.palette)
         with cli.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
-        if i % max(1, len(ids) // 8) == 0 and len(rows) < 8:
+        if i // parallel.WORLD % shown == 0 and len(rows) < 8:
             label = torch.from_numpy(data.read_label(samples[i][1], picture.size).copy())
             rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
 

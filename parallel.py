@@ -4,6 +4,7 @@ A loss is the mean over the pixels of all processes: each process multiplies the
 figures are then summed. torch's DistributedDataParallel averages instead and takes one backward pass a step; here
 discriminator and segmentation net share a graph that is gone through three times.
 """
+import atexit
 import os
 import signal
 import sys
@@ -37,6 +38,7 @@ def announce(data, gpu):
         raise InputError(str(e)) from None
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
         if RANK:
             sys.stdout = open(os.devnull, "w")
     print(f"{data}; device {describe(device)}{' (no CUDA here)' if gpu >= 0 and device.type == 'cpu' else ''}"
@@ -89,12 +91,25 @@ def level(net):
             dist.broadcast(buffer, 0)
 
 
+def same_start(done):
+    """`done`, the updates behind a run. Errors: InputError where the processes do not agree on it."""
+    found = torch.zeros(WORLD, dtype=torch.int64)
+    found[RANK] = done
+    if len(set(total(found).tolist())) > 1:
+        raise InputError(f"--resume: the processes found checkpoints of steps {found.tolist()}; --out has to be a folder that "
+                         "all machines share")
+    return done
+
+
 class Stopped(Exception):
     """A signal to stop came where nothing is computed that has to be whole."""
 
 
 class Signals:
-    """SIGTERM and SIGINT, which ask a training to stop after its step. The same signal again ends it at once."""
+    """SIGTERM and SIGINT, which ask a training to stop after its step. SIGINT again ends it at once.
+
+    SIGTERM again does nothing: several processes may get it from a scheduler and from torchrun.
+    """
 
     def __init__(self):
         self.name, self.may_break_off = None, False
@@ -102,13 +117,15 @@ class Signals:
             signal.signal(number, self.hear)
 
     def hear(self, number, _):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT and WORLD == 1 else signal.SIG_IGN)
         self.name = signal.Signals(number).name
         if self.may_break_off and WORLD == 1:  # several would have to agree on the place: they go on to the end of it
             raise Stopped
 
     def heard(self):
         """Name of the signal that any process has heard, or None. The hosts ask each other: no device waits."""
-        if WORLD > 1 and total(torch.tensor(int(bool(self.name)))) and not self.name:
+        if WORLD > 1 and not total(torch.tensor(int(bool(self.name)))):
+            return None  # also where one came during the sum: the next sum tells all
+        if WORLD > 1 and not self.name:
             self.name = "a signal to another process"
         return self.name

@@ -78,7 +78,7 @@ def main(args):
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     opt_seg = model.seg_optimizer(seg, args)
     parts = {"seg": seg, "opt_seg": opt_seg}
-    done = run.resume(**parts)
+    done = parallel.same_start(run.resume(**parts))
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)

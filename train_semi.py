@@ -106,7 +106,7 @@ def main(args):
     disc = parallel.ready(model.Discriminator(num_classes), device, args)
     opt_disc = model.disc_optimizer(disc, args)
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
-    done = run.resume(**parts)
+    done = parallel.same_start(run.resume(**parts))
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)

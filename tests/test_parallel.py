@@ -11,10 +11,12 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL, log, python
 
+import cli
 import common
 import data
 import eval
 import model
+import parallel
 from csrc import ops
 
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-every 100".split()
@@ -59,6 +61,34 @@ def test_processes_share_an_evaluation(voc, train, tmp_path):
         for i in range(7):
             assert (tmp_path / f"{n}/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
     assert found[1] == found[2] == found[3] and found[1]["miou"] > 0
+
+
+def test_statistics_are_level_where_they_are_scored(voc, train, tmp_path, capsys):
+    """Batch norm that trains sees other pictures in each process; what is scored and what is saved are one net."""
+    torchrun(2, ROOT / "train_base.py", "--data", voc, *SMALL, "--accumulate", 1, "--iters", 3, "--out", tmp_path / "two")
+    capsys.readouterr()
+    eval.main(eval.flags().parse_args(["--ckpt", str(tmp_path / "two/last.pt"), "--gpu", "-1"]))
+    assert capsys.readouterr().out.splitlines()[-1] == f"mIoU {log(tmp_path / 'two')[-1]['miou']:.2f}"
+
+
+def test_a_signal_during_the_sum_waits_for_the_next(monkeypatch):
+    """All processes have to take the same answer, the sum's."""
+    signals = parallel.Signals()
+    monkeypatch.setattr(parallel, "WORLD", 2)
+
+    def late(x):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return x
+    monkeypatch.setattr(parallel, "total", late)
+    assert signals.heard() is None and signals.heard() == "SIGTERM"
+
+
+def test_processes_start_from_one_step(monkeypatch):
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    monkeypatch.setattr(parallel, "total", lambda x: x.add_(torch.tensor([0, 7])))
+    assert parallel.same_start(7) == 7
+    with pytest.raises(cli.InputError, match=r"checkpoints of steps \[0, 7\]"):
+        parallel.same_start(0)
 
 
 def same(a, b):
@@ -163,9 +193,11 @@ def test_nets_and_losses_compile_whole():
 
 def test_compiled_training(train, monkeypatch):
     """But for the code that inductor makes of it, which takes minutes."""
-    compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile(net, backend="aot_eager", fullgraph=True))
-    out = train("train_base", "--compile", "--iters", 2)
+    compile, compiled = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(type(net).__name__) or compile(
+        net, backend="aot_eager", fullgraph=True))
+    out = train("train_semi", "--compile", "--iters", 2)
+    assert compiled == ["DeepLabV2", "Discriminator"]
     assert set(torch.load(out / "last.pt", weights_only=True)["seg"]) == set(
         model.DeepLabV2("efficientnet_lite0", 4, 16, "none").state_dict())
 
