@@ -141,13 +141,13 @@ class Run:
             return
         with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
-        shown = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         (began, before), self.clock = self.clock, (time.monotonic(), step)
         rate = (step - before) / (self.clock[0] - began + 1e-9)
         if self.bar.disable:
-            print(f"step {step}/{args.iters} {shown} | {rate:.2f} steps/s, {clock((args.iters - step) / rate)} left", flush=True)
+            print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {clock((args.iters - step) / rate)} left", flush=True)
         else:
-            self.bar.set_postfix_str(shown, refresh=False)
+            self.bar.set_postfix_str(text, refresh=False)
         self.warn(row)
 
     def warn(self, row):
