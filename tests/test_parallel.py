@@ -22,6 +22,10 @@ from csrc import ops
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-every 100".split()
 
 
+# what train_semi.py does in a step the others do too
+EACH = [script if script == "train_semi" else pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS]
+
+
 def torchrun(processes, *words):
     port = 29500 + os.getpid() % 2000
     run = "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port
@@ -30,7 +34,7 @@ def torchrun(processes, *words):
     return done.stdout
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EACH)
 def test_two_processes_are_one(voc, train, tmp_path, script):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
     words = [w for w in EXACT if script == "train_semi" or w not in ("--semi-start", "3")]
@@ -99,7 +103,7 @@ def same(a, b):
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", EACH)
 def test_stopped_and_resumed_is_straight(train, tmp_path, monkeypatch, capsys, script):
     """20 steps, against 20 with SIGTERM in the tenth: the same log and, to the bit, the same checkpoint."""
     words = "--iters", 20, "--workers", 1, "--eval-every", 8, "--save-every", 7
