@@ -513,6 +513,8 @@ def deaf(_):
 @atexit.register
 def end_workers():
     """multiprocessing would end them by SIGTERM, and wait."""
+    if multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would call it an accident
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: what others show as well; runs with --slow")
+    config.addinivalue_line("markers", "slow: left out by CI for its time; runs with --slow")
     config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
 
 

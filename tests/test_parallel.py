@@ -67,6 +67,7 @@ def test_processes_share_an_evaluation(voc, train, tmp_path):
     assert found[1] == found[2] == found[3] and found[1]["miou"] > 0
 
 
+@pytest.mark.slow
 def test_statistics_are_level_where_they_are_scored(voc, train, tmp_path, capsys):
     """Batch norm that trains sees other pictures in each process; what is scored and what is saved are one net."""
     torchrun(2, ROOT / "train_base.py", "--data", voc, *SMALL, "--accumulate", 1, "--iters", 3, "--out", tmp_path / "two")
@@ -195,6 +196,7 @@ def test_nets_and_losses_compile_whole():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_training(train, monkeypatch):
     """But for the code that inductor makes of it, which takes minutes."""
     compile, compiled = torch.nn.Module.compile, []
