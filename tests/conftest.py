@@ -37,11 +37,6 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: left out by CI for its time; runs with --slow")
-    config.addinivalue_line("filterwarnings", "ignore:The image decoding and encoding capabilities:DeprecationWarning")
-
-
 @pytest.fixture
 def voc(tmp_path):
     """A tiny set in VOC layout: 8 training and 2 validation pictures of blocks, each class in its own colour; K = 4."""
