@@ -1,16 +1,17 @@
 """Devices and processes: what this process computes on, and sums over the processes that torchrun started.
 
 A loss is the mean over the pixels of all processes: each process multiplies the mean over its own by `share`, and gradients and
-figures are then summed. torch's DistributedDataParallel averages instead and takes one backward pass a step; here
-discriminator and segmentation net share a graph that is gone through three times.
+figures are then summed.
 """
 import atexit
+import contextlib
 import os
 import signal
 import sys
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from cli import InputError
 from csrc import build, ops
@@ -75,13 +76,34 @@ def share(count):
     return count / total(count.clone()).clamp(min=1) if WORLD > 1 else 1
 
 
-def sum_gradients(optimizer):
-    """Sum the gradients of an optimiser's parameters over all processes."""
+def ddp(*nets):
+    """The nets as a training calls them: a backward pass sums their gradients over all processes while it goes on."""
     if WORLD > 1:
-        weights = [w for group in optimizer.param_groups for w in group["params"]]
-        parts = total(torch.cat([w.grad.flatten() for w in weights])).split([w.numel() for w in weights])
-        for w, part in zip(weights, parts):
-            w.grad.copy_(part.view_as(w))
+        nets = [DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) for net in nets]
+        for net in nets:
+            net.register_comm_hook(None, add_up)
+    return nets
+
+
+def add_up(_, bucket):
+    """What DistributedDataParallel does with a bucket of gradients: sum them; by itself it would take their mean."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+@contextlib.contextmanager
+def alone(*nets):
+    """Of forward passes in here the gradients stay in this process until the next pass outside sums them with its own."""
+    with contextlib.ExitStack() as stack:
+        for net in nets if WORLD > 1 else ():
+            stack.enter_context(net.no_sync())
+        yield
+
+
+def pieces(count, *nets):
+    """Yields `count` times; gradients of the nets are summed over all processes in the last one of these pieces."""
+    for left in reversed(range(count)):
+        with alone(*nets if left else ()):
+            yield
 
 
 def level(net):

@@ -89,6 +89,7 @@ def main(args):
     opt_disc = model.disc_optimizer(disc, args)
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
     done = parallel.same_start(run.resume(**parts))
+    seg_ddp, disc_ddp = parallel.ddp(seg, disc)  # the same nets, but their gradients are those of all processes
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)
@@ -103,28 +104,27 @@ def main(args):
         common.poly_lr(opt_disc, step - 1, args)
         opt_seg.zero_grad()
         opt_disc.zero_grad()
-        for _ in range(args.accumulate):
+        for _ in parallel.pieces(args.accumulate, seg_ddp, disc_ddp):
             picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
             valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
             part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
 
             with model.autocast(args.amp, device, args.backbone):
-                logits = seg(seg.normalise(picture))  # (B,K,h,w)
+                logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
             loss_ce = part * ops.masked_cross_entropy(logits, target)[0]
+            with parallel.alone(disc_ddp), model.autocast(args.amp, device, "disc"):
+                d_real = disc_ddp(model.one_hot(target, num_classes, d_dtype))  # (B,1,a,b)
+            loss_real = part * model.bce(d_real, 1 - args.d_smooth, valid)
+            (loss_real / 2).backward()  # here, so that its graph is gone before the next one is built
             with model.autocast(args.amp, device, "disc"):
-                d_fake = disc(ops.upsample_softmax(logits, size, d_dtype, valid=valid))  # (B,1,a,b)
-                d_real = disc(model.one_hot(target, num_classes, d_dtype))
-            loss_adv = part * model.bce(d_fake, 1, valid)
-            loss_fake, loss_real = part * model.bce(d_fake, 0, valid), part * model.bce(d_real, 1 - args.d_smooth, valid)
+                d_fake = disc_ddp(ops.upsample_softmax(logits, size, d_dtype, valid=valid))  # (B,1,a,b)
+            loss_adv, loss_fake = part * model.bce(d_fake, 1, valid), part * model.bce(d_fake, 0, valid)
             loss_d = (loss_fake + loss_real) / 2
             loss = loss_ce + args.lam_adv * loss_adv
             # d_fake serves both players: each backward pass goes to its own net's weights, the last one frees the graph
-            (loss_real / 2).backward(inputs=disc_weights)
             (loss_fake / 2).backward(inputs=disc_weights, retain_graph=True)
             loss.backward(inputs=seg_weights)
             run.add(loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d)
-        parallel.sum_gradients(opt_seg)
-        parallel.sum_gradients(opt_disc)
         opt_seg.step()
         opt_disc.step()
 

@@ -79,6 +79,7 @@ def main(args):
     opt_seg = model.seg_optimizer(seg, args)
     parts = {"seg": seg, "opt_seg": opt_seg}
     done = parallel.same_start(run.resume(**parts))
+    seg_ddp, = parallel.ddp(seg)  # the same net, but its gradients are those of all processes
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)
@@ -88,17 +89,16 @@ def main(args):
             run.score(step - 1, evaluate, val, parts)
         common.poly_lr(opt_seg, step - 1, args)
         opt_seg.zero_grad()
-        for _ in range(args.accumulate):
+        for _ in parallel.pieces(args.accumulate, seg_ddp):
             picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
             valid = target != data.IGNORE  # (B,H,W)
             part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
 
             with model.autocast(args.amp, device, args.backbone):
-                logits = seg(seg.normalise(picture))  # (B,K,h,w)
+                logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
             loss_ce = part * ops.masked_cross_entropy(logits, target)[0]
             loss_ce.backward()
             run.add(loss_ce=loss_ce)
-        parallel.sum_gradients(opt_seg)
         opt_seg.step()
 
         run.report(step, lr=opt_seg.param_groups[0]["lr"])

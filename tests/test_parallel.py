@@ -26,18 +26,23 @@ EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-ev
 EACH = [script if script == "train_semi" else pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS]
 
 
-def torchrun(processes, *words):
+def several(processes):
+    """The start of torchrun's command."""
     port = 29500 + os.getpid() % 2000
-    run = "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port
-    done = python(*run, *words, OMP_NUM_THREADS="1")
+    return list(map(str, ["-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]))
+
+
+def torchrun(processes, *words):
+    done = python(*several(processes), *words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+@pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("script", EACH)
-def test_two_processes_are_one(voc, train, tmp_path, script):
+def test_two_processes_are_one(voc, train, tmp_path, script, pieces):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
-    words = [w for w in EXACT if script == "train_semi" or w not in ("--semi-start", "3")]
+    words = [w for w in EXACT if script == "train_semi" or w not in ("--semi-start", "3")] + ["--accumulate", pieces]
     said = torchrun(2, ROOT / f"{script}.py", "--data", voc, *SMALL, *words, "--out", tmp_path / "two")
     assert "2 processes" in said and said.count("mIoU") == 1
     alone = log(train(script, *words, out="one"))
@@ -155,6 +160,27 @@ def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
     said, error = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped by SIGTERM after step" in said and not error, error
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == log(tmp_path / "out")[-1]["step"]
+
+
+def test_several_processes_stop_and_go_on(voc, tmp_path):
+    """SIGTERM to torchrun and its processes, then --resume: the log of a straight run."""
+    slow = tmp_path / "slow.py"
+    slow.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli, data, train_semi; read = data.read_scaled\n"
+                    "data.read_scaled = lambda *a: (time.sleep(0.1), read(*a))[1]; cli.launch(train_semi.main, train_semi.flags)")
+    words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1]))
+    run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    file, until = tmp_path / "stopped/log.jsonl", time.monotonic() + 120
+    while time.monotonic() < until and not (file.exists() and file.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)
+    said, error = run.communicate(timeout=60)
+    step = log(tmp_path / "stopped")[-1]["step"]
+    assert f"after step {step}, which is in" in said and 3 < step < 30, error
+    assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["step"] == step
+    torchrun(2, ROOT / "train_semi.py", *words, "--out", tmp_path / "stopped", "--resume")
+    torchrun(2, ROOT / "train_semi.py", *words, "--out", tmp_path / "straight")
+    assert file.read_text() == (tmp_path / "straight/log.jsonl").read_text()
 
 
 def test_pieces_of_a_batch_are_a_batch(train):
