@@ -221,6 +221,7 @@ def test_the_header_finds_what_is_planted(plant, tmp_path):
         assert "heap-buffer-overflow" in found["address"]
 
 
+@pytest.mark.slow
 def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     code = f"""

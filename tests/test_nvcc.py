@@ -62,6 +62,7 @@ def test_ptx(compiled):
                 assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
 
 
+@pytest.mark.slow
 def test_build_from_cold_without_a_gpu(tmp_path):
     code = "import torch; from csrc import build; build.load('cuda'); print(build.note)"
     (tmp_path / build.folder().name).symlink_to(build.folder())  # the CPU's kernels are there

@@ -23,7 +23,8 @@ EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-ev
 
 
 # what train_semi.py does in a step the others do too
-EACH = [script if script == "train_semi" else pytest.param(script, marks=pytest.mark.slow) for script in SCRIPTS]
+SLOW = pytest.mark.slow
+EACH = [script if script == "train_semi" else pytest.param(script, marks=SLOW) for script in SCRIPTS]
 
 
 def several(processes):
@@ -38,7 +39,7 @@ def torchrun(processes, *words):
     return done.stdout
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [2, pytest.param(1, marks=SLOW)])
 @pytest.mark.parametrize("script", EACH)
 def test_two_processes_are_one(voc, train, tmp_path, script, pieces):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
@@ -72,7 +73,7 @@ def test_processes_share_an_evaluation(voc, train, tmp_path):
     assert found[1] == found[2] == found[3] and found[1]["miou"] > 0
 
 
-@pytest.mark.slow
+@SLOW
 def test_statistics_are_level_where_they_are_scored(voc, train, tmp_path, capsys):
     """Batch norm that trains sees other pictures in each process; what is scored and what is saved are one net."""
     torchrun(2, ROOT / "train_base.py", "--data", voc, *SMALL, "--accumulate", 1, "--iters", 3, "--out", tmp_path / "two")
@@ -162,6 +163,7 @@ def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == log(tmp_path / "out")[-1]["step"]
 
 
+@SLOW
 def test_several_processes_stop_and_go_on(voc, tmp_path):
     """SIGTERM to torchrun and its processes, then --resume: the log of a straight run."""
     slow = tmp_path / "slow.py"
@@ -222,7 +224,7 @@ def test_nets_and_losses_compile_whole():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@SLOW
 def test_compiled_training(train, monkeypatch):
     """But for the code that inductor makes of it, which takes minutes."""
     compile, compiled = torch.nn.Module.compile, []
