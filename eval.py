@@ -54,8 +54,7 @@ def evaluate(seg, samples, args, device, write=None):
     Several processes share the samples out and sum their matrices: every picture counts once. write(index, class ids (H,W)
     uint8 on the CPU), if given, gets every prediction of this process; padding is still on it.
     """
-    was = seg.training
-    seg.eval()
+    seg = model.for_inference(seg, model.compute_dtype(args.amp, device, args.backbone))
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
     whole = data.Whole(samples[parallel.RANK::parallel.WORLD], round(args.stride / args.input_scale))
     loader = torch.utils.data.DataLoader(whole, num_workers=args.workers, worker_init_fn=data.deaf,
@@ -66,7 +65,6 @@ def evaluate(seg, samples, args, device, write=None):
         ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
         if write:
             write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
-    seg.train(was)
     return ops.mean_iou(parallel.total(matrix))
 
 
@@ -171,7 +169,7 @@ def predict_images(seg, args, trained, out):
             raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
         data.read_picture(path)  # all are sound before one is predicted
     device = parallel.announce(f"data {len(stems)} pictures of --images", args.gpu)
-    seg.to(device)
+    seg = model.for_inference(seg.to(device), model.compute_dtype(trained.amp, device, trained.backbone))
     multiple = round(trained.stride / trained.input_scale)
     with drafts_of(out) as drafts:
         for path, stem in zip(cli.progress(args.images, len(stems), "prediction"), stems):

@@ -1,4 +1,5 @@
 """The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the losses on D."""
+import copy
 import re
 from collections import OrderedDict
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import Conv2dNormActivation
 
 from cli import InputError
@@ -205,6 +207,22 @@ def compute_dtype(amp, device, net):
 
 def autocast(amp, device, net):
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(amp, device, net) == torch.bfloat16)
+
+
+def for_inference(seg, dtype):
+    """A copy of a segmenter that predicts the same, but for rounding, and faster: batch norm is folded into the convolutions
+    before it, and their weights are cast to `dtype` once, where autocast would cast them for every picture."""
+    seg = copy.deepcopy(seg).eval()
+    for parent in [*seg.modules()]:
+        children = [*parent.named_children()]
+        for (conv_name, conv), (bn_name, bn) in zip(children, children[1:]):
+            if isinstance(bn, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, bn))
+                setattr(parent, bn_name, nn.Identity())
+    for module in seg.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype)
+    return seg
 
 
 def seg_optimizer(seg, args):

@@ -76,24 +76,29 @@ def running(path):
 
 
 def train(name, backbone, iters, around_step, around_evaluation):
-    """Run a training, on pictures loaded beforehand, with each step in the context around_step(n), and evaluation, iters / 4
-    times, in around_evaluation(n)."""
+    """Run a training, on pictures loaded once, each step in the context around_step(n), and iters / 4 evaluations, each in
+    around_evaluation(n)."""
     script = importlib.import_module(name)
-    steps, batches, evaluate = common.Run.steps, data.batches, script.evaluate
+    steps, batches, whole, evaluate, loaded = common.Run.steps, data.batches, data.Whole, script.evaluate, []
 
     def watched_steps(run, done):
         for step in steps(run, done):
             with around_step(step):
                 yield step
 
+    def loaded_once(*args):
+        loaded.extend(whole(*args) if not loaded else ())
+        return loaded
+
     def watched_evaluate(*args):
-        for i in range(max(iters // 4, len(PATHS))):
+        for i in range(max(iters // 4, 2 * len(PATHS))):
             with around_evaluation(i):
                 result = evaluate(*args)
         return result
 
     with (patch.object(common.Run, "steps", watched_steps), patch.object(script, "evaluate", watched_evaluate),
           patch.object(data, "batches", lambda *args: itertools.cycle(list(itertools.islice(batches(*args), 4)))),
+          patch.object(data, "Whole", loaded_once),
           tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr)):
         noise(Path(folder) / "data")
         script.main(script.flags().parse_args([*STEP.split(), "--backbone", backbone, "--iters", str(iters), "--eval-every",
@@ -101,19 +106,19 @@ def train(name, backbone, iters, around_step, around_evaluation):
 
 
 def step_times(script, backbone, iters):
-    """{"step": {path: median seconds}, "evaluation": {...}}, the paths in turn"""
+    """{"step": {path: [seconds, ...]}, "evaluation": {...}}, the n-th ones one after the other; the first round is left out."""
     times = {what: {path: [] for path in PATHS} for what in ("step", "evaluation")}
 
     @contextlib.contextmanager
     def timed(what, i):
-        path = PATHS[i % len(PATHS)]
+        path = (PATHS + PATHS[::-1])[i % (2 * len(PATHS))]
         with running(path):
             began = time.perf_counter()
             yield
             times[what][path].append(time.perf_counter() - began)
 
-    train(script, backbone, iters, lambda i: timed("step", i), lambda i: timed("evaluation", i))
-    return {what: {path: statistics.median(t[what == "step":]) for path, t in of.items()} for what, of in times.items()}
+    train(script, backbone, iters, lambda i: timed("step", i - 1), lambda i: timed("evaluation", i))
+    return {what: {path: t[1:] for path, t in of.items()} for what, of in times.items()}
 
 
 def step_peak(script, backbone, path):
@@ -145,12 +150,14 @@ def table(args, alone):
     for script, backbone in cases:
         memory = {path: alone("step_peak", script, backbone, path) for path in PATHS}
         for i, (what, times) in enumerate(step_times(script, backbone, args.iters).items()):
-            rows.append({"script": script, "backbone": backbone, "what": what, **times,
-                         "memory": {path: memory[path][i] for path in PATHS}})
+            bytes_of = {path: memory[path][i] for path in PATHS}
+            rows.append({"script": script, "backbone": backbone, "what": what, **times, "memory": bytes_of})
             pictures = 8 if what == "evaluation" else 2 * BATCH if script == "train_semi" else BATCH  # 8: see `noise`
-            rates = [f"{pictures / times[path]:.2f}" for path in PATHS]
-            sizes = [f"{memory[path][i] / 1e6:.0f}" for path in PATHS]
-            faster, smaller = ([f"{of['kernel'] / of[path]:.2f}" for path in PATHS[1:]] for of in (times, rows[-1]["memory"]))
+            rates = [f"{pictures / statistics.median(times[path]):.2f}" for path in PATHS]
+            sizes = [f"{bytes_of[path] / 1e6:.0f}" for path in PATHS]
+            # neighbours in time are compared: the machine's speed may change by half in between
+            faster = [f"{statistics.median(a / b for a, b in zip(times['kernel'], times[path])):.2f}" for path in PATHS[1:]]
+            smaller = [f"{bytes_of['kernel'] / bytes_of[path]:.2f}" for path in PATHS[1:]]
             print(f"| {script}, {backbone} | {what} | " + " | ".join([*rates, *faster, *sizes, *smaller]) + " |", flush=True)
     print("\n| script, backbone | processes x threads | pictures/s | of one process |\n|---|---|---|---|")
     for script, backbone in cases:

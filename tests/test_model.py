@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,30 @@ def test_dilated_net_samples_the_strided_one():
     with torch.no_grad():
         want = a.backbone(x)
         assert want.abs().max() > 0 and (b.backbone(x)[:, :, ::2, ::2] - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+@pytest.mark.parametrize("backbone,stride,upsample,caffe", [
+    ("resnet18", 8, "bilinear", False), ("resnet50", 8, "learned", True), ("efficientnet_lite0", 16, "bilinear", False)])
+def test_for_inference_predicts_the_same(backbone, stride, upsample, caffe):
+    """Also in bfloat16, where it is no further from float64 than twice what autocast is."""
+    torch.manual_seed(0)
+    seg = model.DeepLabV2(backbone, 5, stride, "none", upsample=upsample, caffe=caffe)
+    for bn in seg.batch_norms():
+        bn.running_mean.normal_()
+        bn.running_var.uniform_(0.5, 2)
+        bn.weight.data.uniform_(0.5, 1.5)
+        bn.bias.data.normal_()
+    before, x = {k: w.clone() for k, w in seg.state_dict().items()}, torch.randn(1, 3, 65, 97)
+    with torch.inference_mode():
+        fast = model.for_inference(seg, torch.float32)
+        assert seg.training and not fast.training and not fast.batch_norms() and fast.backbone[1] is not seg.backbone[1]
+        assert all(torch.equal(w, before[k]) for k, w in seg.state_dict().items())
+        seg.eval()
+        torch.testing.assert_close(fast(x), seg(x), rtol=1e-4, atol=1e-4 * float(seg(x).abs().max()))
+        want = copy.deepcopy(seg).double()(x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = ((net(x) - want).abs().mean() for net in (model.for_inference(seg, torch.bfloat16), seg))
+        assert ours <= 2 * theirs
 
 
 @pytest.mark.parametrize("backbone,stride,width", [("resnet18", 8, 512), ("resnet101", 8, 2048),

@@ -147,13 +147,17 @@ def test_stopped_in_an_evaluation(train, tmp_path, monkeypatch, capsys):
     assert (resumed / "log.jsonl").read_text() == (straight / "log.jsonl").read_text()
 
 
+def slowly(script, seconds):
+    """The code of a script whose loaders take so long for a picture."""
+    return (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli, data, {script}; read = data.read_scaled; "
+            f"data.read_scaled = lambda *a: (time.sleep({seconds}), read(*a))[1]; cli.launch({script}.main, {script}.flags)")
+
+
 def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
     """SIGTERM to the whole group of processes while the workers load, as a scheduler sends it."""
-    slow = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli, data, train_base; read = data.read_scaled; " \
-           "data.read_scaled = lambda *a: (time.sleep(0.2), read(*a))[1]; cli.launch(train_base.main, train_base.flags)"
     words = map(str, ["--data", voc, *SMALL, "--iters", 500, "--workers", 2, "--out", tmp_path / "out"])
-    run = subprocess.Popen([sys.executable, "-c", slow, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                           start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", slowly("train_base", 0.2), *words], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, start_new_session=True)
     until = time.monotonic() + 120
     while time.monotonic() < until and not (tmp_path / "out/log.jsonl").exists():
         time.sleep(0.1)
@@ -167,8 +171,7 @@ def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
 def test_several_processes_stop_and_go_on(voc, tmp_path):
     """SIGTERM to torchrun and its processes, then --resume: the log of a straight run."""
     slow = tmp_path / "slow.py"
-    slow.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli, data, train_semi; read = data.read_scaled\n"
-                    "data.read_scaled = lambda *a: (time.sleep(0.1), read(*a))[1]; cli.launch(train_semi.main, train_semi.flags)")
+    slow.write_text(slowly("train_semi", 0.1))
     words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1]))
     run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], stdout=subprocess.PIPE,
                            stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
