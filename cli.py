@@ -65,7 +65,13 @@ def clock(seconds):
 
 
 def progress(items, total, what):
-    """Yield `items` under a tqdm bar on a terminal; elsewhere with a line every 10 seconds: count, rate, time left."""
+    """Yield `items` under a tqdm bar on a terminal; elsewhere with a line every 10 seconds: count, rate, time left.
+
+    Of several processes the first one's are shown.
+    """
+    if int(os.environ.get("RANK", 0)):
+        yield from items
+        return
     if sys.stderr.isatty():
         yield from tqdm(items, desc=what, total=total, leave=False)
         return

@@ -497,11 +497,13 @@ def batches(stream, args, done, device):
     size = args.batch_size // (args.accumulate * parallel.WORLD)
     draws = [n for first in range(done * args.batch_size + size * parallel.RANK, args.iters * args.batch_size,
                                   size * parallel.WORLD) for n in range(first, first + size)]
-    loader = torch.utils.data.DataLoader(stream, size, sampler=draws, num_workers=args.workers, worker_init_fn=deaf,
-                                         generator=torch.Generator(),  # else it would draw from the run's
-                                         pin_memory=device.type == "cuda")
-    for pixels, other in loader:
+    for pixels, other in loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"):
         yield pixels.permute(0, 3, 1, 2), other  # channels last in memory: no plane is ever moved
+
+
+def loader(dataset, workers, **more):
+    """A DataLoader that draws nothing from the run's generator, and whose workers leave signals to the script."""
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=deaf, generator=torch.Generator(), **more)
 
 
 def deaf(_):

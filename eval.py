@@ -57,9 +57,8 @@ def evaluate(seg, samples, args, device, write=None):
     seg = model.for_inference(seg, model.compute_dtype(args.amp, device, args.backbone))
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
     whole = data.Whole(samples[parallel.RANK::parallel.WORLD], round(args.stride / args.input_scale))
-    loader = torch.utils.data.DataLoader(whole, num_workers=args.workers, worker_init_fn=data.deaf,
-                                         generator=torch.Generator())
-    for i, (picture, target) in enumerate(cli.progress(loader, len(loader), "evaluation")):  # (1,3,H,W), (1,H,W) uint8
+    pairs = cli.progress(data.loader(whole, args.workers), len(whole), "evaluation")
+    for i, (picture, target) in enumerate(pairs):  # (1,3,H,W), (1,H,W) uint8
         logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
         ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
         ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
@@ -171,8 +170,9 @@ def predict_images(seg, args, trained, out):
     device = parallel.announce(f"data {len(stems)} pictures of --images", args.gpu)
     seg = model.for_inference(seg.to(device), model.compute_dtype(trained.amp, device, trained.backbone))
     multiple = round(trained.stride / trained.input_scale)
+    mine = [*zip(args.images, stems)][parallel.RANK::parallel.WORLD]
     with drafts_of(out) as drafts:
-        for path, stem in zip(cli.progress(args.images, len(stems), "prediction"), stems):
+        for path, stem in cli.progress(mine, len(mine), "prediction"):
             picture = data.read_picture(path)
             pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
             ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()

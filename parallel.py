@@ -68,21 +68,20 @@ def total(x):
     return x
 
 
-def share(count):
-    """This process's part of the pixels that all of them count, a 0-dim float tensor; 1 where it is alone.
+def share(count, args):
+    """What a mean over `count` pixels (0-dim int64) of this process weighs in a loss of all processes, a 0-dim float tensor.
 
-    count: 0-dim int64, its own.
+    Its part of the pixels that all processes count in this piece of the batch, over --accumulate, the number of pieces.
     """
-    return count / total(count.clone()).clamp(min=1) if WORLD > 1 else 1
+    return (count / total(count.clone()).clamp(min=1) if WORLD > 1 else 1) / args.accumulate
 
 
-def ddp(*nets):
-    """The nets as a training calls them: a backward pass sums their gradients over all processes while it goes on."""
+def ddp(net):
+    """The net as a training calls it: a backward pass sums its gradients over all processes while it goes on."""
     if WORLD > 1:
-        nets = [DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) for net in nets]
-        for net in nets:
-            net.register_comm_hook(None, add_up)
-    return nets
+        net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net.register_comm_hook(None, add_up)
+    return net
 
 
 def add_up(_, bucket):

@@ -89,7 +89,8 @@ def main(args):
     opt_disc = model.disc_optimizer(disc, args)
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
     done = parallel.same_start(run.resume(**parts))
-    seg_ddp, disc_ddp = parallel.ddp(seg, disc)  # the same nets, but their gradients are those of all processes
+    seg_ddp = parallel.ddp(seg)  # the same net, but its gradients are those of all processes
+    disc_ddp = parallel.ddp(disc)
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)
@@ -107,7 +108,7 @@ def main(args):
         for _ in parallel.pieces(args.accumulate, seg_ddp, disc_ddp):
             picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
             valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
-            part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
+            part = parallel.share(valid.sum(), args)  # what the mean over these pixels weighs
 
             with model.autocast(args.amp, device, args.backbone):
                 logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)

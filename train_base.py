@@ -79,7 +79,7 @@ def main(args):
     opt_seg = model.seg_optimizer(seg, args)
     parts = {"seg": seg, "opt_seg": opt_seg}
     done = parallel.same_start(run.resume(**parts))
-    seg_ddp, = parallel.ddp(seg)  # the same net, but its gradients are those of all processes
+    seg_ddp = parallel.ddp(seg)  # the same net, but its gradients are those of all processes
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)
@@ -92,7 +92,7 @@ def main(args):
         for _ in parallel.pieces(args.accumulate, seg_ddp):
             picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
             valid = target != data.IGNORE  # (B,H,W)
-            part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
+            part = parallel.share(valid.sum(), args)  # what the mean over these pixels weighs
 
             with model.autocast(args.amp, device, args.backbone):
                 logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)

@@ -107,7 +107,8 @@ def main(args):
     opt_disc = model.disc_optimizer(disc, args)
     parts = {"seg": seg, "opt_seg": opt_seg, "disc": disc, "opt_disc": opt_disc}
     done = parallel.same_start(run.resume(**parts))
-    seg_ddp, disc_ddp = parallel.ddp(seg, disc)  # the same nets, but their gradients are those of all processes
+    seg_ddp = parallel.ddp(seg)  # the same net, but its gradients are those of all processes
+    disc_ddp = parallel.ddp(disc)
 
     stream = data.Stream(labelled_samples, args, "labelled")
     labelled_batches = data.batches(stream, args, done, device)
@@ -128,8 +129,8 @@ def main(args):
             picture, target = (t.to(device, non_blocking=True) for t in next(labelled_batches))  # (B,3,H,W), (B,H,W) uint8
             picture_u, valid_u = (t.to(device, non_blocking=True) for t in next(unlabelled_batches))  # and (B,H,W) bool
             valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
-            part = parallel.share(valid.sum()) / args.accumulate  # what the mean over this piece is of the mean over all
-            part_u = parallel.share(valid_u.sum()) / args.accumulate
+            part = parallel.share(valid.sum(), args)  # what the mean over these pixels weighs
+            part_u = parallel.share(valid_u.sum(), args)
 
             with model.autocast(args.amp, device, args.backbone):
                 logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
@@ -149,7 +150,7 @@ def main(args):
             loss_adv_u = part_u * model.bce(d_fake_u, 1, valid_u)
             loss_semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u,
                                                        threshold=args.threshold, size=size)
-            loss_semi = parallel.share(kept) / args.accumulate * loss_semi
+            loss_semi = parallel.share(kept, args) * loss_semi
             lam_semi = args.lam_semi if step > args.semi_start else 0
             if args.d_unlabelled:
                 loss_fake = (loss_fake + part_u * model.bce(d_fake_u, 0, valid_u)) / 2

@@ -360,9 +360,10 @@ def test_own_data_in_colour_and_unlabelled_pictures_of_any_size(tmp_path, capsys
     assert shown and shown <= {(10, 20, 30), (200, 100, 0)}
 
 
-def test_readme_file_map_is_what_git_has():
+def test_file_maps_are_what_git_has():
+    """The one in README.md, and that of csrc in its own."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    block = (ROOT / "README.md").read_text().split("<!-- files -->")[1]
+    block = "".join((ROOT / page).read_text().split("<!-- files -->")[1] for page in ("README.md", "csrc/README.md"))
     named = [line.split("|")[1].strip().strip("`") for line in block.splitlines() if line.startswith("| `")]
     # recipes have a table of their own, see test_recipes.py
     assert sorted(named) == sorted([f for f in files if f != "README.md" and not f.startswith("recipes/")] + ["recipes/*.txt"])
