@@ -107,8 +107,7 @@ class Run:
                     self.leave(step)
 
     def leave(self, step):
-        tqdm.write(f"stopped by {self.signals.name} after step {step}, which is in {self.out / 'last.pt'}; the same command "
-                   "with --resume goes on from there")
+        tqdm.write(f"stopped by {self.signals.name} after step {step}, which is in {self.out}/last.pt; add --resume to go on")
         sys.exit(0)
 
     def to_save(self, step):
@@ -163,7 +162,12 @@ class Run:
 
     def due(self, done):
         """Whether an evaluation after `done` updates is wanted and still missing, as it is where a run was killed in it."""
-        return done > 0 and done % self.args.eval_every == 0 and "miou" not in self.rows[-1]
+        return done > 0 and done % self.args.eval_every == 0 and "miou" not in self.row(done)
+
+    def row(self, step):
+        """The log's row of the step just made; a new one where --log-every left it out."""
+        self.rows += [{"step": step}] if self.rows[-1]["step"] != step else []
+        return self.rows[-1]
 
     def save(self, step, parts, miou=None):
         """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
@@ -176,25 +180,21 @@ class Run:
 
     def score(self, step, evaluate, val, parts):
         """Evaluate at this step; put the mIoU into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
-        parallel.level(parts["seg"])
-        if parallel.WORLD > 1 and "miou" not in self.rows[-1]:
-            self.save(step, parts)  # several processes do not break off, and torchrun waits 30 s
+        row = self.row(step)
+        if "miou" not in row:
+            self.save(step, parts)  # it may be broken off, or killed: --resume makes up for it
         try:
-            self.signals.may_break_off = True
-            miou = 100 * evaluate(parts["seg"], val, self.args, self.device)[0]
-        except parallel.Stopped:  # --resume makes up for the evaluation
-            if "miou" not in self.rows[-1]:
-                self.save(step, parts)
+            with self.signals.breaking_off():
+                miou = 100 * evaluate(parts["seg"], val, self.args, self.device)[0]
+        except parallel.Stopped:
             self.leave(step)
-        finally:
-            self.signals.may_break_off = False
         before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
-        if self.rows[-1].get("miou") != miou:
-            self.rows[-1]["miou"] = miou
-            self.write_log()
+        if row.get("miou") != miou:
+            row["miou"] = miou
             self.save(step, parts, miou)
             if self.first and miou > max(before, default=(-1, 0))[0]:
                 replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
+            self.write_log()  # last: where a run is killed before, it evaluates again
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*max(before)) if before else ""
         tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")

@@ -178,6 +178,7 @@ def predict_images(seg, args, trained, out):
             ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()
             with cli.writing(f"--out {out}"):
                 palette_png(ids, picture.size, trained.palette).save(drafts / f"{stem}.png")
+        parallel.total(torch.zeros(1))  # no file moves before all processes have drawn theirs
     print(f"{len(stems)} predictions in {out}")
 
 

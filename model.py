@@ -211,7 +211,7 @@ def autocast(amp, device, net):
 
 def for_inference(seg, dtype):
     """A copy of a segmenter that predicts the same, but for rounding, and faster: batch norm is folded into the convolutions
-    before it, and their weights are cast to `dtype` once, where autocast would cast them for every picture."""
+    before it, whose weights and biases are cast to `dtype` once, where autocast would cast them for every picture."""
     seg = copy.deepcopy(seg).eval()
     for parent in [*seg.modules()]:
         children = [*parent.named_children()]

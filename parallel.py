@@ -69,7 +69,7 @@ def total(x):
 
 
 def share(count, args):
-    """What a mean over `count` pixels (0-dim int64) of this process weighs in a loss of all processes, a 0-dim float tensor.
+    """What a mean over `count` pixels (0-dim int64) of this process weighs in a loss of all, a number or a 0-dim tensor.
 
     Its part of the pixels that all processes count in this piece of the batch, over --accumulate, the number of pieces.
     """
@@ -79,7 +79,7 @@ def share(count, args):
 def ddp(net):
     """The net as a training calls it: a backward pass sums its gradients over all processes while it goes on."""
     if WORLD > 1:
-        net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
         net.register_comm_hook(None, add_up)
     return net
 
@@ -91,7 +91,10 @@ def add_up(_, bucket):
 
 @contextlib.contextmanager
 def alone(*nets):
-    """Of forward passes in here the gradients stay in this process until the next pass outside sums them with its own."""
+    """Of forward passes in here the gradients stay in this process until the next pass outside sums them with its own.
+
+    Their backward passes come before that one's forward pass, which prepares the sum.
+    """
     with contextlib.ExitStack() as stack:
         for net in nets if WORLD > 1 else ():
             stack.enter_context(net.no_sync())
@@ -127,21 +130,33 @@ class Stopped(Exception):
 
 
 class Signals:
-    """SIGTERM and SIGINT, which ask a training to stop after its step. SIGINT again ends it at once.
+    """SIGTERM and SIGINT, which ask a training to stop after its step. SIGINT again ends a single process at once.
 
     SIGTERM again does nothing: several processes may get it from a scheduler and from torchrun.
     """
 
     def __init__(self):
-        self.name, self.may_break_off = None, False
+        self.name, self.breaks_off = None, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
 
     def hear(self, number, _):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGINT and WORLD == 1 else signal.SIG_IGN)
         self.name = signal.Signals(number).name
-        if self.may_break_off and WORLD == 1:  # several would have to agree on the place: they go on to the end of it
+        if self.breaks_off:
+            self.breaks_off = False  # once: another signal finds the training saving
             raise Stopped
+
+    @contextlib.contextmanager
+    def breaking_off(self):
+        """In here a signal, also one that has come already, raises Stopped at once; several processes go on to the end."""
+        self.breaks_off = WORLD == 1  # several would have to agree on the place
+        try:
+            if self.name and self.breaks_off:
+                raise Stopped
+            yield
+        finally:
+            self.breaks_off = False
 
     def heard(self):
         """Name of the signal that any process has heard, or None. The hosts ask each other: no device waits."""

@@ -116,7 +116,7 @@ def main(args):
             with parallel.alone(disc_ddp), model.autocast(args.amp, device, "disc"):
                 d_real = disc_ddp(model.one_hot(target, num_classes, d_dtype))  # (B,1,a,b)
             loss_real = part * model.bce(d_real, 1 - args.d_smooth, valid)
-            (loss_real / 2).backward()  # here, so that its graph is gone before the next one is built
+            (loss_real / 2).backward()  # before the pass below, which sums; its graph is gone
             with model.autocast(args.amp, device, "disc"):
                 d_fake = disc_ddp(ops.upsample_softmax(logits, size, d_dtype, valid=valid))  # (B,1,a,b)
             loss_adv, loss_fake = part * model.bce(d_fake, 1, valid), part * model.bce(d_fake, 0, valid)

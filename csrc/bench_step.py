@@ -27,7 +27,7 @@ from csrc import ops
 
 PATHS = ("kernel", "reference", "eager")
 BATCH = 4
-STEP = f"--init none --crop 321 --batch-size {BATCH} --split 0.5 --workers 0 --gpu -1"
+STEP = f"--init none --crop 321 --batch-size {BATCH} --split 0.5 --workers 0 --save-every 1000 --gpu -1"
 
 
 @contextlib.contextmanager

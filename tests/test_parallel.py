@@ -44,6 +44,7 @@ def torchrun(processes, *words):
 def test_two_processes_are_one(voc, train, tmp_path, script, pieces):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
     words = [w for w in EXACT if script == "train_semi" or w not in ("--semi-start", "3")] + ["--accumulate", pieces]
+    words += ["--d-unlabelled", "--upsample", "learned"] if (script, pieces) == ("train_semi", 2) else []
     said = torchrun(2, ROOT / f"{script}.py", "--data", voc, *SMALL, *words, "--out", tmp_path / "two")
     assert "2 processes" in said and said.count("mIoU") == 1
     alone = log(train(script, *words, out="one"))
@@ -92,6 +93,20 @@ def test_a_signal_during_the_sum_waits_for_the_next(monkeypatch):
         return x
     monkeypatch.setattr(parallel, "total", late)
     assert signals.heard() is None and signals.heard() == "SIGTERM"
+
+
+def test_a_signal_breaks_an_evaluation_off_once():
+    """Also one that came before it; another kind of signal finds the training saving, and is let be."""
+    signals = parallel.Signals()
+    with pytest.raises(parallel.Stopped):
+        try:
+            with signals.breaking_off():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(parallel.Stopped), signals.breaking_off():
+        pytest.fail("it began")
 
 
 def test_processes_start_from_one_step(monkeypatch):

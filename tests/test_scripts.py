@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, SCRIPTS, SMALL, log, python
 from PIL import Image
 
+import common
 import model
 from csrc import ops
 
@@ -175,6 +176,29 @@ def test_extra_unlabelled_pictures(train, tmp_path):
         Image.fromarray(np.random.RandomState(n).randint(0, 255, (*size, 3), np.uint8)).save(tmp_path / f"more/deep/{n}.jpg")
     out = train("train_semi", "--split", 1, "--unlabelled", tmp_path / "more")
     assert len((out / "labelled.txt").read_text().split()) == 8
+
+
+def test_an_evaluation_of_a_step_that_was_not_logged(train, monkeypatch):
+    """--eval-every may change on the way: the score stands with its step; killed before the log has it, a run scores again."""
+    words, add, write_log = ["--iters", 4, "--log-every", 100, "--save-every", 2], common.Run.add, common.Run.write_log
+
+    def third(run, **values):
+        if len(run.__dict__.setdefault("seen", [])) == 2:
+            raise KeyboardInterrupt
+        run.seen.append(values)
+        add(run, **values)
+
+    def killed(run):
+        if any("miou" in row for row in run.rows):
+            raise KeyboardInterrupt
+        write_log(run)
+    for name, what, more in ("add", third, ["--eval-every", 100]), ("write_log", killed, ["--eval-every", 2, "--resume"]):
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(common.Run, name, what)
+            out = train("train_base", *words, *more)
+    out = train("train_base", *words, "--eval-every", 2, "--resume")
+    assert [(row["step"], "miou" in row) for row in log(out)] == [(1, False), (2, True), (4, True)]
+    assert (out / "best.pt").exists()
 
 
 def test_resume_makes_up_for_an_evaluation(train, tmp_path, monkeypatch):
