@@ -134,6 +134,7 @@ def main(args):
 
             with model.autocast(args.amp, device, args.backbone):
                 logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
+                logits_u = seg_ddp(seg.normalise(picture_u))  # (B,K,h,w)
             loss_ce = part * ops.masked_cross_entropy(logits, target)[0]
             with parallel.alone(disc_ddp), model.autocast(args.amp, device, "disc"):
                 d_real = disc_ddp(model.one_hot(target, num_classes, d_dtype))  # (B,1,a,b)
@@ -141,12 +142,8 @@ def main(args):
             (loss_real / 2).backward()  # before the pass below, which sums; its graph is gone
             with model.autocast(args.amp, device, "disc"):
                 d_fake = disc_ddp(ops.upsample_softmax(logits, size, d_dtype, valid=valid))  # (B,1,a,b)
-            loss_adv, loss_fake = part * model.bce(d_fake, 1, valid), part * model.bce(d_fake, 0, valid)
-
-            with model.autocast(args.amp, device, args.backbone):
-                logits_u = seg_ddp(seg.normalise(picture_u))  # (B,K,h,w)
-            with model.autocast(args.amp, device, "disc"):
                 d_fake_u = disc_ddp(ops.upsample_softmax(logits_u, size, d_dtype, valid=valid_u))  # (B,1,a,b)
+            loss_adv, loss_fake = part * model.bce(d_fake, 1, valid), part * model.bce(d_fake, 0, valid)
             loss_adv_u = part_u * model.bce(d_fake_u, 1, valid_u)
             loss_semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u,
                                                        threshold=args.threshold, size=size)

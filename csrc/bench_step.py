@@ -27,6 +27,7 @@ from csrc import ops
 
 PATHS = ("kernel", "reference", "eager")
 BATCH = 4
+ROUNDS = 3  # of starting 1, 2, ... processes
 STEP = f"--init none --crop 321 --batch-size {BATCH} --split 0.5 --workers 0 --save-every 1000 --gpu -1"
 
 
@@ -76,7 +77,7 @@ def running(path):
 
 
 def train(name, backbone, iters, around_step, around_evaluation):
-    """Run a training, on pictures loaded once, each step in the context around_step(n), and iters / 4 evaluations, each in
+    """Run a training, on pictures loaded once, each step in the context around_step(n), and iters / 2 evaluations, each in
     around_evaluation(n)."""
     script = importlib.import_module(name)
     steps, batches, whole, evaluate, loaded = common.Run.steps, data.batches, data.Whole, script.evaluate, []
@@ -91,7 +92,7 @@ def train(name, backbone, iters, around_step, around_evaluation):
         return loaded
 
     def watched_evaluate(*args):
-        for i in range(max(iters // 4, 2 * len(PATHS))):
+        for i in range(max(iters // 2, 2 * len(PATHS))):
             with around_evaluation(i):
                 result = evaluate(*args)
         return result
@@ -161,12 +162,13 @@ def table(args, alone):
             print(f"| {script}, {backbone} | {what} | " + " | ".join([*rates, *faster, *sizes, *smaller]) + " |", flush=True)
     print("\n| script, backbone | processes x threads | pictures/s | of one process |\n|---|---|---|---|")
     for script, backbone in cases:
-        first = None
-        for n in args.processes:
-            seconds = alone("step_seconds", script, backbone, args.iters, processes=n)
-            first = seconds if n == args.processes[0] else first
+        times = {n: [] for n in args.processes}
+        for n in args.processes * ROUNDS:
+            times[n].append(alone("step_seconds", script, backbone, max(args.iters // ROUNDS, 2), processes=n))
+        for n, seconds in times.items():
             rows.append({"script": script, "backbone": backbone, "what": "scaling", "processes": n, "seconds": seconds})
             pictures = (2 if script == "train_semi" else 1) * BATCH
-            print(f"| {script}, {backbone} | {n} x {os.cpu_count() // n} | {pictures / seconds:.2f} | {first / seconds:.2f} |",
-                  flush=True)
+            of_first = statistics.median(a / b for a, b in zip(times[args.processes[0]], seconds))
+            print(f"| {script}, {backbone} | {n} x {os.cpu_count() // n} | {pictures / statistics.median(seconds):.2f} "
+                  f"| {of_first:.2f} |", flush=True)
     return rows
