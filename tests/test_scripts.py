@@ -165,7 +165,7 @@ def test_losses_count_valid_pixels_only(train, monkeypatch):
     train("train_semi", "--scale", 0.4, 0.6, "--iters", 1, "--d-smooth", 0.25)
     (_, target), semi_mask = semi[0][0], semi[1][1]["valid"]
     labelled = target != data.IGNORE
-    assert [real for real, _ in masks] == [1, 0, 0.75, 1]
+    assert [real for real, _ in masks] == [0.75, 1, 0, 1]
     assert all(torch.equal(mask, labelled) for _, mask in masks[:3]) and not labelled.all()
     assert torch.equal(masks[3][1], semi_mask) and not semi_mask.all() and not torch.equal(semi_mask, labelled)
 
