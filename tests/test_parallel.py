@@ -72,6 +72,10 @@ def test_processes_share_an_evaluation(voc, train, tmp_path):
         for i in range(7):
             assert (tmp_path / f"{n}/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
     assert found[1] == found[2] == found[3] and found[1]["miou"] > 0
+    torchrun(2, ROOT / "eval.py", "--ckpt", words[1], "--gpu", -1, "--out", tmp_path / "images", "--images",
+             *(voc / f"JPEGImages/train{i}.png" for i in range(3)))
+    for i in range(3):
+        assert (tmp_path / f"images/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
 
 
 @SLOW
