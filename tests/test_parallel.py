@@ -20,10 +20,8 @@ import parallel
 from csrc import ops
 
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-every 100".split()
-
-
-# what train_semi.py does in a step the others do too
 SLOW = pytest.mark.slow
+# what train_semi.py does in a step the others do too
 EACH = [script if script == "train_semi" else pytest.param(script, marks=SLOW) for script in SCRIPTS]
 
 
