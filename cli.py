@@ -19,14 +19,33 @@ class Parser(argparse.ArgumentParser):
     """argparse with one-line errors and @files of flags."""
 
     def __init__(self, description, **more):
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+        super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
-    def convert_arg_line_to_args(self, line):
-        return line.split("#")[0].split()
+    def parse_args(self, words=None, namespace=None):
+        return super().parse_args([*expand(sys.argv[1:] if words is None else words)], namespace)
 
     def error(self, message):
         raise InputError(message)
+
+
+def expand(words, folder=Path(), inside=()):
+    """Yield `words` with each @FILE replaced by the words in it, up to a #; FILE is beside the file that names it.
+
+    Errors: InputError where a file cannot be read or names itself.
+    """
+    for word in words:
+        if not word.startswith("@"):
+            yield word
+            continue
+        file = folder / word[1:]
+        if file in inside:
+            raise InputError(f"{word}: {inside[-1]} leads back to it; take that line out")
+        try:
+            lines = file.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{word}: {file} cannot be read ({getattr(e, 'strerror', None) or 'it is no text'})") from None
+        yield from expand((w for line in lines for w in line.split("#")[0].split()), file.parent, (*inside, file))
 
 
 class Recipes(argparse.Action):

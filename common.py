@@ -1,4 +1,4 @@
-"""A run's state and nothing else: learning rate, log, warnings, checkpoints, stopping and going on."""
+"""A run's state and nothing else: settling its flags, learning rate, log, warnings, checkpoints, stopping and going on."""
 import itertools
 import json
 import math
@@ -10,10 +10,11 @@ import time
 import torch
 from tqdm import tqdm
 
+import flags
+import model
 import parallel
 from cli import InputError, clock, commit, folder, replace, writing
-from csrc import ops
-from model import read_checkpoint
+from csrc import build, ops
 
 # what a healthy run logs, and what to try where it leaves that for long
 HEALTHY = {
@@ -25,6 +26,31 @@ FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
+def settle(args, dataset, labelled):
+    """Fill in the flags that follow the data, the number of labelled pictures and the start weights, and check them.
+
+    The one place that writes to `args`. Errors: InputError.
+    """
+    for name, value in dataset.defaults.items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    if args.stride is None:
+        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
+    for name in ("eval_every", "save_every"):
+        if getattr(args, name) is None:
+            setattr(args, name, max(1, args.iters // 10))
+    if getattr(args, "semi_start_epoch", None) is not None:
+        steps = len(labelled) / args.batch_size  # of an epoch
+        args.semi_start = math.ceil(args.semi_start_epoch * (int(steps) if args.drop_last else steps))
+    if getattr(args, "semi_start", 0) is None:
+        args.semi_start = args.iters // 4
+    flags.check(args)
+    if args.batch_size % parallel.WORLD:
+        raise InputError(f"--batch-size {args.batch_size}: {parallel.WORLD} processes share it out; make it a multiple")
+    args.caffe, norm = model.origin(args.init)
+    args.norm = args.norm or norm
+
+
 def poly_lr(optimizer, done, args, power=0.9):
     """Set every group's rate to initial * (1 - done/iters)**power, done: updates so far in whole --decay-every's; 0: none."""
     done = done - done % args.decay_every if args.decay_every else 0
@@ -32,35 +58,48 @@ def poly_lr(optimizer, done, args, power=0.9):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / args.iters) ** power
 
 
-class Run:
-    """What one training writes to --out and to the screen; under torchrun the first process's does, the others' only count."""
+def announce(about, gpu):
+    """Join the other processes and print a run's first line: data, device, ops in use -> the torch.device."""
+    device = parallel.start(gpu)
+    print(f"{about}; device {parallel.describe(device, gpu)}; ops {ops.in_use(device.type)}{build.note}", flush=True)
+    return device
 
-    def __init__(self, args, data, note, labelled):
-        self.args, self.data, self.labelled, self.out = args, data, labelled, folder("--out", args.out)
-        about = f"{note}data {data.name}: {len(labelled)} labelled pictures, {len(data.classes)} classes"
-        self.device = parallel.announce(about, args.gpu)
-        self.rows, self.written, self.unhealthy = [], False, dict.fromkeys(HEALTHY, 0)
-        self.first, self.figures, self.ending = parallel.RANK == 0, {}, None
+
+class Run:
+    """What one training writes to --out and to the screen; under torchrun the first process's does, the others count."""
+
+    def __init__(self, args, dataset, labelled):
+        self.args, self.data, self.labelled, self.out = args, dataset, labelled, folder("--out", args.out)
+        self.device = announce(f"{dataset.note}data {dataset.name}: {len(labelled)} labelled pictures, "
+                               f"{len(dataset.classes)} classes", args.gpu)
+        self.rows, self.written, self.first = [], False, parallel.RANK == 0
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
-        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates done so far, 0 for a new run.
+        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates so far, 0 for a new run.
 
         Errors: InputError where the checkpoint was made with other flags than those that may change on the way.
         """
-        last, log = self.out / "last.pt", self.out / "log.jsonl"
-        if not (self.args.resume and last.exists()):
-            return 0
-        checkpoint = read_checkpoint(last, "--resume")
+        parallel.listen()
+        self.parts, last, done = parts, self.out / "last.pt", 0
+        if self.args.resume and last.exists():
+            done = self.load(last)
+        if parallel.total(torch.tensor(done)) != done * parallel.WORLD:
+            raise InputError("--resume: the processes found different checkpoints; --out has to be a folder that all "
+                             "machines share")
+        return done
+
+    def load(self, last):
+        checkpoint, log = model.read_checkpoint(last, "--resume"), self.out / "log.jsonl"
         for key, value in checkpoint["args"].items():
             now = getattr(self.args, key, value)
             if now != value and key not in MAY_CHANGE:
-                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the flags "
-                                 "of its run.json or another --out")
+                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the "
+                                 "flags of its run.json or another --out")
         if checkpoint["step"] > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         try:
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
             raise InputError(f"--resume: {last} is of another script or data; name another --out") from None
@@ -93,43 +132,27 @@ class Run:
         self.write_log()
 
     def write_log(self):
-        if self.first:
-            replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
+        replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
 
     def steps(self, done):
-        """Yield done + 1 ... --iters, under a progress bar on a terminal; end the script where a signal made `to_save` save."""
-        self.signals, self.clock = parallel.Signals(), (time.monotonic(), done)
+        """Yield done + 1 ... --iters, under a progress bar on a terminal."""
+        self.clock = time.monotonic(), done
         with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty() or not self.first) as self.bar:
             for step in range(done + 1, self.args.iters + 1):
                 yield step
                 self.bar.update()
-                if self.ending and step < self.args.iters:
-                    self.leave(step)
 
-    def leave(self, step):
-        tqdm.write(f"stopped by {self.signals.name} after step {step}, which is in {self.out}/last.pt; add --resume to go on")
-        sys.exit(0)
+    def log(self, step, lr, **values):
+        """Log and print a step's figures, 0-dim tensors, each a parallel.mean: the first and the last step, every
+        --log-every-th and those before an evaluation. Only there are they read, which waits for the device.
 
-    def to_save(self, step):
-        """Whether a checkpoint is due after `step`: every --save-every, at the end, and when a signal asks to stop."""
-        self.ending = self.signals.heard()
-        return bool(self.ending) or step % self.args.save_every == 0 or step == self.args.iters
-
-    def add(self, **values):
-        """Sum up 0-dim tensors, a step's figures, over its pieces."""
-        for name, value in values.items():
-            self.figures[name] = self.figures.get(name, 0) + value.detach().double()
-
-    def report(self, step, lr):
-        """Log and print the first and the last step, every --log-every-th and those before an evaluation.
-
-        Only there are the step's figures summed over the processes and read, which waits for the device. Errors: InputError.
+        Errors: InputError where one is not finite.
         """
-        args, values, self.figures = self.args, self.figures, {}
+        args = self.args
         if step not in (1, args.iters) and step % args.log_every and step % args.eval_every:
             return
-        numbers = parallel.total(torch.stack([*values.values()])).tolist()
-        row = {"step": step} | dict(zip(values, numbers)) | {"lr": lr}
+        figures = torch.stack([value.detach().double() for value in values.values()])
+        row = {"step": step} | dict(zip(values, (parallel.total(figures) / parallel.WORLD).tolist())) | {"lr": lr}
         for name, value in row.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or a loss weight")
@@ -144,57 +167,62 @@ class Run:
         (began, before), self.clock = self.clock, (time.monotonic(), step)
         rate = (step - before) / (self.clock[0] - began + 1e-9)
         if self.bar.disable:
-            print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {clock((args.iters - step) / rate)} left", flush=True)
+            left = clock((args.iters - step) / rate)
+            print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {left} left", flush=True)
         else:
             self.bar.set_postfix_str(text, refresh=False)
-        self.warn(row)
+        for line in warnings(self.rows, args):
+            tqdm.write(line)
 
-    def warn(self, row):
-        """Count logged steps in a row outside HEALTHY; say so after PATIENCE of them."""
-        smooth, start = getattr(self.args, "d_smooth", 0), getattr(self.args, "semi_start", 0)
-        for name, (low, high, advice) in HEALTHY.items():
-            if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
-                low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
-            counts = name in row and (name != "kept" or row["step"] > start)
-            self.unhealthy[name] = self.unhealthy[name] + 1 if counts and not low <= row[name] <= high else 0
-            if self.unhealthy[name] == PATIENCE:
-                tqdm.write(f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
+    def to_evaluate(self, step):
+        """Whether this step's score is due: every --eval-every, and at the end."""
+        scored = any("miou" in row for row in self.rows[-1:] if row["step"] == step)
+        return step == self.args.iters or step > 0 and step % self.args.eval_every == 0 and not scored
 
-    def due(self, done):
-        """Whether an evaluation after `done` updates is wanted and still missing, as it is where a run was killed in it."""
-        return done > 0 and done % self.args.eval_every == 0 and "miou" not in self.row(done)
+    def to_save(self, step):
+        """Whether a checkpoint is due: every --save-every, and where a signal asks to stop."""
+        return bool(parallel.stopping()) or step % self.args.save_every == 0
 
-    def row(self, step):
-        """The log's row of the step just made; a new one where --log-every left it out."""
-        self.rows += [{"step": step}] if self.rows[-1]["step"] != step else []
-        return self.rows[-1]
+    def save(self, step, miou=None):
+        """Write OUT/last.pt. With a score, 0..1: log and print it, keep the best checkpoint in OUT/best.pt.
 
-    def save(self, step, parts, miou=None):
-        """Write OUT/last.pt: `parts` are the nets and optimisers by name, `miou` the score at this step if there is one."""
-        parallel.level(parts["seg"])
-        checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc")) | {k: v.state_dict() for k, v in parts.items()}
+        Ends the script where a signal asked to stop; --resume makes up for a score that this lacks.
+        """
+        miou = None if miou is None else 100 * miou
+        checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc"))
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint |= {"step": step, "args": vars(self.args) | {"palette": self.data.palette},
                        "classes": list(self.data.classes), "rng": torch.get_rng_state(), "miou": miou}
         if self.first:
             replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
+        if miou is not None:
+            self.score(step, miou)
+        if parallel.stopping() and (miou is None or step < self.args.iters):
+            tqdm.write(f"stopped by {parallel.stopping()} after step {step}, which is in {self.out}/last.pt; add --resume "
+                       "to go on")
+            sys.exit(0)
 
-    def score(self, step, evaluate, val, parts):
-        """Evaluate at this step; put the mIoU into the log and OUT/last.pt, keep the best in OUT/best.pt, print it."""
-        row = self.row(step)
-        if "miou" not in row:
-            self.save(step, parts)  # it may be broken off, or killed: --resume makes up for it
-        try:
-            with self.signals.breaking_off():
-                miou = 100 * evaluate(parts["seg"], val, self.args, self.device)[0]
-        except parallel.Stopped:
-            self.leave(step)
-        before = [(r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step]
-        if row.get("miou") != miou:
-            row["miou"] = miou
-            self.save(step, parts, miou)
-            if self.first and miou > max(before, default=(-1, 0))[0]:
+    def score(self, step, miou):
+        best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=None)
+        if self.rows[-1]["step"] != step:  # --log-every left it out
+            self.rows.append({"step": step})
+        self.rows[-1]["miou"] = miou
+        if self.first:
+            if best is None or miou > best[0]:
                 replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
             self.write_log()  # last: where a run is killed before, it evaluates again
         self.clock = time.monotonic(), step
-        other = ", best before {:.2f} at step {}".format(*max(before)) if before else ""
+        other = ", best before {:.2f} at step {}".format(*best) if best else ""
         tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")
+
+
+def warnings(rows, args):
+    """A line for each figure that the last row is the PATIENCE-th in a row to have outside HEALTHY."""
+    smooth, start = getattr(args, "d_smooth", 0), getattr(args, "semi_start", 0)
+    for name, (low, high, advice) in HEALTHY.items():
+        if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
+            low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
+        values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and (name != "kept" or r["step"] > start)]
+        ill = [not low <= value <= high for value in values]
+        if len(ill) >= PATIENCE and all(ill[-PATIENCE:]) and not all(ill[:-PATIENCE] or [False]):
+            yield (f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")

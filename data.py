@@ -1,9 +1,8 @@
-"""Pictures and labels: layouts, the split, the joint transform, the streams, and the generated set `shapes`.
+"""Pictures and labels: layouts, the split, the joint transform, the streams, batches on the device.
 
     python data.py {voc,cityscapes,camvid,shapes,check,split,bench} --help      (prepare.py)
 """
 import atexit
-import colorsys
 import contextlib
 import functools
 import hashlib
@@ -11,8 +10,8 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,31 +19,30 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
 import parallel
-from cli import InputError, launch, progress
+import shapes
+from cli import InputError, launch, writing
 
 IGNORE = 255
 VOC_ROOT = Path("data/VOC2012")
 SHAPES_ROOT = Path("data/shapes")
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-               "pottedplant sheep sofa train tvmonitor").split()
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 where pixels are normalised
-SHAPES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "triangle": (60, 90, 220),
-          "star": (230, 190, 40), "ring": (170, 70, 190)}
 PICTURES = (".jpg", ".jpeg", ".png")
-PICTURE_DIRS, LABEL_DIRS = ("JPEGImages", "img", "images"), ("SegmentationClassAug", "SegmentationClass", "cls", "labels")
+PICTURE_DIRS = ("JPEGImages", "img", "images")
+LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass", "cls", "labels")
 LIST_DIRS, TRAIN_LISTS = ("ImageSets/Segmentation", "lists", "."), ("train_aug", "trainaug", "train")
 
-# What a training takes where no flag says otherwise: the paper's settings, or what trains in minutes on a CPU. There D must be
+# What a training takes where no flag says otherwise: the paper's settings, or what trains in minutes on a CPU. There D is
 # slower: with the paper's rate it has won by step 60 (CamVid: `loss_d` 0.04), and hardly an unlabelled pixel is trusted.
 VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4,
                     d_lr=1e-4, d_smooth=0.0, lam_semi=0.1, scale=[0.5, 1.5], input_scale=1)
 CITYSCAPES_DEFAULTS = VOC_DEFAULTS | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
 SHAPES_DEFAULTS = VOC_DEFAULTS | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3,
-                       d_lr=3e-5, d_smooth=0.1, lam_semi=0.5, eval_every=160)
+                                      d_lr=3e-5, d_smooth=0.1, lam_semi=0.5, eval_every=160)
 
 
 class Label(NamedTuple):
@@ -70,6 +68,7 @@ class Data:
     picture_dir: Path
     label_dir: Path
     drawn: dict  # list -> ids, where the folder has no lists: see draw_lists
+    note: str  # for the start of a run's first line: that `shapes` stands in for VOC, or that lists were drawn
 
     def ids(self, *names):
         """The ids of the first list there is among `names`: one of the folder's, a drawn one, or a file of that path.
@@ -82,10 +81,11 @@ class Data:
                     return found
                 if found and found.is_file():
                     return read_ids(found)
-        advice = f", or let python data.py cityscapes --root {self.root}" if self.picture_dir.name == "leftImg8bit" else (
-            "" if (self.root / "classes.txt").is_file() else "; a folder of your own needs classes.txt as well")
-        raise InputError(f"{self.root / LIST_DIRS[0]}: no list {' or '.join(f'{n}.txt' for n in names)}; write one with an id "
-                         f"a line{advice}")
+        advice = "" if (self.root / "classes.txt").is_file() else "; a folder of your own needs classes.txt as well"
+        if self.picture_dir.name == "leftImg8bit":
+            advice = f", or let python data.py cityscapes --root {self.root}"
+        raise InputError(f"{self.root / LIST_DIRS[0]}: no list {' or '.join(f'{n}.txt' for n in names)}; write one with an "
+                         f"id a line{advice}")
 
     def train_ids(self):
         return self.ids(*TRAIN_LISTS)
@@ -93,51 +93,52 @@ class Data:
     def samples(self, ids, labels=True):
         """[(picture path, Label)] of `ids`, the Label None where none is wanted. Errors: InputError, not there."""
         for i in ids:
-            if i not in self.pictures:
-                raise InputError(f"{self.picture_dir}/{i}.jpg: not there, but id {i} is in a list; add it or drop the id")
-            if labels and i not in self.labels:
-                raise InputError(f"{self.label_dir}/{i}.png: not there, but id {i} is in a list; add it or drop the id")
-        return [(self.pictures[i], Label(self.labels[i], len(self.classes), self.colours) if labels else None) for i in ids]
+            for files, name in ((self.pictures, self.picture_dir / f"{i}.jpg"), (self.labels, self.label_dir / f"{i}.png")):
+                if i not in files and (labels or files is self.pictures):
+                    raise InputError(f"{name}: not there, but id {i} is in a list; add it or drop the id")
+        return [(self.pictures[i], Label(self.labels[i], len(self.classes), self.colours) if labels else None)
+                for i in ids]
 
 
 def open_data(root=None):
-    """The data set at `root`, or `shapes`, or, for None, VOC 2012 where it is there and `shapes` where not -> (Data, note).
+    """The data set at `root`, or `shapes`, or, for None, VOC 2012 where it is there and `shapes` where not -> Data.
 
-    The note, words for the start of a run's first line or "", says when `shapes` stands in for VOC and when lists were drawn.
     Errors: InputError.
     """
     note = ""
     if root is None and not any(find_list(VOC_ROOT, name) for name in TRAIN_LISTS[:2]):
         lack = f"has no {TRAIN_LISTS[0]}.txt" if VOC_ROOT.is_dir() else "is not there"
         note = f"{VOC_ROOT} {lack} (to get it: python data.py voc), so this run uses shapes; "
-    shapes = root == "shapes" or bool(note)
-    if shapes:
-        make_shapes(SHAPES_ROOT)
-    root = SHAPES_ROOT if shapes else Path(root or VOC_ROOT)
-    defaults = SHAPES_DEFAULTS if shapes else VOC_DEFAULTS
+    generated = root == "shapes" or bool(note)
+    root = SHAPES_ROOT if generated else Path(root or VOC_ROOT)
+    defaults = SHAPES_DEFAULTS if generated else VOC_DEFAULTS
+    if generated:
+        with writing(root):
+            shapes.make(root)
     picture_dir, label_dir = (next((root / d for d in dirs if (root / d).is_dir()), root)
                               for dirs in (PICTURE_DIRS, LABEL_DIRS))
     if (root / "leftImg8bit").is_dir():
         picture_dir, label_dir, defaults = root / "leftImg8bit", root / "gtFine", CITYSCAPES_DEFAULTS
         pictures = index_cityscapes(picture_dir, "_leftImg8bit.png")
-        labels = index_cityscapes(label_dir, "_gtFine_labelIds.png") | index_cityscapes(label_dir, "_gtFine_labelTrainIds.png")
+        labels = (index_cityscapes(label_dir, "_gtFine_labelIds.png")
+                  | index_cityscapes(label_dir, "_gtFine_labelTrainIds.png"))
     else:
         pictures, labels = index(picture_dir, PICTURES), index(label_dir, [".png"])
     if not pictures or not labels or picture_dir == root or label_dir == root:
-        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/*.png "
-                         "(or labels/), classes.txt and ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
+        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/"
+                         "*.png (or labels/), classes.txt and ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
     classes, palette, colours = read_classes(root / "classes.txt")
     drawn = {}
     if (root / "classes.txt").is_file() and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in pictures if i in labels]
         if len(pairs) < 2:
-            raise InputError(f"{label_dir}: {len(pairs)} of {len(pictures)} pictures in {picture_dir} have a label of the same "
-                             "name there; it takes 2")
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(pictures)} pictures in {picture_dir} have a label of the "
+                             "same name there; it takes 2")
         drawn, bare = draw_lists(pairs), len(pictures) - len(pairs)
         note = (f"{root} has no lists: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are val"
                 f"{f', {bare} have no label and are left out' if bare else ''}; ")
-    return Data("shapes" if shapes else str(root), root, classes, palette, colours, defaults, pictures, labels, picture_dir,
-                label_dir, drawn), note
+    return Data("shapes" if generated else str(root), root, classes, palette, colours, defaults, pictures, labels,
+                picture_dir, label_dir, drawn, note)
 
 
 def find_list(root, name):
@@ -150,50 +151,6 @@ def draw_lists(ids):
     ranked = sorted(ids, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())
     val = set(ranked[:math.ceil(len(ids) / 5)])
     return {"train": [i for i in ids if i not in val], "val": [i for i in ids if i in val]}
-
-
-def settle(args, defaults):
-    """Fill in the flags of a training that follow its data (`defaults`) and check them all. Errors: InputError."""
-    for name, value in defaults.items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
-    if args.stride is None:
-        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
-    for name in ("eval_every", "save_every"):
-        if getattr(args, name) is None:
-            setattr(args, name, max(1, args.iters // 10))
-    for name in ("iters", "batch_size", "accumulate", "log_every", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
-    if args.batch_size % (args.accumulate * parallel.WORLD):
-        raise InputError(f"--batch-size {args.batch_size}: it is shared out to {parallel.WORLD} processes x {args.accumulate} "
-                         "--accumulate; make it a multiple")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and not 0 <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: it must be a number of at least 0")
-    if args.decay_every < 0:
-        raise InputError(f"--decay-every {args.decay_every}: it must be at least 0")
-    if not all(0 <= beta < 1 for beta in [*getattr(args, "d_betas", []), getattr(args, "d_momentum", 0)]):
-        raise InputError("--d-betas, --d-momentum: they are in 0 .. 1, 1 left out")
-    if not 0 < args.scale[0] <= args.scale[1] < math.inf:
-        raise InputError(f"--scale {args.scale[0]} {args.scale[1]}: it is MIN MAX with 0 < MIN <= MAX")
-    if args.input_scale not in (1, 0.5, 0.25):
-        raise InputError(f"--input-scale {args.input_scale}: it is 1, 0.5 or 0.25")
-    if getattr(args, "semi_start", 0) is None:
-        args.semi_start = args.iters // 4
-    if getattr(args, "d_smooth", 0) >= 1:
-        raise InputError(f"--d-smooth {args.d_smooth}: it must be below 1")
-    if getattr(args, "semi_start", 0) < 0:
-        raise InputError(f"--semi-start {args.semi_start}: it must be at least 0")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed {args.seed}: it must be in 0 .. 2**63 - 1")
-    if args.workers < 0:
-        raise InputError(f"--workers {args.workers}: it must be at least 0")
-    if args.stride not in (8, 16) or (args.stride == 16 and args.backbone != "efficientnet_lite0"):
-        raise InputError(f"--stride {args.stride}: it is 8, or 16 with --backbone efficientnet_lite0")
-    if args.crop < 65 or (args.crop - 1) % args.stride:
-        best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
-        raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
 
 
 def index(folder, suffixes):
@@ -250,8 +207,9 @@ def read_classes(file):
             colour, words = tuple(map(int, words[-3:])), words[:-3]
         void = [w.lower() for w in words] == ["void"]
         if void and not colour or not void and " ".join(words) in names:
-            raise InputError(f"{file}: the line {line!r} " + ("has no colour R G B: void is no class, it is 255 in index labels"
-                                                              if void else "names a class a second time") + "; mend it")
+            why = "names a class a second time" if not void else (
+                "has no colour R G B: void is no class, it is 255 in index labels")
+            raise InputError(f"{file}: the line {line!r} {why}; mend it")
         if colour:
             colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if void else len(names)))
         if not void:
@@ -301,34 +259,39 @@ def folder_pictures(folder, samples):
     """
     if folder is None:
         return []
-    files = [Path(f"{at}/{name}") for at, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
+    files = [Path(f"{at}/{name}") for at, _, names in os.walk(folder, followlinks=True) for name in names
+             if name[0] != "."]
     known = {os.path.realpath(path) for path, _ in samples}
     found = [(str(f), None) for f in sorted(files) if f.suffix.lower() in PICTURES and os.path.realpath(f) not in known]
     if not found:
-        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder that the data set has not; name one that has")
+        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder that the data set has not; name one that "
+                         "has")
     return found
 
 
 @contextlib.contextmanager
 def reading(path):
-    """Errors: InputError naming `path` where PIL finds it missing, truncated or no picture."""
+    """Errors: InputError naming `path` where the file in there is missing, truncated or no picture, and no other."""
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "")
-        raise InputError(f"{path}: cannot be read ({why}); replace the file or drop its id from the list") from None
-
-
-def to_rgb(image):
-    if image.mode[0] in "IF":  # PIL would cut off what is above 255
-        raise ValueError(f"mode {image.mode}: convert it to 8 bits a channel")
-    return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's about odd metadata
+            yield
+    except InputError:
+        raise
+    except Exception as e:  # PIL raises nearly anything on a damaged file
+        why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "") or type(e).__name__
+        raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace the file or drop its id from the "
+                         "list") from None
 
 
 def read_picture(path):
-    """The picture at `path`, mode RGB. Errors: InputError."""
+    """The picture at `path`, a PIL image of mode RGB. Errors: InputError."""
     with reading(path):
-        return to_rgb(Image.open(path))
+        image = Image.open(path)
+        if image.mode[0] in "IF":  # PIL would cut off what is above 255
+            raise ValueError(f"mode {image.mode}: convert it to 8 bits a channel")
+        image.load()
+        return image.convert("RGB")
 
 
 def read_label(label, size):
@@ -336,25 +299,25 @@ def read_label(label, size):
     with reading(label.path):
         image = Image.open(label.path)
         image.load()
-    if image.size != size:
-        raise InputError(f"{label.path}: the label is {image.width}x{image.height}, its picture {size[0]}x{size[1]}; "
-                         "make them equal")
-    if image.mode in ("L", "P"):
-        ids = np.asarray(image)
-        if label.colours:
-            check_indices(image, label)
-        if label.path.endswith("_labelIds.png"):
-            ids = cityscapes_ids()[ids]
-    elif image.mode in ("RGB", "RGBA") and label.colours:
-        codes = np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-        ids = colour_ids(label.colours)[codes]
-        if (ids == 254).any():
-            code = codes[ids == 254][0]
-            raise InputError(f"{label.path}: colour {code >> 16} {code >> 8 & 255} {code & 255} is no class's; mend it or give "
-                             "it a line in classes.txt (NAME R G B, or void R G B where it does not count)")
-    else:
-        raise InputError(f"{label.path}: a label is an 8-bit index picture (mode L or P), or a colour picture where "
-                         f"classes.txt gives each class a colour of its own; this one is {image.mode}; convert it")
+        if image.size != size:
+            raise InputError(f"{label.path}: the label is {image.width}x{image.height}, its picture {size[0]}x{size[1]}; "
+                             "make them equal")
+        if image.mode in ("L", "P"):
+            ids = np.array(image)
+            if label.colours:
+                check_indices(image, label)
+            if label.path.endswith("_labelIds.png"):
+                ids = cityscapes_ids()[ids]
+        elif image.mode in ("RGB", "RGBA") and label.colours:
+            codes = np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
+            ids = colour_ids(label.colours)[codes]
+            if (ids == 254).any():
+                code = codes[ids == 254][0]
+                raise InputError(f"{label.path}: colour {code >> 16} {code >> 8 & 255} {code & 255} is no class's; mend it "
+                                 "or give it a line in classes.txt (NAME R G B, or void R G B where it does not count)")
+        else:
+            raise InputError(f"{label.path}: a label is an 8-bit index picture (mode L or P), or a colour picture where "
+                             f"classes.txt gives each class a colour of its own; this one is {image.mode}; convert it")
     if ((ids - np.uint8(label.num_classes)) < IGNORE - label.num_classes).any():  # wraps: ids num_classes .. 254
         value = ids[(ids >= label.num_classes) & (ids != IGNORE)][0]
         raise InputError(f"{label.path}: label value {value} is outside the {label.num_classes} classes "
@@ -392,49 +355,32 @@ def cityscapes_ids():
     return table
 
 
-def read_scaled(path, factor):
-    """The picture at `path` on its way to be scaled by `factor` -> ((3,h,w) uint8, its size (W,H), grid). Errors: InputError.
-
-    A JPEG comes decoded at 1/grid of its size, the smallest of 1, 1/2, 1/4, 1/8 that is not below `factor`; others whole.
-    """
-    grid = max(g for g in (1, 2, 4, 8) if g == 1 or g * factor <= 1)
-    if grid == 1:
-        try:
-            pixels = torchvision.io.decode_image(path, "RGB")  # faster than PIL, the same to the bit
-            if pixels.dtype == torch.uint8 and pixels.ndim == 3:
-                return pixels, tuple(pixels.shape[:0:-1]), 1
-        except (RuntimeError, AttributeError):  # PIL reads more, says better what is wrong; torchvision will drop its decoders
-            pass
-    with reading(path):
-        image = Image.open(path)
-        size = image.size
-        if 1 < grid <= min(size):
-            image.draft("RGB", (size[0] // grid, size[1] // grid))  # JPEGs only
-        pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    return pixels, size, 1 if image.size == size else grid
+def resize(pictures, size):
+    """(N,3,H,W) uint8 -> (N,3,h,w) uint8, bilinear; where it shrinks, over the area of a pixel."""
+    pictures = pictures.contiguous(memory_format=torch.channels_last)  # twice as fast as planes
+    return F.interpolate(pictures, size, mode="bilinear", antialias=True)
 
 
-def random_geometry(size, crop, factor, grid, draw):
+def random_geometry(size, crop, factor, draw):
     """A random crop and flip of a picture of `size` (W,H) that is scaled by `factor` -> (box, (w,h), flip).
 
-    `box`, in pixels of the picture shrunk by `grid`, becomes w x h pixels (at most crop x crop), mirrored where flip is set.
-    `draw` is a random.Random.
+    `box`, in pixels of the picture, becomes w x h pixels (at most crop x crop), mirrored where flip is set. `draw` is a
+    random.Random.
     """
     box, out = [0, 0, 0, 0], [0, 0]
     for axis in (0, 1):
         out[axis] = min(max(1, round(size[axis] * factor)), crop)
-        pixels = size[axis] // grid
-        span = min(pixels, max(1, round(out[axis] / factor / grid)))
-        box[axis] = draw.randint(0, pixels - span)
+        span = min(size[axis], max(1, round(out[axis] / factor)))
+        box[axis] = draw.randint(0, size[axis] - span)
         box[axis + 2] = box[axis] + span
     return tuple(box), tuple(out), draw.random() < 0.5
 
 
-def place_picture(pixels, geometry, canvas):
-    """(3,H,W) uint8 through a random_geometry onto a copy of `canvas`, (crop,crop,3), whose padding stays right and below."""
-    (left, top, right, bottom), (w, h), flip = geometry
-    box = pixels[None, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last)  # twice as fast as planes
-    box = F.interpolate(box, (h, w), mode="bilinear", antialias=True)
+def place_picture(picture, geometry, canvas):
+    """A PIL image through a random_geometry onto a copy of `canvas`, (crop,crop,3), whose padding stays right and below."""
+    box, (w, h), flip = geometry
+    pixels = torch.from_numpy(np.array(picture.crop(box)))  # (H,W,3)
+    box = resize(pixels.permute(2, 0, 1)[None], (h, w))
     box = (box.flip(3) if flip else box)[0].permute(1, 2, 0)
     if box.shape == canvas.shape:
         return box
@@ -443,11 +389,11 @@ def place_picture(pixels, geometry, canvas):
     return canvas
 
 
-def place_label(ids, geometry, grid, crop):
+def place_label(ids, geometry, crop):
     """(H,W) ids through their picture's random_geometry, the nearest pixel each: (crop,crop) uint8, 255 where padded."""
     (left, top, right, bottom), (w, h), flip = geometry
-    rows, columns = (grid * (first + (np.arange(n) + 0.5) * (last - first) / n)
-                     for first, last, n in ((top, bottom, h), (left, right, w)))
+    rows, columns = (first + (np.arange(n) + 0.5) * (last - first) / n for first, last, n in ((top, bottom, h),
+                                                                                         (left, right, w)))
     canvas = np.full((crop, crop), IGNORE, np.uint8)
     canvas[:h, :w] = ids[rows.astype(int)][:, columns.astype(int)[::-1 if flip else 1]]
     return torch.from_numpy(canvas)
@@ -458,7 +404,7 @@ class Stream(torch.utils.data.Dataset):
     less what does not fill a batch with --drop-last.
 
     With labels: ((crop,crop,3) uint8, (crop,crop) uint8 with 255 on padding). Without (Label None, no label file is
-    ever opened): ((crop,crop,3) uint8, (crop,crop) bool, False on padding).
+    ever opened): ((crop,crop,3) uint8, (crop,crop) bool, False on padding). Errors: InputError, no picture.
     """
 
     def __init__(self, samples, args, name):
@@ -467,6 +413,9 @@ class Stream(torch.utils.data.Dataset):
         self.scale = [s * args.input_scale for s in args.scale]
         self.key, self.order = f"{args.seed}/{name}", (None, None)
         self.epoch = len(samples) - (len(samples) % args.batch_size if args.drop_last else 0)
+        if not samples:
+            raise InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give more with "
+                             "--unlabelled")
         if not self.epoch:
             raise InputError(f"--drop-last: {len(samples)} {name} pictures are no batch of {args.batch_size}; leave it out")
 
@@ -479,35 +428,38 @@ class Stream(torch.utils.data.Dataset):
         path, label = self.samples[self.order[1][position]]
         draw = random.Random(f"{self.key}/draw {n}")
         factor = draw.uniform(*self.scale)
-        pixels, size, grid = read_scaled(path, factor)
-        geometry = random_geometry(size, self.crop, factor, grid, draw)
-        pixels = place_picture(pixels, geometry, self.canvas)
+        picture = read_picture(path)
+        geometry = random_geometry(picture.size, self.crop, factor, draw)
+        pixels = place_picture(picture, geometry, self.canvas)
         if label is None:
             (w, h), valid = geometry[1], torch.zeros(self.crop, self.crop, dtype=torch.bool)
             valid[:h, :w] = True
             return pixels, valid
-        return pixels, place_label(read_label(label, size), geometry, grid, self.crop)
+        return pixels, place_label(read_label(label, picture.size), geometry, self.crop)
 
 
-def batches(stream, args, done, device):
-    """Yield this process's part of each batch of a stream from update `done` to --iters, in --accumulate pieces.
+def batches(samples, name, args, done, device):
+    """Yield this process's part of each batch of the stream `name` from update `done` to --iters, on `device`.
 
-    Pictures are (B,3,crop,crop); the same whatever the number of workers, and the same a step for any number of processes.
+    (pictures (B,3,crop,crop) uint8, labels (B,crop,crop) uint8, or bool for samples without labels), the same whatever
+    the number of workers, and together the same for any number of processes. Errors: InputError.
     """
-    size = args.batch_size // (args.accumulate * parallel.WORLD)
+    stream, size = Stream(samples, args, name), args.batch_size // parallel.WORLD
     draws = [n for first in range(done * args.batch_size + size * parallel.RANK, args.iters * args.batch_size,
-                                  size * parallel.WORLD) for n in range(first, first + size)]
+                                  args.batch_size) for n in range(first, first + size)]
     for pixels, other in loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"):
-        yield pixels.permute(0, 3, 1, 2), other  # channels last in memory: no plane is ever moved
+        pictures = pixels.permute(0, 3, 1, 2)  # channels last in memory: no plane is ever moved
+        yield pictures.to(device, non_blocking=True), other.to(device, non_blocking=True)
 
 
 def loader(dataset, workers, **more):
     """A DataLoader that draws nothing from the run's generator, and whose workers leave signals to the script."""
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=deaf, generator=torch.Generator(), **more)
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=leave_signals,
+                                       generator=torch.Generator(), **more)
 
 
-def deaf(_):
-    """A loader's worker leaves SIGTERM and SIGINT, which a whole group of processes gets, to the script."""
+def leave_signals(_):
+    """SIGTERM and SIGINT, which a whole group of processes gets, are the script's to answer."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -522,10 +474,10 @@ def end_workers():
 
 
 class Whole(torch.utils.data.Dataset):
-    """Whole pictures for evaluation: ((3,H,W) uint8, (H,W) uint8), padded on the right and below to `multiple`*k+1."""
+    """Whole pictures for evaluation: (what the net sees (3,h,w) uint8, label (H,W) uint8 with 255 on padding)."""
 
-    def __init__(self, samples, multiple):
-        self.samples, self.multiple = samples, multiple
+    def __init__(self, samples, args):
+        self.samples, self.args = samples, args
 
     def __len__(self):
         return len(self.samples)
@@ -533,103 +485,24 @@ class Whole(torch.utils.data.Dataset):
     def __getitem__(self, i):
         picture = read_picture(self.samples[i][0])
         label = read_label(self.samples[i][1], picture.size)
-        return pad(picture, self.multiple, PADDING).permute(2, 0, 1), pad(Image.fromarray(label), self.multiple, IGNORE)
+        pixels, size = for_net(picture, self.args)
+        return pixels, F.pad(torch.from_numpy(label), (0, size[1] - label.shape[1], 0, size[0] - label.shape[0]), value=IGNORE)
 
 
-def pad(image, multiple, fill):
-    """A PIL image as a uint8 tensor, grown on the right and below to `multiple`*k+1."""
-    w, h = (math.ceil((n - 1) / multiple) * multiple + 1 for n in image.size)
-    canvas = Image.new(image.mode, (w, h), fill)
-    canvas.paste(image, (0, 0))
-    return torch.from_numpy(np.array(canvas))
+def for_net(picture, args):
+    """A PIL image padded on the right and below and shrunk as a net trained with `args` takes it -> ((3,h,w) uint8, (H,W)).
 
-
-def make_shapes(root):
-    """Write the generated set to `root` in VOC layout unless it is there: 400 training and 100 validation pictures, 128x128.
-
-    Errors: InputError where it cannot be written.
+    h and w are stride*k+1, and (H,W), stride/input_scale*k+1, is the padded picture's own size: the corners of both grids
+    and of the logits' coincide.
     """
-    if root.is_dir():
-        return
-    part = root.with_name(f"{root.name}.{os.getpid()}")
-    try:
-        for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
-            (part / folder).mkdir(parents=True)
-        (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in SHAPES.items()))
-        _, palette, _ = read_classes(part / "classes.txt")
-        for name, count in (("train", 400), ("val", 100)):
-            ids = [f"{name}_{n:03d}" for n in range(count)]
-            for i in progress(ids, count, f"drawing {root}, {name}"):
-                picture, label = draw_shapes(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
-                label.putpalette(palette)
-                picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
-                label.save(part / "SegmentationClassAug" / f"{i}.png")
-            (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        os.rename(part, root)
-    except OSError as e:
-        if not root.is_dir():  # another process was faster: its set is the same
-            raise InputError(f"{root}: the generated set cannot be written ({e.strerror})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def texture(rng, size, hue, saturation):
-    """Stripes, checks or blotches in two tones of a hue (0..1), (size,size,3) float32 in 0..255."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size
-    angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    if kind == 0:
-        mix = np.sin(2 * np.pi * waves * u) > 0
-    elif kind == 1:
-        mix = (np.sin(2 * np.pi * waves * u) > 0) ^ (np.sin(2 * np.pi * waves * v) > 0)
-    else:
-        coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
-        mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
-    tones = [colorsys.hsv_to_rgb(hue % 1, saturation, value) for value in rng.uniform(0.3, 1, 2)]
-    first, second = 255 * np.array(tones, np.float32)
-    return first + (second - first) * mix[..., None]
-
-
-def outline(kind, rng):
-    """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind 0 is a blob, which counts as ground."""
-    corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
-    angle = np.arange(corners) * 2 * np.pi / corners
-    radius = np.ones(corners)
-    if kind == "star":
-        radius[1::2] = 0.45
-    elif kind == "ground":
-        for wave in (2, 3, 5):
-            radius -= 0.12 * (1 + np.sin(wave * angle + rng.uniform(0, 2 * np.pi)))
-    angle = angle + rng.uniform(0, 2 * np.pi)
-    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
-
-
-def draw_shapes(rng, size=128):
-    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
-
-    A class has an outline for certain and a hue more often than not: its neighbours' hues reach into its own, and blobs,
-    which count as ground, have any.
-    """
-    picture, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
-    kinds = list(SHAPES)
-    for _ in range(rng.randint(2, 6)):
-        number = rng.randint(len(kinds))
-        kind, centre, radius = kinds[number], rng.uniform(16, size - 16, 2), rng.uniform(18, 44)
-        hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
-        mask = Image.new("L", (size, size))
-        pen = ImageDraw.Draw(mask)
-        corners = outline(kind, rng)
-        pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
-        if kind == "ring":
-            pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
-        inside = np.array(mask) > 0
-        picture = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), picture)
-        label[inside] = number
-        grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-        label[grown & ~shrunk] = IGNORE
-    light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
-    picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")
+    multiple = round(args.stride / args.input_scale)
+    steps = [math.ceil((n - 1) / multiple) for n in (picture.height, picture.width)]
+    padded = Image.new("RGB", [multiple * k + 1 for k in reversed(steps)], PADDING)
+    padded.paste(picture)
+    pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1)
+    if args.input_scale != 1:
+        pixels = resize(pixels[None], [args.stride * k + 1 for k in steps])[0]
+    return pixels, (padded.height, padded.width)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import cli
+import common
 import data
 import model
 import parallel
 from csrc import ops
+from flags import WHOLE
 
 
 def flags():
@@ -31,45 +33,48 @@ def flags():
     p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
-    p.add_argument("--workers", type=int, default=2, help="loader processes; 0 loads in this process")
+    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes; 0 loads in this process")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     return p
 
 
-def predict(seg, pictures, args):
-    """Logits (N,K,h,w) of uint8 pictures (N,3,H,W) padded to stride / input_scale * k+1; `args` are the training's."""
-    x = seg.normalise(pictures)
-    if args.input_scale != 1:
-        size = [round((n - 1) * args.input_scale) + 1 for n in x.shape[2:]]
-        x = F.interpolate(x, size, mode="bilinear", align_corners=True, antialias=True)
-    with model.autocast(args.amp, x.device, args.backbone):
-        return seg(x)
+def predict(seg, pictures, args, device):
+    """Logits (N,K,h,w) of what data.for_net gave, pictures (N,3,h,w) uint8; `args` are the training's."""
+    with model.autocast(args.amp, device, args.backbone):
+        return seg(seg.normalise(pictures.to(device)))
 
 
 @torch.inference_mode()
+@torch.compiler.set_stance("force_eager")  # sizes vary
 def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
-    Several processes share the samples out and sum their matrices: every picture counts once. write(index, class ids (H,W)
-    uint8 on the CPU), if given, gets every prediction of this process; padding is still on it.
+    Several processes share the samples out and sum their matrices: every picture counts once. write(index, class ids
+    (H,W) uint8 on the CPU), if given, gets every prediction of this process; padding is still on it. (None, None) where a
+    signal to stop breaks it off.
     """
-    seg = model.for_inference(seg, model.compute_dtype(args.amp, device, args.backbone))
+    parallel.broadcast_buffers(seg)
+    was_training = seg.training
+    seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    whole = data.Whole(samples[parallel.RANK::parallel.WORLD], round(args.stride / args.input_scale))
-    pairs = cli.progress(data.loader(whole, args.workers), len(whole), "evaluation")
-    for i, (picture, target) in enumerate(pairs):  # (1,3,H,W), (1,H,W) uint8
-        logits = predict(seg, picture.to(device), args)  # (1,K,h,w)
+    whole = data.Whole(samples[parallel.RANK::parallel.WORLD], args)
+    pairs = cli.progress(data.loader(whole, args.workers, batch_size=1), len(whole), "evaluation")
+    for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
+        if parallel.heard:
+            break
+        logits = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
         ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
         ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
         if write:
             write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
-    return ops.mean_iou(parallel.total(matrix))
+    seg.train(was_training)
+    return (None, None) if parallel.stopping() else ops.mean_iou(parallel.total(matrix))
 
 
 def palette_png(ids, size, palette):
     """Class ids (H,W) without their padding as a mode P picture; size is (W,H)."""
-    image = Image.fromarray(ids[:size[1], :size[0]].contiguous().numpy()).convert("P")
+    image = Image.fromarray(np.asarray(ids)[:size[1], :size[0]]).convert("P")
     image.putpalette(palette)
     return image
 
@@ -106,11 +111,9 @@ def overview(rows):
 def main(args):
     checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
     seg, classes = model.build_segmenter(checkpoint, args.ckpt), checkpoint["classes"]
-    trained = argparse.Namespace(**{"data": None, "amp": None, "input_scale": 1} | checkpoint["args"])
-    trained.workers, trained.amp = args.workers, trained.amp if args.amp is None else args.amp
+    now = {"workers": args.workers} | ({} if args.amp is None else {"amp": args.amp})
+    trained = argparse.Namespace(**{"data": None, "amp": None, "input_scale": 1} | checkpoint["args"] | now)
     out = cli.folder("--out", args.out) if args.out else None
-    if args.workers < 0:
-        raise cli.InputError(f"--workers {args.workers}: it must be at least 0")
     if args.json and not Path(args.json).parent.is_dir():
         raise cli.InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
     if args.images:
@@ -118,15 +121,15 @@ def main(args):
             raise cli.InputError("--images: name a folder for the predictions with --out")
         return predict_images(seg, args, trained, out)
 
-    dataset, note = data.open_data(args.data or trained.data)
+    dataset = data.open_data(args.data or trained.data)
     if len(dataset.classes) != len(classes):
-        raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; "
-                                "name the data it was trained on with --data")
-    if classes != dataset.classes and classes[0] != "class 0":
-        note += f"{dataset.root} names its classes otherwise than {args.ckpt}; "
+        raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has "
+                             f"{len(dataset.classes)}; name the data it was trained on with --data")
+    other = f"{dataset.root} names its classes otherwise than {args.ckpt}; " if classes != dataset.classes and (
+        classes[0] != "class 0") else ""
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
-    device = parallel.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
+    device = common.announce(f"{dataset.note}{other}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
     rows, shown = [], max(1, len(ids) // (8 * parallel.WORLD))
 
     def write(i, prediction):
@@ -135,7 +138,7 @@ def main(args):
         with cli.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
         if i // parallel.WORLD % shown == 0 and len(rows) < 8:
-            label = torch.from_numpy(data.read_label(samples[i][1], picture.size).copy())
+            label = data.read_label(samples[i][1], picture.size)
             rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
 
     with drafts_of(out) as drafts:
@@ -167,15 +170,14 @@ def predict_images(seg, args, trained, out):
         if Path(path).resolve() == (out / f"{stem}.png").resolve():
             raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
         data.read_picture(path)  # all are sound before one is predicted
-    device = parallel.announce(f"data {len(stems)} pictures of --images", args.gpu)
-    seg = model.for_inference(seg.to(device), model.compute_dtype(trained.amp, device, trained.backbone))
-    multiple = round(trained.stride / trained.input_scale)
+    device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
+    seg = seg.to(device)
     mine = [*zip(args.images, stems)][parallel.RANK::parallel.WORLD]
     with drafts_of(out) as drafts:
         for path, stem in cli.progress(mine, len(mine), "prediction"):
             picture = data.read_picture(path)
-            pixels = data.pad(picture, multiple, data.PADDING).permute(2, 0, 1)[None].to(device)  # (1,3,H,W)
-            ids = ops.upsample_argmax(predict(seg, pixels, trained), pixels.shape[2:])[0].cpu()
+            pixels, size = data.for_net(picture, trained)
+            ids = ops.upsample_argmax(predict(seg, pixels[None], trained, device), size)[0].cpu()
             with cli.writing(f"--out {out}"):
                 palette_png(ids, picture.size, trained.palette).save(drafts / f"{stem}.png")
         parallel.total(torch.zeros(1))  # no file moves before all processes have drawn theirs

@@ -1,5 +1,4 @@
-"""The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the losses on D."""
-import copy
+"""The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the loss on D."""
 import re
 from collections import OrderedDict
 from functools import partial
@@ -10,10 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import Conv2dNormActivation
 
+import parallel
 from cli import InputError
+from csrc import ops
 from data import VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # DeepLabv2 trained on MS-COCO, what --init coco reads
@@ -209,22 +209,6 @@ def autocast(amp, device, net):
     return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(amp, device, net) == torch.bfloat16)
 
 
-def for_inference(seg, dtype):
-    """A copy of a segmenter that predicts the same, but for rounding, and faster: batch norm is folded into the convolutions
-    before it, whose weights and biases are cast to `dtype` once, where autocast would cast them for every picture."""
-    seg = copy.deepcopy(seg).eval()
-    for parent in [*seg.modules()]:
-        children = [*parent.named_children()]
-        for (conv_name, conv), (bn_name, bn) in zip(children, children[1:]):
-            if isinstance(bn, nn.modules.batchnorm._BatchNorm):
-                setattr(parent, conv_name, fuse_conv_bn_eval(conv, bn))
-                setattr(parent, bn_name, nn.Identity())
-    for module in seg.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype)
-    return seg
-
-
 def seg_optimizer(seg, args):
     """SGD: the backbone at --lr, the classifier and learned upsampling at --head-lr times that; frozen parameters left out."""
     backbone = [p for p in seg.backbone.parameters() if p.requires_grad]
@@ -305,7 +289,7 @@ def translate(theirs):
     return {"seg": seg, "args": args, "classes": names, "step": 0}
 
 
-def fit(seg, theirs, where, new_classifier=False):
+def load_weights(seg, theirs, where, new_classifier=False):
     """Load weights that have to be `seg`'s, but for branches that it has not and, if allowed, a classifier for other classes.
 
     Errors: InputError that lists the keys which are missing, left over or of another shape.
@@ -342,7 +326,7 @@ def build_segmenter(checkpoint, path):
                         args["aspp_branches"], args["upsample"], args["caffe"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise InputError(f"--ckpt {path}: no net can be made of its args; train again") from None
-    fit(seg, checkpoint["seg"], f"--ckpt {path}")
+    load_weights(seg, checkpoint["seg"], f"--ckpt {path}")
     return seg.eval()
 
 
@@ -355,42 +339,53 @@ def load_segmenter(path):
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
 
-def new_segmenter(args, num_classes):
-    """The DeepLabV2 that a training's flags ask for. Where its weights come from sets args.caffe, and args.norm for None.
-
-    Errors: InputError where --init cannot be read or does not fit.
-    """
-    start = None
-    if args.init == "coco" and not COCO_FILE.is_file():
+def start_weights(init):
+    """The checkpoint that --init names, None for imagenet and none. Errors: InputError where it cannot be read."""
+    if init in ("imagenet", "none"):
+        return None
+    if init == "coco" and not COCO_FILE.is_file():
         raise InputError(f"--init coco: {COCO_FILE} is not there; put the file in that place or name it with --init FILE")
-    if args.init not in ("imagenet", "none"):
-        where = f"--init {args.init}"
-        start = read_checkpoint(COCO_FILE if args.init == "coco" else args.init, "--init")
-    origin = start["args"] if start else OLDER
-    args.caffe, args.norm = bool(origin["caffe"]), args.norm or origin["norm"]
-    if args.norm not in ("imagenet", "caffe", "none"):
-        raise InputError(f"{where}: its args do not name a net of this repository; name another file")
-    seg = DeepLabV2(args.backbone, num_classes, args.stride, args.init if start is None else "none", args.bn, args.norm,
+    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init")
+
+
+def origin(init):
+    """(caffe, norm) of the net that the start weights come from, as DeepLabV2 takes them. Errors: InputError."""
+    args = (start_weights(init) or {"args": OLDER})["args"]
+    if args["norm"] not in ("imagenet", "caffe", "none"):
+        raise InputError(f"--init {init}: its args do not name a net of this repository; name another file")
+    return bool(args["caffe"]), args["norm"]
+
+
+def new_segmenter(args, num_classes):
+    """The DeepLabV2 that a training's settled flags ask for. Errors: InputError where the start weights do not fit."""
+    start = start_weights(args.init)
+    seg = DeepLabV2(args.backbone, num_classes, args.stride, "none" if start else args.init, args.bn, args.norm,
                     args.aspp_branches, args.upsample, args.caffe)
     if start:
-        fit(seg, start["seg"], where, new_classifier=True)
-        if args.init != "coco" and args.caffe and origin["aspp_branches"] < args.aspp_branches:
-            print(f"{where}: if this is the authors', only 2 of its branches were trained; give --aspp-branches 2")
+        load_weights(seg, start["seg"], f"--init {args.init}", new_classifier=True)
+        if args.init != "coco" and args.caffe and start["args"]["aspp_branches"] < args.aspp_branches:
+            print(f"--init {args.init}: if this is the authors', only 2 of its branches were trained; give "
+                  "--aspp-branches 2")
     return seg
 
 
-def one_hot(target, num_classes, dtype=torch.float32):
-    """Labels (N,H,W) as the discriminator's real input (N,K,H,W): ones at the class, all zeros at 255."""
+def one_hot(target, num_classes, dtype=None):
+    """Labels (N,H,W) as the discriminator's real input (N,K,H,W): ones at the class, all zeros at 255.
+
+    In the active autocast's dtype unless given, else float32.
+    """
     classes = torch.arange(num_classes, dtype=target.dtype, device=target.device)
-    return (target[:, None] == classes[:, None, None]).to(dtype)
+    return (target[:, None] == classes[:, None, None]).to(dtype or ops.autocast_dtype(target, torch.float32))
 
 
 def bce(d_logits, real, valid):
     """Binary cross entropy of the discriminator's logits against one answer for all pixels, a float32 scalar.
 
-    d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool, and the mean is over its True pixels (0 if there are none).
-    real: 1 for a label map, 0 for a prediction, 0.9 for a label map with smoothing 0.1. Hung et al. 2018, eq. 1 and 4.
+    d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool, and the mean is over the True pixels of all processes, see
+    parallel.mean (0 if there are none). real: 1 for a label map, 0 for a prediction, 0.9 for a label map with smoothing 0.1.
+    Hung et al. 2018, eq. 1 and 4.
     """
     upsampled = F.interpolate(d_logits.float(), valid.shape[1:], mode="bilinear", align_corners=True)[:, 0]  # (N,H,W)
     loss = F.binary_cross_entropy_with_logits(upsampled, torch.full_like(upsampled, real), reduction="none")
-    return (loss * valid).sum() / valid.sum().clamp(min=1)
+    count = valid.sum()
+    return parallel.mean((loss * valid).sum() / count.clamp(min=1), count)

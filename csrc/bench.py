@@ -1,31 +1,34 @@
 """Time and peak memory of each operator against its reference and against the best eager PyTorch, as a Markdown table.
 
-    python csrc/bench.py [--json FILE]       the operators, about 10 minutes on two cores
-    python csrc/bench.py step [--json FILE]  steps of the trainings and evaluation, and several processes, about 15 minutes
-    python csrc/bench.py --device cuda       the operators on a GPU, against their floors (bench_cuda.py)
+    python csrc/bench.py [--json FILE]   about 10 minutes on two cores
+    python csrc/bench.py --device cuda   on a GPU, against the floors of bench_cuda.py
 
-The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16; malloc keeps its memory,
-so no time goes to page faults. All are run in turn in one process, results compared first; figures are medians of rounds, in
-which what is short is called for 5 ms. Peak memory is of a process of its own.
+The best eager PyTorch upsamples once, takes argmax as max(1).indices and counts pairs of ids as int16. malloc keeps its
+memory, so that no time goes to page faults. Results are compared first; then all paths run in turn in one process, and
+figures are medians over rounds, in which a short call is repeated for 5 ms. Peak memory is of a process of its own.
 """
+import ctypes
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-# glibc reads these when a process starts
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 40), "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+         "MALLOC_TOP_PAD_": str(1 << 28)}
+if __name__ == "__main__" and sys.platform == "linux" and not TUNED.keys() <= os.environ.keys():
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)  # glibc reads them when a process starts
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from cli import InputError, Parser, commit, launch  # noqa: E402
-from csrc import bench_cuda, bench_step, ops  # noqa: E402
+from csrc import bench_cuda, ops  # noqa: E402
 from csrc.bench_cases import cases, ids_case  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W
@@ -33,13 +36,15 @@ PLAIN = (4, 21, 321, 321)
 
 
 def check(paths, dtype=None):
-    """That all paths agree (eager half types agree with nothing)."""
-    results = {name: f() for name, f in paths.items() if name in ("ours", "reference") or dtype in (None, torch.float32)}
+    """Errors: InputError where two paths disagree (eager half types agree with nothing)."""
+    exact = dtype in (None, torch.float32)
+    results = {name: f() for name, f in paths.items() if name in ("ours", "reference") or exact}
     for name, result in results.items():
         for ours, theirs in zip(results["ours"], result):
-            least = 6e-8 if ours.dtype == torch.float16 else 0  # a step of what is almost 0
-            if not torch.allclose(ours.double(), theirs.double(), atol=2e-2 * theirs.double().abs().max() + least, rtol=2e-2):
-                raise InputError(f"ours and {name} differ by {(ours.double() - theirs.double()).abs().max():.2g}")
+            ours, theirs, half = ours.double(), theirs.double(), ours.dtype == torch.float16
+            least = 6e-8 if half else 0  # a step of what is almost 0
+            if not torch.allclose(ours, theirs, atol=2e-2 * theirs.abs().max() + least, rtol=2e-2):
+                raise InputError(f"ours and {name} differ by {(ours - theirs).abs().max():.2g}")
 
 
 def timed(paths, seconds, dtype=None):
@@ -67,40 +72,34 @@ def exponential_floor():
 
 
 def peak(case, operator, path):
-    """[bytes] that one call adds"""
-    found = []
+    """Bytes that one call adds to what this process holds, at the most."""
+    def largest():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cases(1, 3, 5, 33, torch.float32)[operator][path]()  # loads what has to be loaded
     f = cases(*case, torch.float32)[operator][path]
-    with bench_step.growth(found):
-        f()
-    return found
+    ctypes.CDLL(None).malloc_trim(0)
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    ballast = np.ones(max(0, largest() - now), np.uint8)  # fills this process up to its largest size so far
+    before = largest()
+    f()
+    added = largest() - before
+    del ballast
+    return added
 
 
-ALONE = {"peak": peak, "step_peak": bench_step.step_peak, "step_seconds": bench_step.step_seconds}
-
-
-def alone(function, *args, processes=None):
-    """What a function of ALONE gives in a process of its own, whose memory goes back when it is freed, or in several."""
-    command = [sys.executable, __file__, function, json.dumps(args)]
-    env = {name: str(1 << 14) for name in TUNED}
-    if processes:
-        command[1:1] = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29499"]
-        env = {"OMP_NUM_THREADS": str(os.cpu_count() // processes)}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | env)
-    return json.loads(done.stdout)
+def peak_alone(case, operator, path):
+    """`peak` in a process of its own, whose malloc gives memory back when it is freed."""
+    words = [sys.executable, __file__, "peak", json.dumps([case, operator, path])]
+    env = os.environ | dict.fromkeys(TUNED, str(1 << 14))
+    return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env=env).stdout)
 
 
 def flags():
     p = Parser(__doc__)
-    p.add_argument("what", nargs="?", choices=["ops", "step"], default="ops")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the operators run (default cpu)")
     p.add_argument("--json", metavar="FILE", help="write the figures there")
-    p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids`, `321, 321` or `semi`")
+    p.add_argument("--only", default="", metavar="TEXT", help="only lines with TEXT, as in `ids` or `321, 321`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each operator (default 6)")
-    p.add_argument("--iters", type=int, default=40, help="steps of each training (default 40)")
-    p.add_argument("--backbones", nargs="+", default=["resnet18", "efficientnet_lite0"], help="of `step` (default resnet18 "
-                   "efficientnet_lite0)")
-    p.add_argument("--processes", nargs="+", type=int, default=[1, 2], help="of `step` (default 1 2); they share the cores")
     return p
 
 
@@ -117,7 +116,7 @@ def main(args):
         print(torch.cuda.get_device_name() + "\n")
         about["rows"] = bench_cuda.table(args, [*SIZES, PLAIN], cases, check)
     else:
-        about["rows"] = bench_step.table(args, alone) if args.what == "step" else operator_table(args) + ids_table(args)
+        about["rows"] = operator_table(args) + ids_table(args)
     if args.json:
         Path(args.json).write_text(json.dumps(about, indent=1) + "\n")
 
@@ -129,12 +128,13 @@ def operator_table(args):
     for case in [*SIZES, PLAIN]:
         for dtype in (torch.float32, torch.bfloat16):
             for operator, paths in cases(*case, dtype).items() if args.only in f"{case} {dtype} ops" else ():
-                rows.append(line(operator, case, dtype, timed(paths, args.seconds, dtype), dtype == torch.float32))
+                times = timed(paths, args.seconds, dtype)
+                rows.append(line(operator, case, dtype, times, dtype == torch.float32))
     if rows and rows[0]["operator"] == "cross entropy, labels":
         (n, k, _, size), ours = rows[0]["case"], rows[0]["ours"]
         floor = exponential_floor() * n * k * size * size
-        print(f"\nFirst row: {ours * 1e3:.1f} ms; its {n * k * size * size / 1e6:.1f} M exponentials alone, by torch.exp: "
-              f"{floor * 1e3:.1f} ms, ratio {ours / floor:.2f}")
+        print(f"\nFirst row: {ours * 1e3:.1f} ms; its {n * k * size * size / 1e6:.1f} M exponentials alone, by "
+              f"torch.exp: {floor * 1e3:.1f} ms, ratio {ours / floor:.2f}")
         rows.append({"operator": "exponentials of the first row", "ours": floor})
     return rows
 
@@ -157,18 +157,16 @@ def line(operator, case, dtype, times, memory):
     n, k, h, size = case
     row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], **times}
     for path in ("ours", "eager") if memory else ():
-        row[f"memory_{path}"] = alone("peak", case, operator, path)[0] / (4 * n * k * size * size)
+        row[f"memory_{path}"] = peak_alone(case, operator, path) / (4 * n * k * size * size)
     cells = [f"{times[name] / times['ours']:.1f}x" if name in times else "" for name in ("reference", "eager")]
     share = f"{100 * row['memory_ours']:.1f} / {100 * row['memory_eager']:.0f}" if memory else ""
-    print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {times['ours'] * 1e3:.2f} | {' | '.join(cells)} | "
-          f"{share} |", flush=True)
+    print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {times['ours'] * 1e3:.2f} "
+          f"| {' | '.join(cells)} | {share} |", flush=True)
     return row
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in ALONE:
-        result = ALONE[sys.argv[1]](*json.loads(sys.argv[2]))
-        sys.exit(result is not None and print(json.dumps(result)))
-    if sys.platform == "linux" and not TUNED.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)
-    launch(main, flags)
+    if sys.argv[1:2] == ["peak"]:
+        print(peak(*json.loads(sys.argv[2])))
+    else:
+        launch(main, flags)

@@ -51,7 +51,8 @@ def cases(n, k, h, size, dtype, seed=0, device="cpu"):
     argmax = dict(confidence=conf, threshold=0.5, size=(size, size))
     ce, ce_reference = ops.masked_cross_entropy, ops.masked_cross_entropy_reference
     found = {
-        "cross entropy, labels": dict(ours=first_of(ce, label), reference=first_of(ce_reference, label), eager=eager_labels),
+        "cross entropy, labels": dict(ours=first_of(ce, label), reference=first_of(ce_reference, label),
+                                      eager=eager_labels),
         "cross entropy, argmax": dict(ours=first_of(ce, **argmax), reference=first_of(ce_reference, **argmax),
                                       eager=eager_argmax)}
     if not same:
@@ -74,7 +75,7 @@ def cases(n, k, h, size, dtype, seed=0, device="cpu"):
 
 
 def ids_case(side, n=10, k=21, size=321):
-    """uint8 ids and labels with blocks of side x side pictures' sizes, 5 % of the labels void. {way: f}, to count them."""
+    """{way: f} to count uint8 ids and labels, each picture of side x side blocks, 5 % of the labels void."""
     g = torch.Generator().manual_seed(0)
     label, guess = (F.interpolate(torch.randint(0, k, (n, 1, side, side), generator=g).float(), (size, size))[:, 0]
                     .to(torch.uint8) for _ in range(2))
@@ -84,8 +85,11 @@ def ids_case(side, n=10, k=21, size=321):
     def part(counts):  # label 255 has rows of its own
         return (torch.as_tensor(counts[:k * k]).view(k, k),)
 
+    def bincount(pairs):
+        return part(torch.bincount(pairs.flatten(), minlength=256 * k))
+
     return {"ours": lambda: (ops.confusion_matrix(guess, label, k),),
             "reference": lambda: (ops.confusion_matrix_reference(guess, label, k),),
-            "bincount": lambda: part(torch.bincount((long * k + wide).flatten(), minlength=256 * k)),
-            "bincount of int16": lambda: part(torch.bincount((label.to(torch.int16) * k + guess).flatten(), minlength=256 * k)),
+            "bincount": lambda: bincount(long * k + wide),
+            "bincount of int16": lambda: bincount(label.to(torch.int16) * k + guess),
             "numpy": lambda: part(np.bincount((a.astype(np.uint16) * k + b).ravel(), minlength=256 * k))}

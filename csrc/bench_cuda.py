@@ -1,9 +1,9 @@
 """Each operator on a GPU: time against its floor, the best eager PyTorch and torch.compile: `bench.py --device cuda`.
 
-The floor is the larger of what the bytes take that have to be moved at least, and what an exponential for each pixel and class
-takes of those units (16 a clock and multiprocessor; confusion matrices need none), by the device's clocks. Calls are captured
-in CUDA graphs, so that times are the GPU's alone (eager PyTorch's confusion matrix synchronises and is not). What fits stays in
-the L2 cache.
+The floor is the larger of two times, by the device's clocks: to move the bytes that have to be moved at least, and to
+compute an exponential for each pixel and class (16 a clock and multiprocessor; confusion matrices need none). Calls are
+captured in CUDA graphs, so that times are the GPU's alone; eager PyTorch's confusion matrix synchronises and cannot be
+captured. What fits stays in the L2 cache.
 """
 import statistics
 import time
@@ -14,13 +14,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def floor(operator, case, dtype, gpu):
-    """(seconds, "bytes" or "exponentials") of an operator on `gpu`, the properties that torch gives; labels are uint8."""
+    """(seconds, "bytes" or "exponentials") on `gpu`, the properties that torch gives; labels are uint8."""
     n, k, h, size = case
     low, full, pixels, item = n * k * h * h, n * k * size * size, n * size * size, dtype.itemsize
     moved = {"cross entropy, labels": low * (item + 4) + pixels, "cross entropy, argmax": low * (item + 4),
-             "upsample_softmax": low * (2 * item + 4) + 2 * full * item, "confusion matrix, logits": low * item + pixels}
+             "upsample_softmax": low * (2 * item + 4) + 2 * full * item,
+             "confusion matrix, logits": low * item + pixels}
     if h == size:  # read twice, written once; the denominator's logarithm and the label between
-        moved = {"cross entropy, labels": 3 * full * item + 11 * pixels, "cross entropy, argmax": 3 * full * item + 10 * pixels}
+        moved = {"cross entropy, labels": 3 * full * item + 11 * pixels,
+                 "cross entropy, argmax": 3 * full * item + 10 * pixels}
     bandwidth = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
     exponentials = 0 if operator.startswith("confusion") else full
     return max((moved[operator] / bandwidth, "bytes"),
@@ -68,19 +70,24 @@ def peak(f):
 
 
 def table(args, sizes, cases, check):
-    """Print the table; -> its rows. cases(*case, dtype, device) as in bench.py; check(paths) raises where two disagree."""
+    """Print the table; -> its rows. cases(*case, dtype, device) and check(paths) are those of bench.py."""
     gpu, rows = torch.cuda.get_device_properties(0), []
     print("| operator | input | dtype | ours, us | floor, us | ours / floor | best eager | torch.compile "
           "| extra memory, ours / eager, % |\n|---|---|---|---|---|---|---|---|---|")
     for case in sizes:
         for dtype in DTYPES:
-            for operator, paths in cases(*case, dtype, device="cuda").items() if args.only in f"{case} {dtype} ops" else ():
+            if args.only not in f"{case} {dtype} ops":
+                continue
+            for operator, paths in cases(*case, dtype, device="cuda").items():
                 check(paths, dtype)
                 del paths["reference"]
                 (n, k, h, size), (least, bound) = case, floor(operator, case, dtype, gpu)
-                memory = [100 * peak(paths[name]) / (dtype.itemsize * n * k * size * size) for name in ("ours", "eager")]
-                times = time_all(paths, args.seconds, lambda name: name == "ours" or not operator.startswith("confusion"))
-                row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], "floor": least, "memory": memory}
+                tensor = dtype.itemsize * n * k * size * size
+                memory = [100 * peak(paths[name]) / tensor for name in ("ours", "eager")]
+                counts = operator.startswith("confusion")
+                times = time_all(paths, args.seconds, lambda name: name == "ours" or not counts)
+                row = {"operator": operator, "case": case, "dtype": str(dtype).split(".")[1], "floor": least,
+                       "memory": memory}
                 rows.append(row | times)
                 ours = times["ours"]
                 print(f"| {operator} | ({n},{k},{h},{h}) -> {size} | {row['dtype']} | {ours * 1e6:.1f} "

@@ -2,7 +2,11 @@
 import torch
 
 
-def size_of(size):
+def size_of(size, valid=None):
+    """(H,W): `size`, or where that is None that of the mask `valid`."""
+    size = valid.shape[-2:] if size is None and valid is not None else size
+    if size is None:
+        raise ValueError("size=(H,W) is needed where neither target nor valid has it")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
     return tuple(size)
@@ -18,13 +22,11 @@ def cross_entropy(logits, target, confidence, valid, size, divide):
     floating(logits, "logits")
     if divide not in ("kept", "all"):
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
-    if target is None and size is None:
-        raise ValueError("size=(H,W) is needed where target is None")
     if target is not None:
         integers(target, "target", logits)
         if size is not None and tuple(size) != tuple(target.shape[-2:]):
             raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
-    size = size_of(size if target is None else target.shape[-2:])
+    size = size_of(size if target is None else target.shape[-2:], valid)
     n = len(logits)
     valid_mask(valid, (n, *size), logits)
     if confidence is not None:

@@ -13,6 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from cli import InputError
 from csrc import build, checks
 
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
@@ -22,8 +23,8 @@ SEG_OPS = os.environ.get("SEG_OPS", "auto")
 def in_use(device="cpu"):
     """The path that tensors on "cpu" or "cuda" take: "kernel", or "reference" with the reason behind it.
 
-    Kernels take float32 and bfloat16, on CUDA float16 too. Builds them on the first call. Errors: ValueError where SEG_OPS is
-    wrong, or asks for kernels that do not build.
+    Kernels take float32 and bfloat16, on CUDA float16 too. Builds them on the first call, of which build.note tells.
+    Errors: InputError where SEG_OPS is wrong, or asks for kernels that do not build.
     """
     return _choose(device)
 
@@ -31,14 +32,14 @@ def in_use(device="cpu"):
 @cache
 def _choose(device="cpu"):
     if SEG_OPS not in ("auto", "reference", "kernel"):
-        raise ValueError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
+        raise InputError(f"SEG_OPS={SEG_OPS}: it must be auto, reference or kernel")
     if SEG_OPS == "reference" or device not in ("cpu", "cuda"):
         return "reference"
     try:
         build.load(device)
     except RuntimeError as e:
         if SEG_OPS == "kernel":
-            raise ValueError(f"SEG_OPS=kernel: {e}; mend that, or use SEG_OPS=reference") from None
+            raise InputError(f"SEG_OPS=kernel: {e}; mend that, or use SEG_OPS=reference") from None
         return f"reference ({e})"
     return "kernel"
 
@@ -63,7 +64,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not (the
                 kernels compare logits, so that no sigmoid rounds to the threshold)
     valid       (N,H,W) bool, False on padding
-    size        (H,W), needed without target
+    size        (H,W); target's by default, else valid's
     divide      "kept": by the pixels counted; "all": by all that are valid and not `ignore`
 
     loss: float32 scalar (float64 for float64 logits), 0 with zero gradient where no pixel counts. kept: int64 scalar,
@@ -85,17 +86,18 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     return loss, kept
 
 
-def upsample_softmax(logits, size, dtype=None, *, valid=None):
-    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, in the logits' dtype unless given.
+def upsample_softmax(logits, size=None, dtype=None, valid=None):
+    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, by default valid's.
 
-    Where valid (N,H,W) bool is False all K are 0, and so is their gradient.
+    In the active autocast's dtype unless `dtype` is given, else in the logits'. Where valid (N,H,W) bool is False all K
+    are 0, and so is their gradient.
     """
     checks.floating(logits, "logits")
-    size = checks.size_of(size)
+    size = checks.size_of(size, valid)
     checks.valid_mask(valid, (len(logits), *size), logits)
-    dtype = dtype or logits.dtype
+    dtype = dtype or autocast_dtype(logits, logits.dtype)
     if not _kernel_resizes(logits, size, dtype):
-        return upsample_softmax_reference(logits, size, dtype, valid=valid)
+        return upsample_softmax_reference(logits, size, dtype, valid)
     return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size, dtype)
 
 
@@ -176,14 +178,15 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     return (loss if bad is None else loss.where(~bad, torch.nan)), kept
 
 
-def upsample_softmax_reference(logits, size, dtype=None, *, valid=None):
+def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
     checks.floating(logits, "logits")
-    upsampled = _upsample(logits, checks.size_of(size))
+    upsampled = _upsample(logits, checks.size_of(size, valid))
+    dtype = dtype or autocast_dtype(logits, logits.dtype)
     if valid is None:
-        return upsampled.softmax(1).to(dtype or logits.dtype)
+        return upsampled.softmax(1).to(dtype)
     zero = upsampled.new_zeros(())  # before and after: a NaN that is not valid must reach neither the result nor the gradient
     probabilities = upsampled.where(valid[:, None], zero).softmax(1)
-    return probabilities.where(valid[:, None], zero).to(dtype or logits.dtype)
+    return probabilities.where(valid[:, None], zero).to(dtype)
 
 
 def upsample_argmax_reference(logits, size):
@@ -206,6 +209,12 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
     if bad is not None:
         matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 44  # far below any count, and many of them do not wrap
     return matrix if out is None else out.add_(matrix)
+
+
+def autocast_dtype(x, otherwise):
+    """The dtype of the autocast that is active on x's device, `otherwise` where none is."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
 
 
 def _upsample(x, size):

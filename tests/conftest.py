@@ -1,5 +1,7 @@
 import importlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors here are small, and pytest-xdist has the cores
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,8 +24,10 @@ SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --i
 @pytest.fixture(autouse=True)
 def signals():
     """What a training in this process does about signals is over with the test."""
+    import parallel
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    parallel.heard = None
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -37,10 +43,10 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
-@pytest.fixture
-def voc(tmp_path):
+@pytest.fixture(scope="session")
+def blocks(tmp_path_factory):
     """A tiny set in VOC layout: 8 training and 2 validation pictures of blocks, each class in its own colour; K = 4."""
-    root, rng = tmp_path / "voc", np.random.RandomState(0)
+    root, rng = tmp_path_factory.mktemp("blocks") / "voc", np.random.RandomState(0)
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
     for name, count in (("train", 8), ("val", 2)):
@@ -56,14 +62,33 @@ def voc(tmp_path):
 
 
 @pytest.fixture
+def voc(blocks, tmp_path):
+    """A test's own copy of `blocks`."""
+    return Path(shutil.copytree(blocks, tmp_path / "voc"))
+
+
+def call(script, *words):
+    """main() of a script, in this process."""
+    module = importlib.import_module(script)
+    module.main(module.flags().parse_args([str(w) for w in words]))
+
+
+@pytest.fixture
 def train(voc, tmp_path):
     """train(script, *flags) -> OUT, run in this process on `voc`; flags given last win."""
     def run(script, *words, out="out"):
-        module = importlib.import_module(script)
-        flags = ["--data", str(voc), *SMALL, "--out", str(tmp_path / out), *map(str, words)]
-        module.main(module.flags().parse_args(flags))
+        call(script, "--data", voc, *SMALL, "--out", tmp_path / out, *words)
         return tmp_path / out
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(blocks, tmp_path_factory):
+    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there."""
+    out = tmp_path_factory.mktemp("trained")
+    for script in SCRIPTS:
+        call(script, "--data", blocks, *SMALL, "--out", out / script)
+    return {script: out / script for script in SCRIPTS}
 
 
 @pytest.fixture
@@ -84,7 +109,6 @@ def fails(capsys, monkeypatch):
 
 def python(*words, cwd=ROOT, **env):
     """Run a script as a user would, in a process of its own."""
-    import os
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 

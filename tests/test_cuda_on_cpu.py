@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled by g++ and run by cuda_on_cpu.h, against the float64 references; and that header's own tests."""
+"""The CUDA kernels, compiled by g++ and run by cuda_on_cpu.h, against the float64 references; that header's tests."""
 import ctypes
 import os
 import shutil
@@ -12,45 +12,63 @@ import test_kernels
 import torch
 from conftest import ROOT
 
-from csrc import autograd, ops
+from csrc import autograd, build, ops
 
 CXX = shutil.which(os.environ.get("CXX", "g++"))
 pytestmark = pytest.mark.skipif(not CXX, reason="no C++ compiler")
 INCLUDE, LIB = (Path(torch.__file__).parent / folder for folder in ("include", "lib"))
-FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-DTORCH_TARGET_VERSION=0x020e000000000000",
-         f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", str(ROOT / "tests/cuda_on_cpu.h"), "-x", "c++"]
+FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-x", "c++",
+         "-DTORCH_TARGET_VERSION=0x020e000000000000"]
+HEADER = ROOT / "tests/cuda_on_cpu.h"
+HEADERS = [HEADER, ROOT / "tests/cuda_on_cpu_watch.h"]
 SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
 # the CPU's, scaled down: N, K, h, w, H, W
 SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
           (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (2, 4, 9, 12, 9, 12), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35),
           (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127),
           (1, 150, 3, 10, 9, 73)]
-SCHEDULES = 20
+quick = pytest.mark.quick
+SHAPES = [pytest.param(s, marks=quick) if i in (0, 7) else s for i, s in enumerate(SHAPES)]
 
 
 def run(*words, **kw):
-    return subprocess.run([str(w) for w in words], capture_output=True, text=True, **kw)
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, **kw)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
-def build(folder, name, *flags, link=()):
+def made_once(name, make, files, *words):
+    """The folder that make(folder) has filled from `files` and `words`: once on a machine, in csrc/build.py's cache."""
+    folder = build.cache_folder(name, [torch.__version__, *map(str, words)], files)
+    with build.building(folder) as empty:
+        if empty:
+            make(folder)
+    return folder
+
+
+def library(name, *flags, link=()):
     """A library of all kernels whose operators are torch.ops.NAME."""
-    def compile_one(source):
-        done = run(CXX, *FLAGS, f"-DSEG_OPS_LIBRARY={name}", *flags, "-c", source, "-o", folder / f"{source.name}.o")
-        assert done.returncode == 0, done.stderr
-        return folder / f"{source.name}.o"
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    done = run(CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / f"{name}.so", f"-L{LIB}", "-ltorch",
-               "-ltorch_cpu", "-lc10")
-    assert done.returncode == 0, done.stderr
-    torch.ops.load_library(folder / f"{name}.so")
-    return ctypes.CDLL(folder / f"{name}.so")
+    flags = [*FLAGS, f"-DSEG_OPS_LIBRARY={name}", *flags]
+
+    def make(folder):
+        def compile_one(source):
+            run(CXX, *flags, f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", HEADER, "-c", source,
+                "-o", folder / f"{source.name}.o")
+            return folder / f"{source.name}.o"
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        run(CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / "library.so", f"-L{LIB}", "-ltorch",
+            "-ltorch_cpu", "-lc10")
+    files = [*SOURCES, *build.sources("cuda"), *HEADERS]
+    file = made_once(name, make, files, *flags, *link, run(CXX, "--version")) / "library.so"
+    torch.ops.load_library(file)
+    return ctypes.CDLL(file)
 
 
 class Schedules:
     """torch.ops.seg_ops for tests: runs each call with so many schedules, which have to agree to the bit."""
 
-    def __init__(self, operators, seed, schedules=SCHEDULES):
+    def __init__(self, operators, seed, schedules):
         self.operators, self.seed, self.schedules = operators, seed, schedules
 
     def __getattr__(self, name):
@@ -76,16 +94,16 @@ def use(patch, namespace):
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def built():
     """(operators, seed setter)"""
-    library = build(tmp_path_factory.mktemp("plain"), "cuda_on_cpu", "-O2")
+    seed = library("cuda_on_cpu", "-O2").cuda_on_cpu_seed
     autograd.register("cuda_on_cpu")
-    return torch.ops.cuda_on_cpu, library.cuda_on_cpu_seed
+    return torch.ops.cuda_on_cpu, seed
 
 
 @pytest.fixture
-def kernels(built, monkeypatch):
-    use(monkeypatch, Schedules(*built))
+def kernels(built, monkeypatch, request):
+    use(monkeypatch, Schedules(*built, 20 if request.config.getoption("--slow") else 3))
     return torch.ops.seg_ops
 
 
@@ -163,14 +181,13 @@ def test_bad_labels_poison(kernels, size, value):
             ops.mean_iou(out)
 
 
-def test_no_races_and_few_sectors(tmp_path):
+def test_no_races_and_few_sectors():
     """Every access to memory is watched: no two threads meet without a barrier, and few sectors are touched."""
-    library, op = build(tmp_path, "watched", "-O1", "-fsanitize=thread"), torch.ops.watched
+    sectors, op = library("watched", "-O1", "-fsanitize=thread").cuda_on_cpu_sectors, torch.ops.watched
     n, k, h, w, height, width = shape = (1, 8, 6, 8, 41, 57)
     logits, target, confidence, valid = test_kernels.inputs(*shape)
     large = torch.randn(n, k, height, width)
 
-    sectors = library.cuda_on_cpu_sectors
     low, labels, full = n * k * h * w / 8, n * height * width / 32, n * k * height * width / 8
     sectors()
     op.masked_cross_entropy(logits, target, None, None, 0, height, width, 255, False)
@@ -192,7 +209,7 @@ def test_no_races_and_few_sectors(tmp_path):
     touched["confusion_of_logits"] = sectors(), low + labels + k * k / 4
     op.confusion_matrix(ids, target, k, 255, out)
     touched["confusion_matrix"] = sectors(), 2 * labels + k * k / 4
-    few = 30  # sums of blocks, arguments of launches, sectors that a tensor's ends share with another's
+    few = 30  # sums of blocks, arguments of launches, sectors that a tensor's ends share with another tensor
     assert all(seen <= 1.3 * fewest + few for seen, fewest in touched.values()), touched
 
 
@@ -200,17 +217,23 @@ PLANTS = {0: "", 1: "race: thread", 2: "race: thread", 3: "wrong with seed", 4: 
 
 
 @pytest.mark.parametrize("plant", PLANTS)
-def test_the_header_finds_what_is_planted(plant, tmp_path):
+def test_the_header_finds_what_is_planted(plant):
     """1, 2: no barrier before or after a read; 3: one too far in a tile; 4: a plain addition; 5: a barrier for a few."""
-    found = {}
-    for kind, compiling, linking in (("schedules", [], []), ("watched", ["-fsanitize=thread"], []),
-                                     ("address", ["-fsanitize=address"], ["-fsanitize=address"])):
-        done = run(CXX, "-std=c++17", "-O1", "-w", *compiling, f"-DPLANT={plant}", "-include", ROOT / "tests/cuda_on_cpu.h",
-                   "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o", tmp_path / "planted.o")
-        assert done.returncode == 0, done.stderr
-        done = run(CXX, *linking, tmp_path / "planted.o", "-o", tmp_path / "planted")
-        assert done.returncode == 0, done.stderr
-        done = run(tmp_path / "planted")
+    flags = ["-std=c++17", "-O1", "-w", f"-DPLANT={plant}"]
+    kinds = {"schedules": ([], []), "watched": (["-fsanitize=thread"], []),
+             "address": (["-fsanitize=address"], ["-fsanitize=address"])}
+
+    def make(folder):
+        def compile_one(kind):
+            compiling, linking = kinds[kind]
+            run(CXX, *flags, *compiling, "-include", HEADER, "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o",
+                folder / f"{kind}.o")
+            run(CXX, *linking, folder / f"{kind}.o", "-o", folder / kind)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, kinds))
+    folder, found = made_once("planted", make, [ROOT / "tests/planted.cu", *HEADERS], *flags, run(CXX, "--version")), {}
+    for kind in kinds:
+        done = subprocess.run([folder / kind], capture_output=True, text=True)
         found[kind] = done.stdout + done.stderr
         if kind != "address" and plant != 4 or kind == "watched":
             assert (done.returncode == 0) == (plant == 0), found
@@ -222,22 +245,22 @@ def test_the_header_finds_what_is_planted(plant, tmp_path):
 
 
 @pytest.mark.slow
-def test_address_and_undefined_behaviour_sanitizers(tmp_path):
+def test_address_and_undefined_behaviour_sanitizers():
     flags = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     code = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import pathlib, pytest, torch, test_cuda_on_cpu as t
-library = t.build(pathlib.Path({str(tmp_path)!r}), "sanitized", *{flags!r}, link={flags[2:3]!r})
+import pytest, torch, test_cuda_on_cpu as t
+seed = t.library("sanitized", *{flags!r}, link={flags[2:3]!r}).cuda_on_cpu_seed
 t.autograd.register("sanitized")
-t.use(pytest.MonkeyPatch(), t.Schedules(torch.ops.sanitized, library.cuda_on_cpu_seed, 1))
+t.use(pytest.MonkeyPatch(), t.Schedules(torch.ops.sanitized, seed, 1))
 for test in t.OF_SHAPES:
-    for shape in t.SHAPES[:9]:
+    for shape in {[getattr(s, "values", [s])[0] for s in SHAPES[:9]]!r}:
         test(shape, torch.float32)
 for value in (6, 1 << 40):
     t.test_bad_labels_poison(torch.ops.seg_ops, (33, 33), value)
 print("clean")
 """
-    names = [run(CXX, f"-print-file-name={name}").stdout.strip() for name in ("libasan.so", "libubsan.so")]
-    done = run(sys.executable, "-c", code, env=os.environ | {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0",
-                                                             "SEG_OPS": "reference"})
+    names = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    env = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0", "SEG_OPS": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
     assert done.stdout == "clean\n", done.stderr[-2000:]

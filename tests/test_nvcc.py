@@ -1,52 +1,63 @@
 """nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, the build from cold."""
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from test_cuda_on_cpu import made_once, run
 
 from csrc import build, ops
 
 pytestmark = pytest.mark.skipif(not build.cuda_home() or ops.in_use() != "kernel", reason="no nvcc, or no kernels")
 ARCHITECTURES = ("80", "90", "120")
-# The most registers of a thread, for any architecture and type. A multiprocessor has 65,536: four blocks of 128 threads at 128.
+# The most registers of a thread, for any architecture and type. A multiprocessor has 65,536: four blocks of 128 threads
+# with 128 registers each.
 REGISTERS = {"cells_cross_entropy": 104, "finish": 32, "plain_forward": 40, "plain_backward": 32, "probabilities": 80,
              "probabilities_backward": 112, "argmax_of": 64, "count_ids": 32}
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """{file: (what nvcc says, PTX)}"""
-    home, folder = build.cuda_home(), tmp_path_factory.mktemp("nvcc")
+def compiled():
+    """{file: (what nvcc says, PTX for each architecture)}"""
+    nvcc, sources = build.cuda_home() / "bin/nvcc", sorted((ROOT / "csrc").glob("*.cu"))
+    flags = [*build.CUDA_FLAGS, "-Xptxas", "-v", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Werror",
+             *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES)]
     include = [*build.INCLUDE, Path(torch.__file__).parent / "include"]
 
-    def one(source):
-        words = [home / "bin/nvcc", *build.CUDA_FLAGS, "-Xptxas", "-v", "-Werror", "all-warnings",
-                 "-Xcompiler", "-Wall,-Werror", *(word for path in include for word in ("-isystem", path)),
-                 *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES), "--keep", "--keep-dir", folder,
-                 "-c", source, "-o", folder / f"{source.name}.o"]
-        done = subprocess.run([str(w) for w in words], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        ptx = [f.read_text() for f in folder.glob(f"{source.stem}*.ptx")]
-        return source.name, (done.stdout + done.stderr, ptx)
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(one, sorted((ROOT / "csrc").glob("*.cu"))))
+    def make(folder):
+        def compile_one(source):
+            with tempfile.TemporaryDirectory() as kept:
+                said = run(nvcc, *flags, *(word for path in include for word in ("-isystem", path)), "--keep",
+                           "--keep-dir", kept, "-c", source, "-o", f"{kept}/{source.name}.o")
+                for ptx in Path(kept).glob("*.ptx"):
+                    shutil.copy(ptx, folder)
+            (folder / f"{source.stem}.said").write_text(said)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(compile_one, sources))
+    versions = run(nvcc, "--version"), run("g++", "--version")
+    folder = made_once("nvcc", make, build.sources("cuda"), *flags, *versions)
+    return {source.name: ((folder / f"{source.stem}.said").read_text(),
+                          [ptx.read_text() for ptx in folder.glob(f"{source.stem}*.ptx")]) for source in sources}
 
 
 def test_no_spills_and_registers_as_expected(compiled):
     seen = {name: {} for name in REGISTERS}
     for said, _ in compiled.values():
         assert "warning" not in said
-        for kernel, architecture, report in re.findall(r"entry function '(\w+)' for 'sm_(\d+)'\n(.*\n.*\n.*registers.*)", said):
+        reports = re.findall(r"entry function '(\w+)' for 'sm_(\d+)'\n(.*\n.*\n.*registers.*)", said)
+        for kernel, architecture, report in reports:
             assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, (kernel, report)
             assert "smem" not in report, report  # it is dynamic: Tile::bytes
+            used = int(re.search(r"Used (\d+) registers", report)[1])
             registers = seen[max((name for name in REGISTERS if name in kernel), key=len)]
-            registers[architecture] = max(registers.get(architecture, 0), int(re.search(r"Used (\d+) registers", report)[1]))
+            registers[architecture] = max(registers.get(architecture, 0), used)
     print(seen)
     assert all(set(seen[name]) == set(ARCHITECTURES) for name in REGISTERS), seen
     assert all(max(seen[name].values()) <= most for name, most in REGISTERS.items()), seen

@@ -1,0 +1,100 @@
+"""The generated set `shapes`: textured shapes on textured grounds, drawn on the spot, the same everywhere."""
+import colorsys
+import hashlib
+import os
+import shutil
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+CLASSES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "triangle": (60, 90, 220),
+           "star": (230, 190, 40), "ring": (170, 70, 190)}
+PALETTE = sum(CLASSES.values(), ()) + (224, 224, 192) * (256 - len(CLASSES))  # void as VOC draws it
+IGNORE = 255
+
+
+def make(root):
+    """Write the set to the folder `root` in VOC layout unless it is there: 400 training and 100 validation pictures, 128x128.
+
+    Errors: OSError where it cannot be written.
+    """
+    if root.is_dir():
+        return
+    part = root.with_name(f"{root.name}.{os.getpid()}")
+    try:
+        for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+            (part / folder).mkdir(parents=True)
+        (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in CLASSES.items()))
+        for name, count in (("train", 400), ("val", 100)):
+            ids = [f"{name}_{n:03d}" for n in range(count)]
+            for i in ids:
+                picture, label = draw(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
+                label.putpalette(PALETTE)
+                picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
+                label.save(part / "SegmentationClassAug" / f"{i}.png")
+            (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+        os.rename(part, root)
+    except OSError:
+        if not root.is_dir():  # another process was faster: its set is the same
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def texture(rng, size, hue, saturation):
+    """Stripes, checks or blotches in two tones of a hue (0..1), (size,size,3) float32 in 0..255."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size
+    angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
+    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    if kind == 0:
+        mix = np.sin(2 * np.pi * waves * u) > 0
+    elif kind == 1:
+        mix = (np.sin(2 * np.pi * waves * u) > 0) ^ (np.sin(2 * np.pi * waves * v) > 0)
+    else:
+        coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
+        mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    tones = [colorsys.hsv_to_rgb(hue % 1, saturation, value) for value in rng.uniform(0.3, 1, 2)]
+    first, second = 255 * np.array(tones, np.float32)
+    return first + (second - first) * mix[..., None]
+
+
+def outline(kind, rng):
+    """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind 0 is a blob, which counts as ground."""
+    corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
+    angle = np.arange(corners) * 2 * np.pi / corners
+    radius = np.ones(corners)
+    if kind == "star":
+        radius[1::2] = 0.45
+    elif kind == "ground":
+        for wave in (2, 3, 5):
+            radius -= 0.12 * (1 + np.sin(wave * angle + rng.uniform(0, 2 * np.pi)))
+    angle = angle + rng.uniform(0, 2 * np.pi)
+    return radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+
+
+def draw(rng, size=128):
+    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
+
+    A class has an outline for certain and a hue more often than not: its neighbours' hues reach into its own, and blobs,
+    which count as ground, have any.
+    """
+    picture, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
+    kinds = list(CLASSES)
+    for _ in range(rng.randint(2, 6)):
+        number = rng.randint(len(kinds))
+        kind, centre, radius = kinds[number], rng.uniform(16, size - 16, 2), rng.uniform(18, 44)
+        hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
+        mask = Image.new("L", (size, size))
+        pen = ImageDraw.Draw(mask)
+        corners = outline(kind, rng)
+        pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
+        if kind == "ring":
+            pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
+        inside = np.array(mask) > 0
+        picture = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), picture)
+        label[inside] = number
+        grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+        label[grown & ~shrunk] = IGNORE
+    light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
+    picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")
