@@ -1,12 +1,13 @@
 // Runs CUDA kernels on the CPU: `g++ -x c++ -include tests/cuda_on_cpu.h kernel.cu`. For tests only.
 //
-// A CUDA thread is a fiber; one runs until it waits for others (barrier, shuffle, ballot). Who goes on next is drawn from
-// cuda_on_cpu_seed(n): each block puts its warps in a random order of priority, so that one runs ahead to a barrier while another
-// has not begun, which finds barriers that are missing before a read or after one. Shared memory is poisoned with NaN before
-// each block. A barrier that not all threads of a block reach is an error, as is a shuffle without a lane of its mask.
+// A CUDA thread is a fiber; one runs until it waits for others (barrier, shuffle, ballot). Who goes on next is drawn
+// from cuda_on_cpu_seed(n): each block puts its warps in a random order of priority, so that one runs ahead to a
+// barrier while another has not begun, which finds barriers that are missing before a read or after one. Shared memory
+// is poisoned with NaN before each block. A barrier that not all threads of a block reach is an error, as is a shuffle
+// without a lane of its mask.
 //
-// cuda_on_cpu_watch.h finds races by looking at memory, and counts what is touched. Nothing here says anything of the GPU's memory
-// model or speed.
+// cuda_on_cpu_watch.h finds races by looking at memory, and counts what is touched. Nothing here says anything of the
+// GPU's memory model or speed.
 #pragma once
 #define CUDA_ON_CPU
 #include <setjmp.h>
@@ -72,7 +73,8 @@ inline bool watching = false;  // what memory is touched: only in a thread's own
 
 UNWATCHED inline void fail(const std::string& what) {
   if (error.empty())
-    error = what + " in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," + std::to_string(blockIdx.z) + ")";
+    error = what + " in block (" + std::to_string(blockIdx.x) + "," + std::to_string(blockIdx.y) + "," +
+            std::to_string(blockIdx.z) + ")";
 }
 }  // namespace on_cpu
 
@@ -111,7 +113,9 @@ UNWATCHED inline bool exchange(Fiber* warp, int lanes) {
     if (f.done || !f.waits || !f.mask) continue;
     bool all = true;
     for (int j = 0; j < 32; j++)
-      if (f.mask >> j & 1) all &= j < lanes && !warp[j].done && warp[j].waits == f.waits && warp[j].line == f.line && warp[j].mask == f.mask;
+      if (f.mask >> j & 1)
+        all &= j < lanes && !warp[j].done && warp[j].waits == f.waits && warp[j].line == f.line &&
+               warp[j].mask == f.mask;
     if (!all) continue;
     for (int j = 0; j < lanes; j++)
       if (f.mask >> j & 1)
@@ -159,7 +163,8 @@ UNWATCHED inline void run_block(int threads) {
     for (int i = 0; i < threads; i++) {
       const Fiber& f = fibers[i];
       done += f.done;
-      if (!f.done && f.mask) return fail(std::string(f.waits) + " in line " + std::to_string(f.line) + " without a lane of its mask");
+      if (!f.done && f.mask)
+        return fail(std::string(f.waits) + " in line " + std::to_string(f.line) + " without a lane of its mask");
       if (f.done) continue;
       lines += f.line != line, line = f.line;
     }
@@ -171,7 +176,12 @@ UNWATCHED inline void run_block(int threads) {
 }
 
 template <class T>
-UNWATCHED uint64_t bits(T value) { uint64_t b = 0; static_assert(sizeof value <= 8); std::memcpy(&b, &value, sizeof value); return b; }
+UNWATCHED uint64_t bits(T value) {
+  uint64_t b = 0;
+  static_assert(sizeof value <= 8);
+  std::memcpy(&b, &value, sizeof value);
+  return b;
+}
 template <class T>
 UNWATCHED T from_bits(uint64_t b) { T value; std::memcpy(&value, &b, sizeof value); return value; }
 template <class T>

@@ -1,7 +1,7 @@
-// What cuda_on_cpu.h sees of memory when it is compiled with -fsanitize=thread but without that sanitizer's library: GCC then calls
-// the __tsan_* functions at the end for every access, and they are ours. They find two threads of a launch that touch the same
-// bytes with no barrier between them, one of them writing and not both by atomics, and count the 32-byte sectors of global memory
-// that launches touch. Without the flag nothing is watched.
+// What cuda_on_cpu.h sees of memory when it is compiled with -fsanitize=thread but without that sanitizer's library:
+// GCC then calls the __tsan_* functions at the end for every access, and they are ours. They find two threads of a
+// launch that touch the same bytes with no barrier between them, one of them writing and not both by atomics, and count
+// the 32-byte sectors of global memory that launches touch. Without the flag nothing is watched.
 #pragma once
 #ifndef __SANITIZE_THREAD__
 namespace on_cpu {
@@ -15,8 +15,9 @@ inline void begin_watching() {}
 namespace on_cpu {
 // Who touched a byte last, and when.
 struct Byte {
-  int writer = -1, write_block = -1, write_epoch = -1, reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
-  bool atomic = false;                                                                                // the write was
+  int writer = -1, write_block = -1, write_epoch = -1;
+  int reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
+  bool atomic = false;                                // the write was
 };
 inline std::unordered_map<uintptr_t, Byte> bytes;
 inline std::unordered_set<uintptr_t> sectors;
@@ -27,15 +28,19 @@ UNWATCHED inline bool within(uintptr_t at, const void* begin, size_t size) {
 }
 UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic) {
   const bool of_host = at > main_stack - (1 << 20) && at < main_stack + (8 << 20);  // arguments of launches
-  if (of_host || within(at, running->stack.get(), STACK) || within(at, fibers.data(), fibers.size() * sizeof(Fiber))) return;
+  const bool of_fiber =
+      within(at, running->stack.get(), STACK) || within(at, fibers.data(), fibers.size() * sizeof(Fiber));
+  if (of_host || of_fiber) return;
   const bool of_block = within(at, shared.data(), shared.size());
   if (!of_block)
     for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s);
   const int me = running->number, block = of_block ? 0 : (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   for (uintptr_t b = at; b < at + size; b++) {
     Byte& byte = bytes[b];
-    const bool after_write = byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
-    const bool after_read = byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
+    const bool after_write =
+        byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
+    const bool after_read =
+        byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
     if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
       fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
            (after_write ? "wrote" : "read"));
@@ -69,7 +74,9 @@ WEAK void __tsan_write_range(void* at, long size) { on_cpu::watch(at, size, true
 WEAK void __tsan_init() {}
 WEAK void __tsan_func_entry(void*) {}
 WEAK void __tsan_func_exit() {}
-WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) { return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST); }  // the host's
+WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) {  // the host's
+  return __atomic_fetch_add(at, value, __ATOMIC_SEQ_CST);
+}
 WEAK void __tsan_vptr_update(void*, void*) {}
 WEAK void __tsan_vptr_read(void*) {}
 // How many sectors the launches since the last call have touched.

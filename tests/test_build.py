@@ -1,4 +1,4 @@
-"""The build of the kernels: two processes at once, a build that was killed, a folder that cannot be written, the cache."""
+"""The build of the kernels: two processes at once, a build that was killed, no folder to write to, the cache's key."""
 import os
 import re
 import shutil
@@ -20,7 +20,7 @@ LOAD = ("import torch; from csrc import build, ops; print(ops.in_use() + build.n
 
 @pytest.fixture
 def start(tmp_path):
-    """start(**environment) -> a process that loads csrc with one operator alone, which builds in a third of the time."""
+    """start(**environment) -> a process that loads csrc with one operator alone, which builds in half the time."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.cu*", "*.md", "__pycache__"))
     shutil.copy(ROOT / "cli.py", tree)  # all that csrc imports from outside

@@ -56,8 +56,9 @@ def test_offsets_beyond_32_bits():
     logits, target, *_ = test_kernels.inputs(7, k, 33, 33, side, side)  # 2.2e9 probabilities, in bfloat16 4.5 GB
     probs = ops.upsample_softmax(logits, (side, side), torch.bfloat16)
     assert torch.equal(probs[-1:], ops.upsample_softmax(logits[-1:], (side, side), torch.bfloat16))
-    found = (test_kernels.both_ways(ops.masked_cross_entropy, x, y) for x, y in ((probs, target), (probs[-1:], target[-1:])))
-    (_, grad, kept), (_, alone, kept_alone) = found
+    both = test_kernels.both_ways
+    _, grad, kept = both(ops.masked_cross_entropy, probs, target)
+    _, alone, kept_alone = both(ops.masked_cross_entropy, probs[-1:], target[-1:])
     torch.testing.assert_close(grad[-1:] * kept, alone * kept_alone, rtol=1e-2, atol=1e-2)
 
 

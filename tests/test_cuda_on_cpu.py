@@ -118,7 +118,7 @@ def test_shapes_of_the_cpu(kernels, shape, dtype, test):
 
 
 # the same that tests/test_cuda.py runs on a GPU
-EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, longest) for n in (1, 63, 1025, 9000) for longest in (1, 50)]),
+EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63, 1025, 9000) for most in (1, 50)]),
          # more blocks than `finish` has threads
          (test_kernels.test_cross_entropy, [((2, 2, 130, 3, 131, 5), torch.float32)]),
          (test_kernels.test_every_number_of_classes, [(2,), (31,), (64,), (65,), (128,), (254,)]),
@@ -132,7 +132,9 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, longest) for n in (1,
          (test_kernels.test_steep_logits, [()]),
          (test_kernels.test_steep_across, [()]),
          (test_kernels.test_confidence_that_does_not_count, [()])]
-EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}") for test, several in EDGES for args in several]
+QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class)
+EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}", marks=quick if test in QUICK else ())
+         for test, several in EDGES for args in several]
 
 
 @pytest.mark.parametrize("test, args", EDGES)
@@ -213,12 +215,13 @@ def test_no_races_and_few_sectors():
     assert all(seen <= 1.3 * fewest + few for seen, fewest in touched.values()), touched
 
 
-PLANTS = {0: "", 1: "race: thread", 2: "race: thread", 3: "wrong with seed", 4: "race: thread", 5: "not all threads reach"}
+PLANTS = {0: "", 1: "race: thread", 2: "race: thread", 3: "wrong with seed", 4: "race: thread",
+          5: "not all threads reach"}
 
 
 @pytest.mark.parametrize("plant", PLANTS)
 def test_the_header_finds_what_is_planted(plant):
-    """1, 2: no barrier before or after a read; 3: one too far in a tile; 4: a plain addition; 5: a barrier for a few."""
+    """1, 2: no barrier before or after a read; 3: one too far in a tile; 4: a plain addition; 5: a barrier for some."""
     flags = ["-std=c++17", "-O1", "-w", f"-DPLANT={plant}"]
     kinds = {"schedules": ([], []), "watched": (["-fsanitize=thread"], []),
              "address": (["-fsanitize=address"], ["-fsanitize=address"])}

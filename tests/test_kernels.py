@@ -287,6 +287,7 @@ def test_bad_labels(size):
                 ops.confusion_matrix(labels.masked_fill(labels == 255, 0), torch.zeros_like(labels), 6)
 
 
+@quick
 def test_same_bits_for_any_number_of_threads():
     logits, target, confidence, valid = inputs(3, 21, 17, 17, 129, 129)
     grad, threads, results = noise(3, 21, 129, 129), torch.get_num_threads(), []
@@ -329,12 +330,19 @@ def test_compiles():
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
 
 
-def test_the_benchmark_runs(tmp_path):
+def test_the_benchmark_runs(tmp_path, capsys):
     found = tmp_path / "found.json"
-    words = [sys.executable, ROOT / "csrc/bench.py", "--only", "ids in runs", "--seconds", "0", "--json", found]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    bench.main(bench.flags().parse_args(["--only", "ids in runs", "--seconds", "0", "--json", str(found)]))
     rows = json.loads(found.read_text())["rows"]
-    assert len(rows) == 1 and rows[0]["ours"] > 0 and "| ids in runs of 13 pixels |" in done.stdout, done.stderr
+    assert len(rows) == 1 and rows[0]["ours"] > 0 and "| ids in runs of 13 pixels |" in capsys.readouterr().out
+
+
+def test_the_benchmark_measures_memory(tmp_path):
+    """In a process of its own: probabilities take what they are stored in, and little more."""
+    call = json.dumps([(2, 21, 41, 321), "upsample_softmax", "ours"])
+    done = subprocess.run([sys.executable, ROOT / "csrc/bench.py", "peak", call], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert 1 <= int(done.stdout) / (4 * 2 * 21 * 321 * 321) < 1.2, done.stderr
 
 
 def test_the_table_of_a_gpu(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli import InputError
 from csrc import ops
 
 
@@ -40,6 +41,7 @@ def loss_of(logits, target, confidence, valid, threshold, size, divide):
     return total / max(1, kept if divide == "kept" else everything), kept
 
 
+@pytest.mark.quick
 def test_upsample_argmax_is_its_definition():
     logits = np.random.RandomState(0).randn(2, 4, 3, 4)
     for size in ((9, 13), (3, 4)):
@@ -49,6 +51,7 @@ def test_upsample_argmax_is_its_definition():
             assert ids.dtype == torch.uint8 and np.array_equal(ids.numpy(), want)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("divide", ["kept", "all"])
@@ -61,29 +64,35 @@ def test_cross_entropy_is_its_definition(given, masked, divide):
     want, count = loss_of(logits, target if given else None, confidence, valid, 0.4, size, divide)
     tensors = [None if a is None else torch.from_numpy(a) for a in (logits, target, confidence, valid)]
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        loss, kept = ops.masked_cross_entropy(tensors[0].to(dtype), tensors[1] if given else None, tensors[2], valid=tensors[3],
-                                              threshold=0.4, size=size, divide=divide)
+        loss, kept = ops.masked_cross_entropy(tensors[0].to(dtype), tensors[1] if given else None, tensors[2],
+                                              valid=tensors[3], threshold=0.4, size=size, divide=divide)
         assert loss.item() == pytest.approx(want, rel=tolerance)
         assert kept.item() == count and kept.dtype == torch.int64
     assert 0 < count < 2 * 9 * 13 or not (given or masked)
 
 
-def test_cross_entropy_gradient():
+@pytest.mark.quick
+def test_gradients():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 3, (2, 7, 5))
     target[0, 0] = 255
     confidence = torch.randn(2, 1, 2, 2, requires_grad=True)
+    valid = torch.rand(2, 7, 5) < 0.8
     assert torch.autograd.gradcheck(lambda x: ops.masked_cross_entropy(x, target, confidence.detach())[0], logits)
+    assert torch.autograd.gradcheck(
+        lambda x: ops.masked_cross_entropy(x, target, confidence.detach(), valid=valid, threshold=0.3)[0], logits)
     assert torch.autograd.gradcheck(lambda x: ops.masked_cross_entropy(x, size=(7, 5))[0], logits)
     assert torch.autograd.gradcheck(lambda x: ops.upsample_softmax(x, (5, 4)), logits)
+    assert torch.autograd.gradcheck(lambda x: ops.upsample_softmax(x, valid=valid), logits)
     ops.masked_cross_entropy(logits, target, confidence)[0].backward()
     assert confidence.grad is None
 
 
 def test_nothing_kept_is_zero_with_zero_gradient():
     logits = torch.randn(1, 3, 3, 3, requires_grad=True)
-    for target, confidence, threshold in ((torch.full((1, 5, 5), 255), None, 0.5), (None, torch.full((1, 1, 1, 1), 99.0), 1),
+    for target, confidence, threshold in ((torch.full((1, 5, 5), 255), None, 0.5),
+                                          (None, torch.full((1, 1, 1, 1), 99.0), 1),
                                           (None, torch.full((1, 1, 1, 1), torch.nan), 0)):
         loss, kept = ops.masked_cross_entropy(logits, target, confidence, threshold=threshold, size=(5, 5))
         logits.grad = None
@@ -91,6 +100,7 @@ def test_nothing_kept_is_zero_with_zero_gradient():
         assert loss.item() == 0 and kept.item() == 0 and logits.grad.abs().max() == 0
 
 
+@pytest.mark.quick
 def test_nan_stays_where_it_counts():
     logits = torch.zeros(1, 2, 5, 5)
     logits[0, 0, 0, 0] = torch.nan
@@ -104,6 +114,7 @@ def test_nan_stays_where_it_counts():
     assert loss.item() == pytest.approx(math.log(2)) and logits.grad[0, :, 2:, 2:].isfinite().all()
 
 
+@pytest.mark.quick
 def test_softmax_and_dtypes():
     logits = torch.randn(2, 3, 4, 4)
     p = ops.upsample_softmax(logits, (7, 7))
@@ -113,6 +124,54 @@ def test_softmax_and_dtypes():
     assert ops.upsample_softmax(logits, (7, 7), torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.quick
+def test_size_is_that_of_target_or_valid():
+    """Where it is not given; without both it is an error that names it."""
+    torch.manual_seed(0)
+    logits, confidence = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 2, 2)
+    target, valid = torch.randint(0, 3, (2, 9, 7)), torch.rand(2, 9, 7) < 0.8
+    for x in (logits, logits.double()):
+        for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
+            want, kept = f(x, confidence=confidence, valid=valid, size=(9, 7))
+            assert f(x, confidence=confidence, valid=valid) == (want, kept) and kept > 0
+            assert f(x, target) == f(x, target, size=(9, 7))
+        for f in (ops.upsample_softmax, ops.upsample_softmax_reference):
+            assert torch.equal(f(x, valid=valid), f(x, (9, 7), valid=valid))
+    for call in (lambda: ops.masked_cross_entropy(logits), lambda: ops.masked_cross_entropy(logits, None, confidence),
+                 lambda: ops.upsample_softmax(logits), lambda: ops.upsample_softmax_reference(logits)):
+        with pytest.raises(ValueError, match="size"):
+            call()
+    with pytest.raises(ValueError, match="size .* target"):
+        ops.masked_cross_entropy(logits, target, size=(7, 9))
+    with pytest.raises(ValueError, match="valid must be"):
+        ops.masked_cross_entropy(logits, target, valid=valid[:, 1:])
+    with pytest.raises(ValueError, match="valid must be"):
+        ops.upsample_softmax(logits, (7, 9), valid=valid)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [(9, 9), (4, 4)])
+def test_softmax_takes_the_dtype_of_autocast(size):
+    """Unless `dtype` is given; without autocast it is the logits'. The gradient is always in the logits'."""
+    torch.manual_seed(0)
+    valid = torch.rand(2, *size) < 0.8
+    for given in (torch.float32, torch.bfloat16, torch.float64):
+        logits = torch.randn(2, 3, 4, 4).to(given).requires_grad_()
+        for f in (ops.upsample_softmax, ops.upsample_softmax_reference):
+            assert f(logits, size).dtype == given
+            with torch.autocast("cpu", torch.bfloat16):
+                probabilities = f(logits, valid=valid)
+                assert f(logits, size, torch.float32).dtype == torch.float32
+                with torch.autocast("cpu", enabled=False):
+                    assert f(logits, size).dtype == given
+            want = ops.upsample_softmax_reference(logits.double(), size, valid=valid)
+            assert probabilities.dtype == torch.bfloat16
+            torch.testing.assert_close(probabilities.double(), want, rtol=8e-3, atol=1e-6)
+            gradient, = torch.autograd.grad(probabilities[:, 0].sum(), logits)
+            assert gradient.dtype == given and gradient.abs().max() > 0
+
+
+@pytest.mark.quick
 def test_confusion_matrix_and_mean_iou():
     rng = np.random.RandomState(1)
     logits, target = rng.randn(2, 3, 4, 5), rng.randint(0, 3, (2, 9, 9)).astype(np.uint8)
@@ -133,6 +192,7 @@ def test_confusion_matrix_and_mean_iou():
     assert miou == pytest.approx(np.mean(iou)) and np.allclose(per_class.numpy(), iou)
 
 
+@pytest.mark.quick
 def test_mean_iou_by_hand():
     matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # class 2 is absent
     assert ops.mean_iou(matrix)[0] == pytest.approx((3 / 4 + 4 / 5) / 2)
@@ -144,6 +204,7 @@ def test_mean_iou_by_hand():
         ops.mean_iou(matrix - 1)
 
 
+@pytest.mark.quick
 def test_ties_go_to_the_lowest_class():
     matrix = ops.confusion_matrix(torch.zeros(1, 4, 2, 2), torch.full((1, 3, 3), 2))
     assert matrix[2].tolist() == [9, 0, 0, 0]
@@ -152,6 +213,7 @@ def test_ties_go_to_the_lowest_class():
 Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("match,call", [
     ("target holds 3", lambda: ops.masked_cross_entropy(Z, T + 3)),
     ("target holds -1", lambda: ops.masked_cross_entropy(Z, T.long() - 1)),
@@ -163,7 +225,6 @@ Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torc
     ("target must be", lambda: ops.masked_cross_entropy(Z, T[:, 0])),
     ("confidence must be", lambda: ops.masked_cross_entropy(Z, T, Z)),
     ("valid must be", lambda: ops.masked_cross_entropy(Z, T, valid=T)),
-    ("size=", lambda: ops.masked_cross_entropy(Z)),
     ("divide must be", lambda: ops.masked_cross_entropy(Z, T, divide="some")),
     ("num_classes is needed", lambda: ops.confusion_matrix(T, T)),
     ("differ in shape", lambda: ops.confusion_matrix(T[:, 1:], T, 3)),
@@ -184,15 +245,17 @@ def test_seg_ops(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "SEG_OPS", "auto")
     assert path() == "reference (no C++ compiler: no-such-compiler)"
     monkeypatch.setattr(ops, "SEG_OPS", "kernel")
-    with pytest.raises(ValueError, match="SEG_OPS=kernel: no C.. compiler: no-such-compiler; mend that"):
+    with pytest.raises(InputError, match="SEG_OPS=kernel: no C.. compiler: no-such-compiler; mend that"):
         path()
     monkeypatch.setattr(ops, "SEG_OPS", "fast")
-    with pytest.raises(ValueError, match="auto, reference or kernel"):
-        path()
+    monkeypatch.setattr(ops, "_choose", path)
+    with pytest.raises(InputError, match="SEG_OPS=fast: it must be auto, reference or kernel"):
+        ops.in_use()
 
 
+@pytest.mark.quick
 def test_where_looking_would_synchronise_bad_labels_poison(monkeypatch):
-    """What CUDA does, run here: NaN from the loss, a negative first cell however often it happens, no index out of bounds."""
+    """What CUDA does, run here: NaN from the loss, a negative first cell however often it happens, no bad index."""
     monkeypatch.setattr(ops, "_can_look", lambda x: False)
     loss, matrix = ops.masked_cross_entropy_reference, ops.confusion_matrix_reference
     assert loss(Z, T + 7)[0].isnan() and loss(Z, T + 255)[0] == 0 and loss(Z, T)[0].isfinite()

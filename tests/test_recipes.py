@@ -1,6 +1,5 @@
 """The recipes say what their rows say, the flags that they need do what they say, and the files of others load."""
 import importlib
-import math
 import re
 import types
 
@@ -188,53 +187,50 @@ def test_semi_from_an_epoch_on():  # of 8 pictures in batches of 3
 
 # ---- the files of others ----
 
-DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+class CaffeNet(torchvision.models.ResNet):
+    """DeepLabv2 as both public implementations have it, with their names and random weights: stride in the first 1x1 of
+    a bottleneck, ceil-mode pooling, dilation in every block of stages 3 and 4."""
+
+    def __init__(self, depths=(3, 4, 6, 3), classes=4):
+        super().__init__(torchvision.models.resnet.Bottleneck, depths)
+        self.maxpool.ceil_mode, self.fc = True, torch.nn.Identity()
+        for layer, stride, dilation in ((self.layer2, 2, 1), (self.layer3, 1, 2), (self.layer4, 1, 4)):
+            for block in layer:
+                block.conv2.stride, block.conv2.dilation, block.conv2.padding = 1, dilation, dilation
+            layer[0].conv1.stride = layer[0].downsample[0].stride = stride
+        self.layer5 = torch.nn.Module()
+        self.layer5.conv2d_list = torch.nn.ModuleList(
+            torch.nn.Conv2d(2048, classes, 3, padding=rate, dilation=rate) for rate in (6, 12, 18, 24))
+        for x in self.eval().state_dict().values():
+            if x.dim() == 1:
+                x.uniform_(0.5, 1.5)
+
+    def forward(self, x, branches=4):
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        x = self.layer4(self.layer3(self.layer2(x)))
+        return sum(conv(x) for conv in self.layer5.conv2d_list[:branches])
+
+    def weights(self):
+        return {k: w for k, w in self.state_dict().items() if "num_batches" not in k}  # PyTorch had none in 2017
 
 
-def caffe_net(w, x, branches=4, backbone="resnet50", classes=4):
-    """Logits of the net of both public implementations, with weights `w` by their names; fills an empty `w`.
-
-    Stride in the first 1x1 of a bottleneck, ceil-mode pooling, dilation in every block of stages 3 and 4.
-    """
-    def weight(name, *shape):
-        if name not in w:
-            w[name] = torch.randn(shape) / math.prod(shape[1:]) ** 0.5 if len(shape) > 1 else torch.rand(shape) + 0.5
-        return w[name]
-
-    def conv(name, bn, x, channels, size, **how):
-        x = F.conv2d(x, weight(f"{name}.weight", channels, x.shape[1], size, size), **how)
-        return F.batch_norm(x, *(weight(f"{bn}.{part}", channels)
-                                 for part in ("running_mean", "running_var", "weight", "bias")))
-    x = F.max_pool2d(conv("conv1", "bn1", x, 64, 7, stride=2, padding=3).relu(), 3, 2, 1, ceil_mode=True)
-    for layer, depth in enumerate(DEPTHS[backbone], 1):
-        dilation, planes = {3: 2, 4: 4}.get(layer, 1), 32 * 2 ** layer
-        for i in range(depth):
-            name, stride = f"layer{layer}.{i}", 2 if layer == 2 and i == 0 else 1
-            y = conv(f"{name}.conv1", f"{name}.bn1", x, planes, 1, stride=stride).relu()
-            y = conv(f"{name}.conv2", f"{name}.bn2", y, planes, 3, padding=dilation, dilation=dilation).relu()
-            y = conv(f"{name}.conv3", f"{name}.bn3", y, 4 * planes, 1)
-            if i == 0:
-                x = conv(f"{name}.downsample.0", f"{name}.downsample.1", x, 4 * planes, 1, stride=stride)
-            x = (x + y).relu()
-    return sum(F.conv2d(x, weight(f"layer5.conv2d_list.{i}.weight", classes, 2048, 3, 3),
-                        weight(f"layer5.conv2d_list.{i}.bias", classes), padding=r, dilation=r)
-               for i, r in enumerate((6, 12, 18, 24)[:branches]))
+@pytest.fixture(scope="module")
+def theirs():
+    return CaffeNet()
 
 
-THEIRS = {  # files with those weights
+@pytest.fixture(scope="module")
+def weights(theirs):
+    return theirs.weights()
+
+
+FILES = {  # of those weights
     "authors": dict,
     "authors, two branches": lambda w: {k: v for k, v in w.items() if "list.2" not in k and "list.3" not in k},
     "first implementation": lambda w: {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in w.items()},
                                        "miou": np.float64(0.69)},
     "coco": lambda w: {f"Scale.{k}": v for k, v in w.items()},
 }
-
-
-@pytest.fixture(scope="module")
-def weights():
-    torch.manual_seed(0)
-    caffe_net(w := {}, torch.zeros(1, 3, 33, 33))
-    return w
 
 
 @pytest.fixture
@@ -249,17 +245,18 @@ def start(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("origin, branches, norm, backbone", [
-    ("authors", 2, "caffe", "resnet50"), ("authors, two branches", 2, "caffe", "resnet50"),
-    ("first implementation", 4, "imagenet", "resnet50"), ("coco", 4, "caffe", "resnet101")])
-def test_forward_parity(start, tmp_path, origin, branches, norm, backbone):
+@pytest.mark.parametrize("origin, branches, norm, blocks", [
+    ("authors", 2, "caffe", 6), ("authors, two branches", 2, "caffe", 6), ("first implementation", 4, "imagenet", 6),
+    ("coco", 4, "caffe", 23)])
+def test_forward_parity(start, tmp_path, origin, branches, norm, blocks):
     """eval.py's and a training's net compute what theirs does; pooling in ceil mode shows at even sizes."""
-    caffe_net(weights := {}, torch.zeros(1, 3, 33, 33), 4, backbone)
-    new, args = start(THEIRS[origin](weights), "--aspp-branches", branches, backbone=backbone)
-    trained, x = model.load_segmenter(tmp_path / "start.pth"), torch.randn(1, 3, 64, 90, dtype=torch.float64)
+    theirs, x = CaffeNet((3, 4, blocks, 3)), torch.randn(1, 3, 64, 90, dtype=torch.float64)
+    new, args = start(FILES[origin](theirs.weights()), "--aspp-branches", branches,
+                      backbone="resnet50" if blocks == 6 else "resnet101")
+    trained = model.load_segmenter(tmp_path / "start.pth")
     assert not trained.training and len(trained.head) == branches and trained.norm == new.norm == args.norm == norm
     with torch.inference_mode():
-        want = caffe_net({k: w.double() for k, w in weights.items()}, x, branches, backbone)
+        want = theirs.double()(x, branches)
         for seg in (trained, new.eval()):
             torch.testing.assert_close(seg.double()(x), want, rtol=0, atol=1e-5)
 
@@ -269,7 +266,7 @@ def test_start_from_coco(weights, start, tmp_path, capsys, monkeypatch, names):
     monkeypatch.setattr(model, "COCO_FILE", tmp_path / "coco.pth")
     with pytest.raises(cli.InputError, match="coco.pth is not there"):
         start("coco")
-    torch.save(THEIRS[names](weights), model.COCO_FILE)
+    torch.save(FILES[names](weights), model.COCO_FILE)
     seg, args = start("coco", "--aspp-branches", 2)
     assert args.caffe and len(seg.head) == 2 and "2 of its 4 branches" in capsys.readouterr().out
     picture = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
@@ -282,10 +279,10 @@ def test_start_from_coco(weights, start, tmp_path, capsys, monkeypatch, names):
 
 
 def test_start_from_the_authors(weights, start, capsys):
-    start(THEIRS["first implementation"](weights))
+    start(FILES["first implementation"](weights))
     assert "--aspp-branches" not in capsys.readouterr().out
     assert len(start(weights)[0].head) == 4 and "give --aspp-branches 2" in capsys.readouterr().out
-    seg, _ = start(two := THEIRS["authors, two branches"](weights), "--aspp-branches", 2, "--upsample", "learned")
+    seg, _ = start(two := FILES["authors, two branches"](weights), "--aspp-branches", 2, "--upsample", "learned")
     assert seg(torch.zeros(1, 3, 65, 65)).shape == (1, 4, 65, 65)
     with pytest.raises(cli.InputError, match="missing: head.2.bias, head.2.weight, head.3.bias, head.3.weight;"):
         start(two)
@@ -295,7 +292,7 @@ def test_keys_that_do_not_fit_are_listed(weights, start, tmp_path):
     odd = {"layer1": torch.zeros(1), "layer5.other": torch.zeros(1), "conv1.weight": torch.zeros(64, 3, 5, 5)}
     gone = "layer3.5.bn2.bias", "layer5.conv2d_list.0.bias"
     broken = {k: w for k, w in (weights | odd).items() if k not in gone}
-    for load in (lambda: start(THEIRS["coco"](broken)), lambda: model.load_segmenter(tmp_path / "start.pth")):
+    for load in (lambda: start(FILES["coco"](broken)), lambda: model.load_segmenter(tmp_path / "start.pth")):
         with pytest.raises(cli.InputError, match="missing: backbone.13.bn2.bias, head.0.bias; left over: backbone.0."
                            "layer1, backbone.0.layer5.other; of another shape: backbone.0.conv1.weight;"):
             load()
@@ -332,15 +329,15 @@ def test_torchvision_file(start, tmp_path):
         model.load_segmenter(tmp_path / "start.pth")
 
 
-def test_origin_is_recorded_and_comes_back(weights, train, voc, tmp_path, capsys):
+def test_origin_is_recorded_and_comes_back(theirs, weights, train, voc, tmp_path, capsys):
     """eval.py reads a file of others, and a training from it writes one that is read as Caffe's net again."""
     file, out = tmp_path / "coco.pth", tmp_path / "pictures"
-    torch.save(THEIRS["coco"](weights), file)
+    torch.save(FILES["coco"](weights), file)
     words = "--ckpt", file, "--data", voc, "--gpu", -1, "--workers", 0, "--out", out
     evaluation.main(settings(*words, script=evaluation))
     assert "\nmIoU " in capsys.readouterr().out and (out / "val0.png").exists()
     flags = "--backbone", "resnet50", "--init", file, "--iters", 1, "--lr", 0, "--bn", "frozen", "--no-amp"
     seg, x = model.load_segmenter(train("train_base", *flags) / "last.pt"), torch.randn(1, 3, 65, 65)
     with torch.inference_mode():
-        torch.testing.assert_close(seg(x), caffe_net(weights, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seg(x), want := theirs(x), rtol=0, atol=1e-4 * float(want.abs().max()))
     assert seg.norm == "caffe"
