@@ -1,4 +1,4 @@
-"""What every command line here does: errors of one line, @files of flags, progress, files that are whole or not there."""
+"""What every command line here does: one-line errors, @files of flags, progress, files that are whole or not there."""
 import argparse
 import contextlib
 import os
@@ -38,26 +38,26 @@ def expand(words, folder=Path(), inside=()):
         if not word.startswith("@"):
             yield word
             continue
-        file = folder / word[1:]
+        file = Path(os.path.normpath(folder / word[1:]))
         if file in inside:
             raise InputError(f"{word}: {inside[-1]} leads back to it; take that line out")
         try:
             lines = file.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{word}: {file} cannot be read ({getattr(e, 'strerror', None) or 'it is no text'})") from None
+            raise InputError(f"{word}: {file} cannot be read ({getattr(e, 'strerror', None) or 'not text'})") from None
         yield from expand((w for line in lines for w in line.split("#")[0].split()), file.parent, (*inside, file))
 
 
 class Recipes(argparse.Action):
-    """A flag that prints the files in recipes/: the command, what was published, what the file says of itself."""
+    """A flag that prints the files in recipes/: command, published numbers, what the file says of itself."""
 
     def __init__(self, option_strings, dest, help=None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser, *_):
         for file in sorted((Path(__file__).parent / "recipes").glob("*.txt")):
-            about = dict(line[2:].split(": ", 1) for line in file.read_text().splitlines() if line.startswith("# "))
-            print(f"python {about['script']} @recipes/{file.name:27} published {about['published']}\n    {about['what']}")
+            said = dict(line[2:].split(": ", 1) for line in file.read_text().splitlines() if line.startswith("# "))
+            print(f"python {said['script']} @recipes/{file.name:27} published {said['published']}\n    {said['what']}")
         parser.exit()
 
 

@@ -1,8 +1,7 @@
-"""A run's state and nothing else: settling its flags, learning rate, log, warnings, checkpoints, stopping and going on."""
+"""A run's state: settling its flags, learning rate, log, warnings, checkpoints, stopping and going on."""
 import itertools
 import json
 import math
-import platform
 import shutil
 import sys
 import time
@@ -27,23 +26,15 @@ MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "e
 
 
 def settle(args, dataset, labelled):
-    """Fill in the flags that follow the data, the number of labelled pictures and the start weights, and check them.
-
-    The one place that writes to `args`. Errors: InputError.
-    """
-    for name, value in dataset.defaults.items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
-    if args.stride is None:
-        args.stride = 16 if args.backbone == "efficientnet_lite0" else 8
-    for name in ("eval_every", "save_every"):
-        if getattr(args, name) is None:
-            setattr(args, name, max(1, args.iters // 10))
+    """Fill in the flags that were not given and check all; nothing writes to `args` after it. Errors: InputError."""
+    known = dataset.defaults | {name: value for name, value in vars(args).items() if value is not None}
+    tenth = max(1, known["iters"] // 10)
+    known = {"stride": 16 if known["backbone"] == "efficientnet_lite0" else 8, "eval_every": tenth, "save_every": tenth,
+             "semi_start": known["iters"] // 4} | known
+    vars(args).update({name: known.get(name) for name in vars(args)})
     if getattr(args, "semi_start_epoch", None) is not None:
-        steps = len(labelled) / args.batch_size  # of an epoch
-        args.semi_start = math.ceil(args.semi_start_epoch * (int(steps) if args.drop_last else steps))
-    if getattr(args, "semi_start", 0) is None:
-        args.semi_start = args.iters // 4
+        epoch = len(labelled) // args.batch_size if args.drop_last else len(labelled) / args.batch_size  # in steps
+        args.semi_start = math.ceil(args.semi_start_epoch * epoch)
     flags.check(args)
     if args.batch_size % parallel.WORLD:
         raise InputError(f"--batch-size {args.batch_size}: {parallel.WORLD} processes share it out; make it a multiple")
@@ -52,7 +43,7 @@ def settle(args, dataset, labelled):
 
 
 def poly_lr(optimizer, done, args, power=0.9):
-    """Set every group's rate to initial * (1 - done/iters)**power, done: updates so far in whole --decay-every's; 0: none."""
+    """Poly decay: rate = initial * (1 - done/iters)**power, `done` in whole multiples of --decay-every (0: none)."""
     done = done - done % args.decay_every if args.decay_every else 0
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / args.iters) ** power
@@ -66,7 +57,7 @@ def announce(about, gpu):
 
 
 class Run:
-    """What one training writes to --out and to the screen; under torchrun the first process's does, the others count."""
+    """What one training writes to --out and to the screen; under torchrun only the first process writes."""
 
     def __init__(self, args, dataset, labelled):
         self.args, self.data, self.labelled, self.out = args, dataset, labelled, folder("--out", args.out)
@@ -76,17 +67,12 @@ class Run:
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
-        """Load OUT/last.pt into `parts` (seg, opt_seg, ...) where --resume says so -> updates so far, 0 for a new run.
-
-        Errors: InputError where the checkpoint was made with other flags than those that may change on the way.
-        """
+        """With --resume, load OUT/last.pt into `parts` (seg, opt_seg, ...) -> updates so far. Errors: InputError."""
         parallel.listen()
-        self.parts, last, done = parts, self.out / "last.pt", 0
-        if self.args.resume and last.exists():
-            done = self.load(last)
+        self.parts, last = parts, self.out / "last.pt"
+        done = self.load(last) if self.args.resume and last.exists() else 0
         if parallel.total(torch.tensor(done)) != done * parallel.WORLD:
-            raise InputError("--resume: the processes found different checkpoints; --out has to be a folder that all "
-                             "machines share")
+            raise InputError("--resume: the processes found different checkpoints; all machines must share --out")
         return done
 
     def load(self, last):
@@ -94,8 +80,8 @@ class Run:
         for key, value in checkpoint["args"].items():
             now = getattr(self.args, key, value)
             if now != value and key not in MAY_CHANGE:
-                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give the "
-                                 "flags of its run.json or another --out")
+                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give "
+                                 "the flags of its run.json or another --out")
         if checkpoint["step"] > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         try:
@@ -105,16 +91,13 @@ class Run:
             raise InputError(f"--resume: {last} is of another script or data; name another --out") from None
         torch.set_rng_state(checkpoint["rng"])
         lines = log.read_text().splitlines() if log.exists() else []
-        # a line without its end was being written when the run was killed: it is past the checkpoint
-        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # not one cut off by a kill
         self.rows = [r for r in rows if r["step"] <= checkpoint["step"]] or [{"step": checkpoint["step"]}]
         return checkpoint["step"]
 
     def begin(self):
-        """Write OUT/run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to OUT/earlier-N."""
+        """Write run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to earlier-N."""
         self.written = True
-        if not self.first:
-            return
         old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
         with writing(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -124,9 +107,9 @@ class Run:
                 for f in old:
                     f.rename(aside / f.name)
                 tqdm.write(f"{self.out} holds a run: its files are now in {aside}")
-        facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "python": platform.python_version(),
-                 "torch": torch.__version__, "device": parallel.describe(self.device), "processes": parallel.WORLD,
-                 "ops": ops.in_use(self.device.type)}
+        facts = {"args": vars(self.args), "data": self.data.name, "commit": commit(), "torch": torch.__version__,
+                 "python": sys.version.split()[0], "device": parallel.describe(self.device),
+                 "processes": parallel.WORLD, "ops": ops.in_use(self.device.type)}
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
         replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
         self.write_log()
@@ -135,28 +118,21 @@ class Run:
         replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
 
     def steps(self, done):
-        """Yield done + 1 ... --iters, under a progress bar on a terminal."""
-        self.clock = time.monotonic(), done
-        with tqdm(total=self.args.iters, initial=done, disable=not sys.stderr.isatty() or not self.first) as self.bar:
-            for step in range(done + 1, self.args.iters + 1):
-                yield step
-                self.bar.update()
+        """done + 1 ... --iters, under a progress bar on a terminal."""
+        self.clock, shown = (time.monotonic(), done), self.first and sys.stderr.isatty()
+        self.bar = tqdm(range(done + 1, self.args.iters + 1), initial=done, total=self.args.iters, disable=not shown)
+        return self.bar
 
     def log(self, step, lr, **values):
-        """Log and print a step's figures, 0-dim tensors, each a parallel.mean: the first and the last step, every
-        --log-every-th and those before an evaluation. Only there are they read, which waits for the device.
-
-        Errors: InputError where one is not finite.
-        """
-        args = self.args
-        if step not in (1, args.iters) and step % args.log_every and step % args.eval_every:
-            return
+        """Log and print a step's figures, 0-dim tensors, each a parallel.mean. Errors: InputError, one not finite."""
+        if step not in (1, self.args.iters) and step % self.args.log_every and step % self.args.eval_every:
+            return  # reading them would wait for the device
         figures = torch.stack([value.detach().double() for value in values.values()])
         row = {"step": step} | dict(zip(values, (parallel.total(figures) / parallel.WORLD).tolist())) | {"lr": lr}
         for name, value in row.items():
             if not math.isfinite(value):
-                raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or a loss weight")
-        if not self.written:
+                raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or --lam-*")
+        if self.first and not self.written:
             self.begin()
         self.rows.append(row)
         if not self.first:
@@ -165,13 +141,12 @@ class Run:
             log.write(json.dumps(row) + "\n")
         text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         (began, before), self.clock = self.clock, (time.monotonic(), step)
-        rate = (step - before) / (self.clock[0] - began + 1e-9)
         if self.bar.disable:
-            left = clock((args.iters - step) / rate)
-            print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {left} left", flush=True)
+            rate, of = (step - before) / (self.clock[0] - began + 1e-9), self.args.iters
+            print(f"step {step}/{of} {text} | {rate:.2f} steps/s, {clock((of - step) / rate)} left", flush=True)
         else:
             self.bar.set_postfix_str(text, refresh=False)
-        for line in warnings(self.rows, args):
+        for line in warnings(self.rows, self.args):
             tqdm.write(line)
 
     def to_evaluate(self, step):
@@ -184,22 +159,18 @@ class Run:
         return bool(parallel.stopping()) or step % self.args.save_every == 0
 
     def save(self, step, miou=None):
-        """Write OUT/last.pt. With a score, 0..1: log and print it, keep the best checkpoint in OUT/best.pt.
-
-        Ends the script where a signal asked to stop; --resume makes up for a score that this lacks.
-        """
+        """Write OUT/last.pt; log and print a score (0..1), keep the best in OUT/best.pt; exit if a signal asked to."""
         miou = None if miou is None else 100 * miou
-        checkpoint = dict.fromkeys(("seg", "disc", "opt_seg", "opt_disc"))
-        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint |= {"step": step, "args": vars(self.args) | {"palette": self.data.palette},
-                       "classes": list(self.data.classes), "rng": torch.get_rng_state(), "miou": miou}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint = {"disc": None, "opt_disc": None} | states | {
+            "step": step, "args": vars(self.args) | {"palette": self.data.palette}, "classes": list(self.data.classes),
+            "rng": torch.get_rng_state(), "miou": miou}
         if self.first:
             replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
         if miou is not None:
             self.score(step, miou)
-        if parallel.stopping() and (miou is None or step < self.args.iters):
-            tqdm.write(f"stopped by {parallel.stopping()} after step {step}, which is in {self.out}/last.pt; add --resume "
-                       "to go on")
+        if (heard := parallel.stopping()) and (miou is None or step < self.args.iters):
+            tqdm.write(f"stopped by {heard} after step {step}, which is in {self.out}/last.pt; --resume goes on")
             sys.exit(0)
 
     def score(self, step, miou):
@@ -210,7 +181,7 @@ class Run:
         if self.first:
             if best is None or miou > best[0]:
                 replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
-            self.write_log()  # last: where a run is killed before, it evaluates again
+            self.write_log()  # last: a run killed before this evaluates again
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*best) if best else ""
         tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")
@@ -224,5 +195,5 @@ def warnings(rows, args):
             low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
         values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and (name != "kept" or r["step"] > start)]
         ill = [not low <= value <= high for value in values]
-        if len(ill) >= PATIENCE and all(ill[-PATIENCE:]) and not all(ill[:-PATIENCE] or [False]):
-            yield (f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}")
+        if len(ill) >= PATIENCE and all(ill[-PATIENCE:]) and ill[:-PATIENCE] != [True]:
+            yield f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}"

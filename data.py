@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -36,8 +37,8 @@ PICTURE_DIRS = ("JPEGImages", "img", "images")
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass", "cls", "labels")
 LIST_DIRS, TRAIN_LISTS = ("ImageSets/Segmentation", "lists", "."), ("train_aug", "trainaug", "train")
 
-# What a training takes where no flag says otherwise: the paper's settings, or what trains in minutes on a CPU. There D is
-# slower: with the paper's rate it has won by step 60 (CamVid: `loss_d` 0.04), and hardly an unlabelled pixel is trusted.
+# What a training takes where no flag says otherwise: the paper's settings, or what trains in minutes on a CPU. There D
+# is slower: at the paper's rate it wins by step 60 (CamVid: `loss_d` 0.04), and hardly an unlabelled pixel is trusted.
 VOC_DEFAULTS = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4,
                     d_lr=1e-4, d_smooth=0.0, lam_semi=0.1, scale=[0.5, 1.5], input_scale=1)
 CITYSCAPES_DEFAULTS = VOC_DEFAULTS | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
@@ -71,10 +72,7 @@ class Data:
     note: str  # for the start of a run's first line: that `shapes` stands in for VOC, or that lists were drawn
 
     def ids(self, *names):
-        """The ids of the first list there is among `names`: one of the folder's, a drawn one, or a file of that path.
-
-        Errors: InputError where there is no such list or it is empty.
-        """
+        """Ids of the first list of `names` that exists: the folder's, a drawn one, or a file. Errors: InputError."""
         for find in (lambda name: find_list(self.root, name), self.drawn.get, Path):
             for found in map(find, names):
                 if isinstance(found, list):
@@ -84,34 +82,30 @@ class Data:
         advice = "" if (self.root / "classes.txt").is_file() else "; a folder of your own needs classes.txt as well"
         if self.picture_dir.name == "leftImg8bit":
             advice = f", or let python data.py cityscapes --root {self.root}"
-        raise InputError(f"{self.root / LIST_DIRS[0]}: no list {' or '.join(f'{n}.txt' for n in names)}; write one with an "
-                         f"id a line{advice}")
+        raise InputError(f"{self.root / LIST_DIRS[0]}: no list {' or '.join(f'{n}.txt' for n in names)}; write one, "
+                         f"an id a line{advice}")
 
     def train_ids(self):
         return self.ids(*TRAIN_LISTS)
 
     def samples(self, ids, labels=True):
         """[(picture path, Label)] of `ids`, the Label None where none is wanted. Errors: InputError, not there."""
-        for i in ids:
-            for files, name in ((self.pictures, self.picture_dir / f"{i}.jpg"), (self.labels, self.label_dir / f"{i}.png")):
-                if i not in files and (labels or files is self.pictures):
-                    raise InputError(f"{name}: not there, but id {i} is in a list; add it or drop the id")
-        return [(self.pictures[i], Label(self.labels[i], len(self.classes), self.colours) if labels else None)
-                for i in ids]
+        kinds = [(self.pictures, self.picture_dir, "jpg"), (self.labels, self.label_dir, "png")][:1 + labels]
+        for i, (files, where, suffix) in itertools.product(ids, kinds):
+            if i not in files:
+                raise InputError(f"{where}/{i}.{suffix}: not there, but id {i} is in a list; add it or drop the id")
+        k = len(self.classes)
+        return [(self.pictures[i], Label(self.labels[i], k, self.colours) if labels else None) for i in ids]
 
 
 def open_data(root=None):
-    """The data set at `root`, or `shapes`, or, for None, VOC 2012 where it is there and `shapes` where not -> Data.
-
-    Errors: InputError.
-    """
-    note = ""
+    """The Data at `root`, or `shapes`; None: VOC 2012 where it is there, else `shapes`. Errors: InputError."""
+    note, drawn = "", {}
     if root is None and not any(find_list(VOC_ROOT, name) for name in TRAIN_LISTS[:2]):
         lack = f"has no {TRAIN_LISTS[0]}.txt" if VOC_ROOT.is_dir() else "is not there"
-        note = f"{VOC_ROOT} {lack} (to get it: python data.py voc), so this run uses shapes; "
-    generated = root == "shapes" or bool(note)
-    root = SHAPES_ROOT if generated else Path(root or VOC_ROOT)
-    defaults = SHAPES_DEFAULTS if generated else VOC_DEFAULTS
+        root, note = "shapes", f"{VOC_ROOT} {lack} (to get it: python data.py voc), so this run uses shapes; "
+    generated = root == "shapes"
+    root, defaults = (SHAPES_ROOT, SHAPES_DEFAULTS) if generated else (Path(root or VOC_ROOT), VOC_DEFAULTS)
     if generated:
         with writing(root):
             shapes.make(root)
@@ -125,18 +119,17 @@ def open_data(root=None):
     else:
         pictures, labels = index(picture_dir, PICTURES), index(label_dir, [".png"])
     if not pictures or not labels or picture_dir == root or label_dir == root:
-        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/"
-                         "*.png (or labels/), classes.txt and ImageSets/Segmentation/{train,val}.txt, or say --data shapes")
+        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/*"
+                         ".png (or labels/), classes.txt, ImageSets/Segmentation/{train,val}.txt; or say --data shapes")
     classes, palette, colours = read_classes(root / "classes.txt")
-    drawn = {}
     if (root / "classes.txt").is_file() and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in pictures if i in labels]
         if len(pairs) < 2:
-            raise InputError(f"{label_dir}: {len(pairs)} of {len(pictures)} pictures in {picture_dir} have a label of the "
-                             "same name there; it takes 2")
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(pictures)} pictures in {picture_dir} have a label of "
+                             "the same name there; it takes 2")
         drawn, bare = draw_lists(pairs), len(pictures) - len(pairs)
-        note = (f"{root} has no lists: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are val"
-                f"{f', {bare} have no label and are left out' if bare else ''}; ")
+        note = (f"{root} has no lists: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are "
+                f"val{f', {bare} have no label and are left out' if bare else ''}; ")
     return Data("shapes" if generated else str(root), root, classes, palette, colours, defaults, pictures, labels,
                 picture_dir, label_dir, drawn, note)
 
@@ -178,7 +171,7 @@ def read_lines(file):
     try:
         return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read as text ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
+        raise InputError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
 
 
 def read_ids(file):
@@ -192,7 +185,7 @@ def read_ids(file):
 
 
 def read_classes(file):
-    """(names, palette, colours) from classes.txt: a class a line in order, its name and, if wanted, its colour as `R G B`.
+    """(names, palette, colours) from classes.txt: a line for each class in order, its name and, if wanted, `R G B`.
 
     Lines `void R G B` give colours that do not count. `colours` is that of a Label: where every class has one, label
     pictures may be in colour. Errors: InputError.
@@ -201,35 +194,28 @@ def read_classes(file):
     if not file.is_file():
         return VOC_CLASSES, palette, ()
     for line in read_lines(file):
-        words = line.split()
-        colour = None
+        words, colour, n = line.split(), None, len(names)
         if len(words) > 3 and all(w.isdecimal() and int(w) < 256 for w in words[-3:]):
             colour, words = tuple(map(int, words[-3:])), words[:-3]
-        void = [w.lower() for w in words] == ["void"]
-        if void and not colour or not void and " ".join(words) in names:
-            why = "names a class a second time" if not void else (
-                "has no colour R G B: void is no class, it is 255 in index labels")
+        name = " ".join(words)
+        void = name.lower() == "void"
+        if void and not colour or name in names:
+            why = "has no R G B: void is no class, it is 255 in index labels" if void else "names a class a second time"
             raise InputError(f"{file}: the line {line!r} {why}; mend it")
         if colour:
-            colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if void else len(names)))
+            colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if void else n))
         if not void:
-            if colour:
-                palette[3 * len(names):3 * len(names) + 3] = colour
-            names.append(" ".join(words))
+            palette[3 * n:3 * n + 3] = colour or palette[3 * n:3 * n + 3]
+            names.append(name)
     if not 2 <= len(names) <= 255:
         raise InputError(f"{file}: holds {len(names)} classes; it takes 2 to 255, one a line")
-    if len({i for _, i in colours} - {IGNORE}) < len(names) or len(dict(colours)) < len(colours) or len(names) > 254:
-        colours = ()  # nothing to tell classes by
-    return names, palette, tuple(colours)
+    distinct = len({i for _, i in colours} - {IGNORE}) == len(names) <= 254 and len(dict(colours)) == len(colours)
+    return names, palette, tuple(colours) if distinct else ()
 
 
 def voc_palette():
     """The VOC colour map, 768 numbers: bit j of channel c is bit 3 * (7 - j) + c of the class number."""
-    colours = np.zeros((256, 3), int)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= (np.arange(256) >> (3 * bit + channel) & 1) << (7 - bit)
-    return colours.flatten().tolist()
+    return [sum((n >> (3 * bit + c) & 1) << (7 - bit) for bit in range(8)) for n in range(256) for c in range(3)]
 
 
 def split_ids(ids, fraction, seed, labelled_ids=None):
@@ -253,19 +239,14 @@ def split_ids(ids, fraction, seed, labelled_ids=None):
 
 
 def folder_pictures(folder, samples):
-    """Every picture under `folder`, any depth, as samples without a label, but those of `samples`; [] for None.
-
-    Errors: InputError for no picture.
-    """
+    """Samples without a label of all pictures under `folder` less those of `samples`; None: []. Errors: InputError."""
     if folder is None:
         return []
-    files = [Path(f"{at}/{name}") for at, _, names in os.walk(folder, followlinks=True) for name in names
-             if name[0] != "."]
+    files = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
     known = {os.path.realpath(path) for path, _ in samples}
     found = [(str(f), None) for f in sorted(files) if f.suffix.lower() in PICTURES and os.path.realpath(f) not in known]
     if not found:
-        raise InputError(f"--unlabelled {folder}: no .jpg or .png in that folder that the data set has not; name one that "
-                         "has")
+        raise InputError(f"--unlabelled {folder}: no .jpg or .png that the data set has not; name another folder")
     return found
 
 
@@ -280,8 +261,7 @@ def reading(path):
         raise
     except Exception as e:  # PIL raises nearly anything on a damaged file
         why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "") or type(e).__name__
-        raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace the file or drop its id from the "
-                         "list") from None
+        raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace the file or drop its id") from None
 
 
 def read_picture(path):
@@ -300,8 +280,7 @@ def read_label(label, size):
         image = Image.open(label.path)
         image.load()
         if image.size != size:
-            raise InputError(f"{label.path}: the label is {image.width}x{image.height}, its picture {size[0]}x{size[1]}; "
-                             "make them equal")
+            raise InputError(f"{label.path}: {image.width}x{image.height}, its picture {size[0]}x{size[1]}; mend one")
         if image.mode in ("L", "P"):
             ids = np.array(image)
             if label.colours:
@@ -313,10 +292,10 @@ def read_label(label, size):
             ids = colour_ids(label.colours)[codes]
             if (ids == 254).any():
                 code = codes[ids == 254][0]
-                raise InputError(f"{label.path}: colour {code >> 16} {code >> 8 & 255} {code & 255} is no class's; mend it "
-                                 "or give it a line in classes.txt (NAME R G B, or void R G B where it does not count)")
+                raise InputError(f"{label.path}: colour {code >> 16} {code >> 8 & 255} {code & 255} is no class's; "
+                                 "mend it or name it in classes.txt (NAME R G B, or void R G B if it does not count)")
         else:
-            raise InputError(f"{label.path}: a label is an 8-bit index picture (mode L or P), or a colour picture where "
+            raise InputError(f"{label.path}: a label is an 8-bit index picture (mode L or P), or one in colour where "
                              f"classes.txt gives each class a colour of its own; this one is {image.mode}; convert it")
     if ((ids - np.uint8(label.num_classes)) < IGNORE - label.num_classes).any():  # wraps: ids num_classes .. 254
         value = ids[(ids >= label.num_classes) & (ids != IGNORE)][0]
@@ -332,16 +311,15 @@ def check_indices(image, label):
     for i in used if palette else set(used) & {255}:
         r, g, b = palette[3 * i:3 * i + 3] or (0, 0, 0) if palette else (i, i, i)
         if known.get(r << 16 | g << 8 | b, i) != i:
-            raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives to another class; "
-                             "save it as RGB if its colours count, else in mode L or with the colours of classes.txt")
+            raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives another "
+                             "class; save it as RGB if its colours count, else in mode L or with those of classes.txt")
 
 
 @functools.lru_cache
 def colour_ids(colours):
     """Table (2**24,) uint8 from a colour's code to its class, 254 where it is no class's."""
     table = np.full(2**24, 254, np.uint8)
-    for code, i in colours:
-        table[code] = i
+    table[[code for code, _ in colours]] = [i for _, i in colours]
     return table
 
 
@@ -362,10 +340,9 @@ def resize(pictures, size):
 
 
 def random_geometry(size, crop, factor, draw):
-    """A random crop and flip of a picture of `size` (W,H) that is scaled by `factor` -> (box, (w,h), flip).
+    """A crop and flip by `draw`, a random.Random, of a picture of `size` (W,H) at scale `factor` -> (box, (w,h), flip).
 
-    `box`, in pixels of the picture, becomes w x h pixels (at most crop x crop), mirrored where flip is set. `draw` is a
-    random.Random.
+    `box`, in pixels of the picture, becomes w x h pixels (at most crop x crop), mirrored where flip is set.
     """
     box, out = [0, 0, 0, 0], [0, 0]
     for axis in (0, 1):
@@ -377,7 +354,7 @@ def random_geometry(size, crop, factor, draw):
 
 
 def place_picture(picture, geometry, canvas):
-    """A PIL image through a random_geometry onto a copy of `canvas`, (crop,crop,3), whose padding stays right and below."""
+    """A PIL image through a random_geometry onto a copy of `canvas` (crop,crop,3), left as it is right and below."""
     box, (w, h), flip = geometry
     pixels = torch.from_numpy(np.array(picture.crop(box)))  # (H,W,3)
     box = resize(pixels.permute(2, 0, 1)[None], (h, w))
@@ -390,18 +367,17 @@ def place_picture(picture, geometry, canvas):
 
 
 def place_label(ids, geometry, crop):
-    """(H,W) ids through their picture's random_geometry, the nearest pixel each: (crop,crop) uint8, 255 where padded."""
+    """(H,W) ids through their picture's random_geometry, by nearest pixel: (crop,crop) uint8, 255 where padded."""
     (left, top, right, bottom), (w, h), flip = geometry
-    rows, columns = (first + (np.arange(n) + 0.5) * (last - first) / n for first, last, n in ((top, bottom, h),
-                                                                                         (left, right, w)))
+    rows = (top + (np.arange(h) + 0.5) * (bottom - top) / h).astype(int)
+    columns = (left + (np.arange(w) + 0.5) * (right - left) / w).astype(int)
     canvas = np.full((crop, crop), IGNORE, np.uint8)
-    canvas[:h, :w] = ids[rows.astype(int)][:, columns.astype(int)[::-1 if flip else 1]]
+    canvas[:h, :w] = ids[rows][:, columns[::-1] if flip else columns]
     return torch.from_numpy(canvas)
 
 
 class Stream(torch.utils.data.Dataset):
-    """Endless random crops of `samples`: draw n is a pure function of (seed, name, n), epochs are shuffles of all samples,
-    less what does not fill a batch with --drop-last.
+    """Endless random crops of `samples`. Draw n is a pure function of (seed, name, n); an epoch is a shuffle of all.
 
     With labels: ((crop,crop,3) uint8, (crop,crop) uint8 with 255 on padding). Without (Label None, no label file is
     ever opened): ((crop,crop,3) uint8, (crop,crop) bool, False on padding). Errors: InputError, no picture.
@@ -414,10 +390,9 @@ class Stream(torch.utils.data.Dataset):
         self.key, self.order = f"{args.seed}/{name}", (None, None)
         self.epoch = len(samples) - (len(samples) % args.batch_size if args.drop_last else 0)
         if not samples:
-            raise InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give more with "
-                             "--unlabelled")
+            raise InputError("--split, --labelled-ids: leave no picture unlabelled; label fewer or give --unlabelled")
         if not self.epoch:
-            raise InputError(f"--drop-last: {len(samples)} {name} pictures are no batch of {args.batch_size}; leave it out")
+            raise InputError(f"--drop-last: {len(samples)} {name} pictures are no batch of {args.batch_size}; omit it")
 
     def __getitem__(self, n):
         epoch, position = divmod(n, self.epoch)
@@ -427,9 +402,8 @@ class Stream(torch.utils.data.Dataset):
             self.order = epoch, order
         path, label = self.samples[self.order[1][position]]
         draw = random.Random(f"{self.key}/draw {n}")
-        factor = draw.uniform(*self.scale)
         picture = read_picture(path)
-        geometry = random_geometry(picture.size, self.crop, factor, draw)
+        geometry = random_geometry(picture.size, self.crop, draw.uniform(*self.scale), draw)
         pixels = place_picture(picture, geometry, self.canvas)
         if label is None:
             (w, h), valid = geometry[1], torch.zeros(self.crop, self.crop, dtype=torch.bool)
@@ -441,15 +415,14 @@ class Stream(torch.utils.data.Dataset):
 def batches(samples, name, args, done, device):
     """Yield this process's part of each batch of the stream `name` from update `done` to --iters, on `device`.
 
-    (pictures (B,3,crop,crop) uint8, labels (B,crop,crop) uint8, or bool for samples without labels), the same whatever
-    the number of workers, and together the same for any number of processes. Errors: InputError.
+    (pictures (B,3,crop,crop) uint8, channels last in memory, labels (B,crop,crop) uint8, or bool where samples have
+    none): the same for any number of workers, and together for any number of processes. Errors: InputError.
     """
     stream, size = Stream(samples, args, name), args.batch_size // parallel.WORLD
-    draws = [n for first in range(done * args.batch_size + size * parallel.RANK, args.iters * args.batch_size,
-                                  args.batch_size) for n in range(first, first + size)]
+    mine = range(size * parallel.RANK, size * parallel.RANK + size)  # of each batch
+    draws = [step * args.batch_size + n for step in range(done, args.iters) for n in mine]
     for pixels, other in loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"):
-        pictures = pixels.permute(0, 3, 1, 2)  # channels last in memory: no plane is ever moved
-        yield pictures.to(device, non_blocking=True), other.to(device, non_blocking=True)
+        yield pixels.permute(0, 3, 1, 2).to(device, non_blocking=True), other.to(device, non_blocking=True)
 
 
 def loader(dataset, workers, **more):
@@ -467,9 +440,8 @@ def leave_signals(_):
 @atexit.register
 def end_workers():
     """multiprocessing would end them by SIGTERM, and wait."""
-    if multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would call it an accident
     for worker in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's handler would call it an accident
         worker.kill()
 
 
@@ -484,16 +456,15 @@ class Whole(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         picture = read_picture(self.samples[i][0])
-        label = read_label(self.samples[i][1], picture.size)
-        pixels, size = for_net(picture, self.args)
-        return pixels, F.pad(torch.from_numpy(label), (0, size[1] - label.shape[1], 0, size[0] - label.shape[0]), value=IGNORE)
+        ids = torch.from_numpy(read_label(self.samples[i][1], picture.size))
+        pixels, (height, width) = for_net(picture, self.args)
+        return pixels, F.pad(ids, (0, width - picture.width, 0, height - picture.height), value=IGNORE)
 
 
 def for_net(picture, args):
-    """A PIL image padded on the right and below and shrunk as a net trained with `args` takes it -> ((3,h,w) uint8, (H,W)).
+    """A PIL image padded on the right and below to (H,W) and shrunk for the net -> ((3,h,w) uint8, (H,W)).
 
-    h and w are stride*k+1, and (H,W), stride/input_scale*k+1, is the padded picture's own size: the corners of both grids
-    and of the logits' coincide.
+    h, w are stride*k+1 and H, W are stride/input_scale*k+1: the corners of both grids and of the logits' coincide.
     """
     multiple = round(args.stride / args.input_scale)
     steps = [math.ceil((n - 1) / multiple) for n in (picture.height, picture.width)]

@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import tempfile
 from pathlib import Path
 
@@ -26,8 +25,7 @@ from flags import WHOLE
 
 def flags():
     p = cli.Parser(__doc__)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training, or a file of either public "
-                   "implementation")
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="a training's last.pt or best.pt, or a published file")
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
     p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")
@@ -50,9 +48,8 @@ def predict(seg, pictures, args, device):
 def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
-    Several processes share the samples out and sum their matrices: every picture counts once. write(index, class ids
-    (H,W) uint8 on the CPU), if given, gets every prediction of this process; padding is still on it. (None, None) where a
-    signal to stop breaks it off.
+    Processes share the samples out and sum their matrices: every picture counts once. `write(index, ids)` gets every
+    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal to stop breaks it off.
     """
     parallel.broadcast_buffers(seg)
     was_training = seg.training
@@ -81,10 +78,7 @@ def palette_png(ids, size, palette):
 
 @contextlib.contextmanager
 def drafts_of(out):
-    """A folder to write to; at the end, and only then, its files move to `out`; None for None. Errors: InputError."""
-    if out is None:
-        yield None
-        return
+    """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
     with cli.writing(f"--out {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         drafts = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
@@ -93,19 +87,14 @@ def drafts_of(out):
         with cli.writing(f"--out {out}"):
             out.mkdir(exist_ok=True)
             for file in Path(drafts.name).iterdir():
-                os.replace(file, out / file.name)
+                file.replace(out / file.name)
 
 
 def overview(rows):
     """One picture of rows (picture, label, prediction), each shown 240 pixels wide."""
-    tiles = [[tile.convert("RGB").resize((240, round(240 * tile.height / tile.width))) for tile in row] for row in rows]
-    sheet = Image.new("RGB", (720, sum(row[0].height for row in tiles)))
-    top = 0
-    for row in tiles:
-        for column, tile in enumerate(row):
-            sheet.paste(tile, (240 * column, top))
-        top += row[0].height
-    return sheet
+    def small(picture):
+        return np.asarray(picture.convert("RGB").resize((240, round(240 * picture.height / picture.width))))
+    return Image.fromarray(np.vstack([np.hstack([*map(small, row)]) for row in rows]))
 
 
 def main(args):
@@ -125,11 +114,11 @@ def main(args):
     if len(dataset.classes) != len(classes):
         raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has "
                              f"{len(dataset.classes)}; name the data it was trained on with --data")
-    other = f"{dataset.root} names its classes otherwise than {args.ckpt}; " if classes != dataset.classes and (
-        classes[0] != "class 0") else ""
+    renamed = classes != dataset.classes and classes[0] != "class 0"  # of a file that names none
+    note = dataset.note + (f"{dataset.root} names its classes otherwise than {args.ckpt}; " if renamed else "")
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
-    device = common.announce(f"{dataset.note}{other}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
+    device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
     rows, shown = [], max(1, len(ids) // (8 * parallel.WORLD))
 
     def write(i, prediction):
@@ -141,7 +130,7 @@ def main(args):
             label = data.read_label(samples[i][1], picture.size)
             rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
 
-    with drafts_of(out) as drafts:
+    with drafts_of(out) if out else contextlib.nullcontext() as drafts:
         miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
         if out and parallel.RANK == 0:
             with cli.writing(f"--out {out}"):
@@ -162,26 +151,25 @@ def main(args):
 
 @torch.inference_mode()
 def predict_images(seg, args, trained, out):
-    """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before anything is written."""
-    stems = [Path(path).stem for path in args.images]
-    for path, stem in zip(args.images, stems):
-        if stems.count(stem) > 1:
-            raise cli.InputError(f"--images: two pictures are named {stem}, and both would be {out / stem}.png; rename one")
-        if Path(path).resolve() == (out / f"{stem}.png").resolve():
+    """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before writing any."""
+    names = [f"{Path(path).stem}.png" for path in args.images]
+    for path, name in zip(args.images, names):
+        if names.count(name) > 1:
+            raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
+        if Path(path).resolve() == (out / name).resolve():
             raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
         data.read_picture(path)  # all are sound before one is predicted
-    device = common.announce(f"data {len(stems)} pictures of --images", args.gpu)
-    seg = seg.to(device)
-    mine = [*zip(args.images, stems)][parallel.RANK::parallel.WORLD]
+    device = common.announce(f"data {len(names)} pictures of --images", args.gpu)
+    seg, mine = seg.to(device), [*zip(args.images, names)][parallel.RANK::parallel.WORLD]
     with drafts_of(out) as drafts:
-        for path, stem in cli.progress(mine, len(mine), "prediction"):
+        for path, name in cli.progress(mine, len(mine), "prediction"):
             picture = data.read_picture(path)
             pixels, size = data.for_net(picture, trained)
             ids = ops.upsample_argmax(predict(seg, pixels[None], trained, device), size)[0].cpu()
             with cli.writing(f"--out {out}"):
-                palette_png(ids, picture.size, trained.palette).save(drafts / f"{stem}.png")
+                palette_png(ids, picture.size, trained.palette).save(drafts / name)
         parallel.total(torch.zeros(1))  # no file moves before all processes have drawn theirs
-    print(f"{len(stems)} predictions in {out}")
+    print(f"{len(names)} predictions in {out}")
 
 
 if __name__ == "__main__":

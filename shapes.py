@@ -14,7 +14,7 @@ IGNORE = 255
 
 
 def make(root):
-    """Write the set to the folder `root` in VOC layout unless it is there: 400 training and 100 validation pictures, 128x128.
+    """Write the set to the folder `root` in VOC layout unless it is there: 400 training and 100 val pictures, 128x128.
 
     Errors: OSError where it cannot be written.
     """
@@ -75,8 +75,8 @@ def outline(kind, rng):
 def draw(rng, size=128):
     """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
 
-    A class has an outline for certain and a hue more often than not: its neighbours' hues reach into its own, and blobs,
-    which count as ground, have any.
+    A class always has its outline and mostly its hue: its neighbours' hues reach into its own, and blobs, which count
+    as ground, have any.
     """
     picture, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
     kinds = list(CLASSES)

@@ -80,8 +80,8 @@ def main(args):
         if args.d_unlabelled:
             loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
         loss_d = (loss_fake + loss_real) / 2
-        loss_semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u, threshold=args.threshold)
-        loss_semi = parallel.mean(loss_semi, kept)
+        semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u, threshold=args.threshold)
+        loss_semi, share = parallel.mean(semi, kept), parallel.mean(kept / valid_u.sum(), valid_u.sum())
         lam_semi = args.lam_semi if step > args.semi_start else 0
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
 
@@ -94,7 +94,7 @@ def main(args):
         opt_disc.step()
 
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi,
-                kept=parallel.mean(kept / valid_u.sum(), valid_u.sum()), loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
+                kept=share, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step):
             run.save(step, evaluate(seg, val, args, device)[0])
         elif run.to_save(step):

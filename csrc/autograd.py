@@ -20,27 +20,6 @@ def register(library="seg_ops"):
 
     torch.library.register_autograd(f"{library}::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
 
-    @torch.library.register_fake(f"{library}::plain_cross_entropy")
-    def _(logits, *_):
-        pixels = logits.shape[:1] + logits.shape[2:]
-        scalar = logits.new_empty((), dtype=torch.float32)
-        return (scalar, logits.new_empty((), dtype=torch.int64), torch.empty_like(scalar),
-                logits.new_empty(pixels, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.uint8))
-
-    @torch.library.register_fake(f"{library}::plain_cross_entropy_backward")
-    def _(upstream, logits, lse, labels):
-        return torch.empty_like(logits)
-
-    def keep_logits(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0], *output[2:])
-
-    @once_differentiable
-    def compute_gradient(ctx, upstream, *_):
-        logits, share, lse, labels = ctx.saved_tensors
-        return torch.ops.seg_ops.plain_cross_entropy_backward(upstream * share, logits, lse, labels), *[None] * 6
-
-    torch.library.register_autograd(f"{library}::plain_cross_entropy", compute_gradient, setup_context=keep_logits)
-
     @torch.library.register_fake(f"{library}::upsample_softmax")
     def _(logits, valid, height, width, dtype):
         return logits.new_empty((*logits.shape[:2], height, width), dtype=dtype)

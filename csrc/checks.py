@@ -14,8 +14,8 @@ def size_of(size, valid=None):
 
 def valid_mask(valid, shape, like):
     if valid is not None and (valid.dtype != torch.bool or valid.shape != shape or valid.device != like.device):
-        raise ValueError(f"valid must be {tuple(shape)} bool on {like.device}, got {tuple(valid.shape)} {valid.dtype} on "
-                         f"{valid.device}")
+        raise ValueError(f"valid must be {tuple(shape)} bool on {like.device}, got {tuple(valid.shape)} {valid.dtype} "
+                         f"on {valid.device}")
 
 
 def cross_entropy(logits, target, confidence, valid, size, divide):
@@ -52,9 +52,9 @@ def confusion(prediction, target, num_classes, out):
     if not 1 <= num_classes <= 255:
         raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
     integers(target, "target", prediction)
-    if out is not None and (out.shape != (num_classes, num_classes) or out.dtype != torch.int64 or out.device != target.device):
-        raise ValueError(f"out must be {(num_classes, num_classes)} int64 on {target.device}, got {tuple(out.shape)} "
-                         f"{out.dtype} on {out.device}")
+    shape, device = (num_classes, num_classes), target.device
+    if out is not None and (out.shape != shape or out.dtype != torch.int64 or out.device != device):
+        raise ValueError(f"out must be {shape} int64 on {device}, got {tuple(out.shape)} {out.dtype} on {out.device}")
     return num_classes
 
 

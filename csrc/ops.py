@@ -1,9 +1,9 @@
 """The operators that touch full-resolution logits, each beside its definition in plain PyTorch (`*_reference`).
 
 Bilinear interpolation is `align_corners=True` throughout; K <= 255 classes; half types are computed in float32 and
-float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the argument. A label outside 0..K-1 that is
-not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the first
-cell of the matrix negative, on which `mean_iou` raises.
+float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the argument. A label outside 0..K-1 that
+is not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the
+first cell of the matrix negative, on which `mean_iou` raises.
 """
 import math
 import os
@@ -51,7 +51,7 @@ def _kernel(x, *dtypes):
 
 
 def _kernel_resizes(logits, size, *dtypes):
-    # where one axis keeps its size PyTorch does not interpolate along it: an infinite neighbour times 0 would be NaN
+    # where an axis keeps its size PyTorch does not interpolate along it: an infinite neighbour times 0 would be NaN
     return all(a != b for a, b in zip(logits.shape[2:], size)) and _kernel(logits, logits.dtype, *dtypes)
 
 
@@ -61,8 +61,8 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
 
     logits      (N,K,h,w) at any resolution; the only input that gets a gradient
     target      (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, lowest class on a tie
-    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not (the
-                kernels compare logits, so that no sigmoid rounds to the threshold)
+    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not
+                (the kernels compare logits, so that no sigmoid rounds to the threshold)
     valid       (N,H,W) bool, False on padding
     size        (H,W); target's by default, else valid's
     divide      "kept": by the pixels counted; "all": by all that are valid and not `ignore`
@@ -71,18 +71,13 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
     """
     size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    same = logits.shape[2:] == size
-    if not (_kernel(logits, logits.dtype) if same else _kernel_resizes(logits, size)):
+    if not _kernel_resizes(logits, size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     confidence = confidence if confidence is None else confidence.float()
-    if same:
-        loss, kept, *_ = torch.ops.seg_ops.plain_cross_entropy(logits.contiguous(), target, confidence, valid,
-                                                               _logit(threshold), ignore, divide == "all")
-    else:
-        loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(logits, target, confidence, valid, _logit(threshold), *size,
-                                                               ignore, divide == "all")
+    loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(logits, target, confidence, valid, _logit(threshold), *size,
+                                                           ignore, divide == "all")
     return loss, kept
 
 
@@ -136,8 +131,8 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
 def mean_iou(matrix, absent="exclude"):
     """(miou, per_class) of a confusion matrix: a float and a (K,) float64 tensor, fractions in 0..1.
 
-    IoU = diagonal / (row + column - diagonal), as the VOC devkit counts. A class absent from truth and prediction is NaN
-    in per_class; the mean leaves it out ("exclude") or counts it as 0 ("zero").
+    IoU = diagonal / (row + column - diagonal), as the VOC devkit counts. A class absent from truth and prediction is
+    NaN in per_class; the mean leaves it out ("exclude") or counts it as 0 ("zero").
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be (K,K), got {tuple(matrix.shape)}")
@@ -184,7 +179,7 @@ def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if valid is None:
         return upsampled.softmax(1).to(dtype)
-    zero = upsampled.new_zeros(())  # before and after: a NaN that is not valid must reach neither the result nor the gradient
+    zero = upsampled.new_zeros(())  # before and after: a NaN that is not valid reaches neither result nor gradient
     probabilities = upsampled.where(valid[:, None], zero).softmax(1)
     return probabilities.where(valid[:, None], zero).to(dtype)
 

@@ -8,9 +8,6 @@
 STABLE_TORCH_LIBRARY(SEG_OPS_LIBRARY, m) {
   m.def("masked_cross_entropy(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, int height, "
         "int width, int ignore, bool divide_all) -> (Tensor, Tensor, Tensor)");
-  m.def("plain_cross_entropy(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, int ignore, "
-        "bool divide_all) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("plain_cross_entropy_backward(Tensor upstream, Tensor logits, Tensor lse, Tensor labels) -> Tensor");
   m.def("upsample_softmax(Tensor logits, Tensor? valid, int height, int width, ScalarType dtype) -> Tensor");
   m.def("upsample_softmax_backward(Tensor grad, Tensor logits, Tensor? valid) -> Tensor");
   m.def("upsample_argmax(Tensor logits, int height, int width) -> Tensor");

@@ -23,10 +23,12 @@ SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --i
 
 @pytest.fixture(autouse=True)
 def signals():
-    """What a training in this process does about signals is over with the test."""
+    """What a training in this process does about signals is over with the test, and so are its loaders' workers."""
+    import data
     import parallel
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    data.end_workers()
     parallel.heard = None
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -49,9 +51,8 @@ def blocks(tmp_path_factory):
     root, rng = tmp_path_factory.mktemp("blocks") / "voc", np.random.RandomState(0)
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
-    for name, count in (("train", 8), ("val", 2)):
-        ids = [f"{name}{n}" for n in range(count)]
-        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))  # no newline at the end, as in old lists
+    for name, ids in (("train", [f"train{n}" for n in range(8)]), ("val", ["val0", "val1"])):
+        (root / f"ImageSets/Segmentation/{name}.txt").write_text("\n".join(ids))  # no newline at the end
         for i in ids:
             label = rng.randint(0, 4, (5, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint8)  # (80,96)
             Image.fromarray(COLOURS[label]).save(root / f"JPEGImages/{i}.png")
@@ -109,7 +110,8 @@ def fails(capsys, monkeypatch):
 
 def python(*words, cwd=ROOT, **env):
     """Run a script as a user would, in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=os.environ | env, capture_output=True, text=True)
+    command, env = [sys.executable, *map(str, words)], os.environ | env
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def log(out):

@@ -10,7 +10,6 @@ QUICK = pytest.mark.quick
 
 
 @QUICK
-
 def test_poly_lr():
     optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0}, {"params": [torch.zeros(1)], "lr": 10.0}])
     rates = []
@@ -18,7 +17,7 @@ def test_poly_lr():
         common.poly_lr(optimizer, done, argparse.Namespace(iters=4, decay_every=1))
         rates.append([g["lr"] for g in optimizer.param_groups])
     want = [(1 - d / 4) ** 0.9 for d in range(4)]
-    assert [r[0] for r in rates] == pytest.approx(want) and [r[1] for r in rates] == pytest.approx([10 * w for w in want])
+    assert rates == [pytest.approx([w, 10 * w]) for w in want]
 
 
 def test_flags_from_a_file(tmp_path):
@@ -59,7 +58,8 @@ def test_warns_of_a_starved_run(name, values, warns):
 
 def test_warnings_know_smoothing_and_the_start():
     # 0.163 is what a D that always wins keeps under smoothing 0.1
-    args, rows = argparse.Namespace(d_smooth=0.1, semi_start=20), [{"step": n, "loss_d": 0.2, "kept": 1} for n in range(1, 31)]
+    args = argparse.Namespace(d_smooth=0.1, semi_start=20)
+    rows = [{"step": n, "loss_d": 0.2, "kept": 1} for n in range(1, 31)]
     lines = [(n, line.split()[1]) for n in range(1, 31) for line in common.warnings(rows[:n], args)]
     assert lines == [(10, "loss_d"), (30, "kept")]
 
@@ -84,6 +84,6 @@ def test_flags_are_settled_once(train, monkeypatch):
 
     def frozen(args, dataset, labelled):
         settle(args, dataset, labelled)
-        args.__class__ = type("Settled", (argparse.Namespace,), {"__setattr__": lambda *_: pytest.fail("args written to")})
+        args.__class__ = type("Settled", (argparse.Namespace,), {"__setattr__": lambda *_: pytest.fail("written to")})
     monkeypatch.setattr(common, "settle", frozen)
     train("train_semi", "--iters", 1)

@@ -168,10 +168,9 @@ def test_any_number_of_bad_labels_poisons(built):
 
 
 @pytest.mark.parametrize("value", [6, 254, -1, 1 << 40])
-@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
-def test_bad_labels_poison(kernels, size, value):
+def test_bad_labels_poison(kernels, value):
     """NaN from the loss, a first cell below 0."""
-    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, *size)
+    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, 33, 33)
     bad = target.long()
     bad[0, 2, 3] = value
     assert ops.masked_cross_entropy(logits, bad)[0].isnan()
@@ -196,10 +195,6 @@ def test_no_races_and_few_sectors():
     touched = {"cross entropy": (sectors(), 2 * low + labels)}
     op.masked_cross_entropy(logits, None, confidence, valid, 0, height, width, 255, False)
     touched["cross entropy of the argmax"] = sectors(), 2 * low + labels
-    _, _, share, *kept = op.plain_cross_entropy(large, target, None, None, 0, 255, False)
-    touched["plain cross entropy"] = sectors(), full + labels + 5 * labels
-    op.plain_cross_entropy_backward(share, large, *kept)
-    touched["its gradient"] = sectors(), 2 * full + 5 * labels
     op.upsample_softmax(logits, valid, height, width, torch.float32)
     touched["upsample_softmax"] = sectors(), low + labels + full
     op.upsample_softmax_backward(large, logits, valid)
@@ -260,7 +255,7 @@ for test in t.OF_SHAPES:
     for shape in {[getattr(s, "values", [s])[0] for s in SHAPES[:9]]!r}:
         test(shape, torch.float32)
 for value in (6, 1 << 40):
-    t.test_bad_labels_poison(torch.ops.seg_ops, (33, 33), value)
+    t.test_bad_labels_poison(torch.ops.seg_ops, value)
 print("clean")
 """
     names = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]

@@ -20,7 +20,7 @@ SHAPES = [(2, 21, 41, 41, 321, 321), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1,
           (1, 255, 5, 6, 33, 41), (1, 7, 9, 9, 5, 3), (1, 19, 3, 70, 17, 553), (2, 4, 33, 47, 33, 47),
           (1, 6, 2, 3, 3, 40), (3, 11, 9, 9, 129, 129), (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127),
           (1, 5, 3, 5, 9, 63), (2, 5, 3, 3, 9, 31), (1, 4, 3, 4, 9, 4)]
-SHAPES = [pytest.param(s, marks=quick) if i in (3, 5, 6, 7, 9) else s for i, s in enumerate(SHAPES)]
+SHAPES = [pytest.param(s, marks=quick) if i in (3, 5, 6, 7, 9, 12, 13, 14) else s for i, s in enumerate(SHAPES)]
 DEVICE = "cpu"  # where the operators run; tests/test_cuda.py changes it
 
 
@@ -164,8 +164,7 @@ def test_second_backward_is_the_same():
 def test_a_second_derivative_is_refused():
     logits, target, *_ = inputs(1, 5, 4, 4, 25, 25)
     logits.requires_grad_()
-    for y in (ops.masked_cross_entropy(logits, target)[0], ops.upsample_softmax(logits, (25, 25)).square().sum(),
-              ops.masked_cross_entropy(logits, target[:, :4, :4])[0]):
+    for y in (ops.masked_cross_entropy(logits, target)[0], ops.upsample_softmax(logits, (25, 25)).square().sum()):
         first, = torch.autograd.grad(y * y, logits, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice|once_differentiable"):
             first.sum().backward()
@@ -311,8 +310,6 @@ def test_opcheck():
     for args in [(logits, target, None, None, 0.0, 9, 9, 255, False),
                  (logits, None, confidence, valid, 0.0, 9, 9, 255, True)]:
         torch.library.opcheck(seg.masked_cross_entropy, args)
-    same = inputs(1, 4, 9, 9, 9, 9)[0].requires_grad_()
-    torch.library.opcheck(seg.plain_cross_entropy, (same, target, confidence, valid, 0.0, 255, False))
     torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, torch.float32))
     torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9))
     ids = target.clamp(max=3)

@@ -70,7 +70,7 @@ def test_head_learns_ten_times_faster(lite):
     assert {id(p) for p in groups[1]["params"]} == {id(p) for p in lite.head.parameters()}
 
 
-@pytest.mark.parametrize("bn,statistics,affine", [("train", True, True), ("no-grad", True, False), ("frozen", False, False)])
+@pytest.mark.parametrize("bn,statistics,affine", [("train", 1, 1), ("no-grad", 1, 0), ("frozen", 0, 0)])
 def test_batch_norm_modes(bn, statistics, affine):
     seg = model.DeepLabV2("efficientnet_lite0", 3, 16, "none", bn)
     seg.eval().train()
@@ -86,8 +86,8 @@ def test_batch_norm_modes(bn, statistics, affine):
 @pytest.mark.quick
 def test_discriminator_is_the_papers():
     disc = model.Discriminator(21)
-    convs = [m for m in disc.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert [(c.out_channels, c.kernel_size, c.stride) for c in convs] == [(n, (4, 4), (2, 2)) for n in (64, 128, 256, 512, 1)]
+    convs = [(m.out_channels, m.kernel_size, m.stride) for m in disc.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert convs == [(n, (4, 4), (2, 2)) for n in (64, 128, 256, 512, 1)]
     assert [m.negative_slope for m in disc.modules() if isinstance(m, torch.nn.LeakyReLU)] == [0.2] * 4
     assert disc(torch.rand(2, 21, 321, 321)).shape == (2, 1, 10, 10)
 
