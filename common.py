@@ -125,8 +125,9 @@ class Run:
 
     def log(self, step, lr, **values):
         """Log and print a step's figures, 0-dim tensors, each a parallel.mean. Errors: InputError, one not finite."""
-        if step not in (1, self.args.iters) and step % self.args.log_every and step % self.args.eval_every:
-            return  # reading them would wait for the device
+        every = self.args.log_every, self.args.eval_every, self.args.save_every  # no checkpoint of a run that diverged
+        if step not in (1, self.args.iters) and all(step % n for n in every):
+            return  # reading figures would wait for the device
         figures = torch.stack([value.detach().double() for value in values.values()])
         row = {"step": step} | dict(zip(values, (parallel.total(figures) / parallel.WORLD).tolist())) | {"lr": lr}
         for name, value in row.items():

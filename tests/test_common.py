@@ -69,6 +69,13 @@ def test_divergence_stops_with_a_cure(train):
         train("train_base", "--lr", 1e30, "--iters", 6)
 
 
+def test_no_checkpoint_of_a_run_that_diverged(train, tmp_path):
+    """Between log lines too: --resume would go on from it."""
+    with pytest.raises(cli.InputError, match="at step 2: the run diverged"):
+        train("train_base", "--lr", 1e30, "--iters", 6, "--log-every", 6, "--eval-every", 6, "--save-every", 2)
+    assert not (tmp_path / "out/last.pt").exists()
+
+
 def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
     first = (train("train_base", "--seed", 1, "--iters", 1) / "log.jsonl").read_text()
     train("train_base", "--seed", 2, "--iters", 1)

@@ -24,11 +24,10 @@ HEADERS = [HEADER, ROOT / "tests/cuda_on_cpu_watch.h"]
 SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
 # the CPU's, scaled down: N, K, h, w, H, W
 SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
-          (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (2, 4, 9, 12, 9, 12), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35),
-          (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127),
-          (1, 150, 3, 10, 9, 73)]
+          (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35), (1, 2, 1, 9, 1, 9),
+          (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 150, 3, 10, 9, 73)]
 quick = pytest.mark.quick
-SHAPES = [pytest.param(s, marks=quick) if i in (0, 7) else s for i, s in enumerate(SHAPES)]
+SHAPES = [pytest.param(s, marks=quick) if i in (0, 6) else s for i, s in enumerate(SHAPES)]
 
 
 def run(*words, **kw):
@@ -125,14 +124,14 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63
          (test_kernels.test_nothing_ignored_and_everything, [(0,), (1,)]),
          (test_kernels.test_second_backward_is_the_same, [()]),
          (test_kernels.test_a_second_derivative_is_refused, [()]),
-         (test_kernels.test_layouts, [((25, 25),), ((4, 4),)]),
+         (test_kernels.test_layouts, [()]),
          (test_kernels.test_ties_go_to_the_lowest_class, [()]),
          (test_kernels.test_not_finite, [(bad, size) for bad in (float("nan"), float("inf"), -float("inf"))
-                                         for size in ((33, 33), (5, 5), (33, 5))]),
+                                         for size in ((33, 33), (33, 5))]),
          (test_kernels.test_steep_logits, [()]),
-         (test_kernels.test_steep_across, [()]),
+         (test_kernels.test_steep_along_one_axis, [(2,), (3,)]),
          (test_kernels.test_confidence_that_does_not_count, [()])]
-QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class)
+QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class, test_kernels.test_steep_logits)
 EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}", marks=quick if test in QUICK else ())
          for test, several in EDGES for args in several]
 
@@ -182,6 +181,7 @@ def test_bad_labels_poison(kernels, value):
             ops.mean_iou(out)
 
 
+@quick
 def test_no_races_and_few_sectors():
     """Every access to memory is watched: no two threads meet without a barrier, and few sectors are touched."""
     sectors, op = library("watched", "-O1", "-fsanitize=thread").cuda_on_cpu_sectors, torch.ops.watched

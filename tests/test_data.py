@@ -34,7 +34,7 @@ def test_open(voc):
     assert dataset.train_ids() == ["train3", "train1"]
     (voc / "classes.txt").write_text("sky 1 2 3\nfire hydrant\nroad 4 5 6\ncar\n")
     dataset = data.open_data(str(voc))
-    assert (*dataset.classes, *dataset.palette[:9]) == ("sky", "fire hydrant", "road", "car", 1, 2, 3, 128, 0, 0, 4, 5, 6)
+    assert dataset.classes + dataset.palette[:9] == ["sky", "fire hydrant", "road", "car", 1, 2, 3, 128, 0, 0, 4, 5, 6]
     (voc / "classes.txt").unlink()
     assert len(data.open_data(str(voc)).classes) == 21
 

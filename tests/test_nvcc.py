@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not build.cuda_home() or ops.in_use() != "kernel
 ARCHITECTURES = ("80", "90", "120")
 # The most registers of a thread, for any architecture and type. A multiprocessor has 65,536: four blocks of 128 threads
 # with 128 registers each.
-REGISTERS = {"cells_cross_entropy": 104, "finish": 32, "probabilities": 80, "probabilities_backward": 112, "argmax_of": 64,
-             "count_ids": 32}
+REGISTERS = {"cells_cross_entropy": 104, "finish": 32, "probabilities": 80, "probabilities_backward": 112,
+             "argmax_of": 64, "count_ids": 32}
 
 
 @pytest.fixture(scope="module")

@@ -237,6 +237,7 @@ def test_wrong_arguments_are_named(match, call):
         call()
 
 
+@pytest.mark.quick
 def test_seg_ops(monkeypatch, tmp_path):
     """Without a compiler: auto says so and runs the references, kernel is an error."""
     path = ops._choose.__wrapped__  # without its cache

@@ -20,6 +20,7 @@ from csrc import ops
 
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-every 100".split()
 SLOW = pytest.mark.slow
+GROUP = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)  # of processes
 # what train_semi.py does in a step the others do too
 EACH = [script if script == "train_semi" else pytest.param(script, marks=SLOW) for script in SCRIPTS]
 
@@ -165,15 +166,14 @@ def test_stopped_in_an_evaluation(train, tmp_path, monkeypatch, capsys):
 
 def slowly(script, seconds):
     """The code of a script whose loaders take so long for a picture."""
-    return (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import cli, data, {script}; read = data.read_picture; "
-            f"data.read_picture = lambda *a: (time.sleep({seconds}), read(*a))[1]; cli.launch({script}.main, {script}.flags)")
+    return (f"import sys, time; sys.path[:0] = {[str(ROOT)]!r}; import cli, data, {script}; r = data.read_picture; "
+            f"data.read_picture = lambda f: time.sleep({seconds}) or r(f); cli.launch({script}.main, {script}.flags)")
 
 
 def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
     """SIGTERM to the whole group of processes while the workers load, as a scheduler sends it."""
     words = map(str, ["--data", voc, *SMALL, "--iters", 500, "--workers", 2, "--out", tmp_path / "out"])
-    run = subprocess.Popen([sys.executable, "-c", slowly("train_base", 0.2), *words], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen([sys.executable, "-c", slowly("train_base", 0.2), *words], **GROUP)
     until = time.monotonic() + 120
     while time.monotonic() < until and not (tmp_path / "out/log.jsonl").exists():
         time.sleep(0.1)
@@ -189,8 +189,8 @@ def test_several_processes_stop_and_go_on(voc, tmp_path):
     slow = tmp_path / "slow.py"
     slow.write_text(slowly("train_semi", 0.1))
     words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1]))
-    run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], **GROUP,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     file, until = tmp_path / "stopped/log.jsonl", time.monotonic() + 120
     while time.monotonic() < until and not (file.exists() and file.read_text().count("\n") > 3):
         time.sleep(0.1)
@@ -207,7 +207,7 @@ def test_several_processes_stop_and_go_on(voc, tmp_path):
 @pytest.mark.quick
 def test_what_cannot_be_shared_out(fails, blocks, monkeypatch):
     monkeypatch.setattr(parallel, "WORLD", 4)
-    assert "--batch-size 2: 4 processes share it out; make it a multiple" in fails("train_base", "--data", blocks, *SMALL)
+    assert "batch-size 2: 4 processes share it out; make it a multiple" in fails("train_base", "--data", blocks, *SMALL)
 
 
 def test_nets_and_losses_compile_whole():
@@ -222,8 +222,8 @@ def test_nets_and_losses_compile_whole():
             d_fake = disc(ops.upsample_softmax(logits, valid=valid))
             d_real = disc(model.one_hot(target, 4))
         semi, kept = ops.masked_cross_entropy(logits, confidence=d_fake, valid=valid, threshold=0.4)
-        return (ops.masked_cross_entropy(logits, target)[0], model.bce(d_fake, 1, valid), model.bce(d_real, 0.9, valid), semi,
-                kept)
+        loss_ce, _ = ops.masked_cross_entropy(logits, target)
+        return loss_ce, model.bce(d_fake, 1, valid), model.bce(d_real, 0.9, valid), semi, kept
     picture = torch.randint(0, 256, (2, 3, 65, 65), dtype=torch.uint8)
     target = torch.randint(0, 4, (2, 65, 65), dtype=torch.uint8)
     target[:, :5] = 255
@@ -249,8 +249,8 @@ def test_compiled_training(train, monkeypatch):
 
 
 def test_optimisers_are_fused():
-    args = argparse.Namespace(lr=1, head_lr=1, nesterov=True, weight_decay=0, d_optim="adam", d_lr=1, d_betas=(0.9, 0.99),
-                              d_decay=None, d_momentum=0.5)
+    args = argparse.Namespace(lr=1, head_lr=1, nesterov=True, weight_decay=0, d_optim="adam", d_lr=1,
+                              d_betas=(0.9, 0.99), d_decay=None, d_momentum=0.5)
     seg, disc = model.DeepLabV2("resnet18", 4, 8, "none"), model.Discriminator(4)
     found = [model.seg_optimizer(seg, args), model.disc_optimizer(disc, args)]
     args.d_optim = "sgd"
