@@ -271,7 +271,7 @@ def read_picture(path):
         if image.mode[0] in "IF":  # PIL would cut off what is above 255
             raise ValueError(f"mode {image.mode}: convert it to 8 bits a channel")
         image.load()
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which copies
 
 
 def read_label(label, size):

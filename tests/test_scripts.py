@@ -191,7 +191,7 @@ def test_extra_unlabelled_pictures(train, tmp_path):
 def test_a_picture_is_unlabelled_once(train, voc, monkeypatch):
     """--unlabelled may name a folder that holds the data set's own pictures: none comes twice, none of train or val."""
     seen, stream = {}, data.Stream
-    monkeypatch.setattr(data, "Stream", lambda samples, args, name: seen.update({name: samples}) or stream(samples, args, name))
+    monkeypatch.setattr(data, "Stream", lambda samples, args, name: stream(seen.setdefault(name, samples), args, name))
     Image.new("RGB", (96, 80)).save(voc / "JPEGImages/more.png")
     train("train_semi", "--unlabelled", voc / "JPEGImages", "--iters", 1)
     labelled, unlabelled = ([path for path, _ in seen[name]] for name in ("labelled", "unlabelled"))
@@ -419,7 +419,15 @@ def test_file_maps_are_what_git_has():
     """The one in README.md, and that of csrc in its own."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     block = "".join((ROOT / page).read_text().split("<!-- files -->")[1] for page in ("README.md", "csrc/README.md"))
-    named = [line.split("|")[1].strip().strip("`") for line in block.splitlines() if line.startswith("| `")]
+    rows = [line.split("|")[1] for line in block.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in row.split("`")[1::2]]
     # recipes have a table of their own, see test_recipes.py; one line stands for the tests
     rest = [f for f in files if f != "README.md" and not f.startswith(("recipes/", "tests/", "docs/"))]
     assert sorted(named) == sorted([*rest, "recipes/", "tests/", "docs/"])
+
+
+@QUICK
+def test_readme_shows_the_losses_as_they_are():
+    lines = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0].splitlines()
+    script = [line.strip() for line in (ROOT / "train_semi.py").read_text().splitlines()]
+    assert len(lines) > 9 and all(line.strip() in script for line in lines)
