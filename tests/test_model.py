@@ -4,7 +4,6 @@ import torch.nn.functional as F
 import torchvision
 
 import model
-import train_adv
 import train_base
 
 
@@ -127,12 +126,3 @@ def test_checkpoint_comes_back(lite, tmp_path):
     with pytest.raises(cli.InputError, match="another net"):
         start.backbone, start.stride = "resnet18", 8
         model.new_segmenter(start, 5)
-
-
-def test_optimisers_are_the_papers():
-    """SGD with Nesterov momentum, ten times the rate for the classifier; Adam as PyTorch has it; SGD as in 2017."""
-    disc = model.Discriminator(5)
-    adam, sgd = (model.disc_optimizer(disc, flags("--d-optim", name, "--d-lr", "1e-4", script=train_adv))
-                 for name in ("adam", "sgd"))
-    assert type(adam) is torch.optim.Adam and adam.defaults["betas"] == (0.9, 0.999) and adam.defaults["lr"] == 1e-4
-    assert type(sgd) is torch.optim.SGD and (sgd.defaults["lr"], sgd.defaults["momentum"]) == (1e-4, 0.5)

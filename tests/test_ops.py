@@ -8,6 +8,8 @@ import torch
 from cli import InputError
 from csrc import ops
 
+pytestmark = pytest.mark.quick
+
 
 def upsample(x, size):
     """Bilinear, align_corners=True, of (K,h,w) float64, from the definition."""
@@ -41,7 +43,6 @@ def loss_of(logits, target, confidence, valid, threshold, size, divide):
     return total / max(1, kept if divide == "kept" else everything), kept
 
 
-@pytest.mark.quick
 def test_upsample_argmax_is_its_definition():
     logits = np.random.RandomState(0).randn(2, 4, 3, 4)
     for size in ((9, 13), (3, 4)):
@@ -51,7 +52,6 @@ def test_upsample_argmax_is_its_definition():
             assert ids.dtype == torch.uint8 and np.array_equal(ids.numpy(), want)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("divide", ["kept", "all"])
@@ -71,7 +71,6 @@ def test_cross_entropy_is_its_definition(given, masked, divide):
     assert 0 < count < 2 * 9 * 13 or not (given or masked)
 
 
-@pytest.mark.quick
 def test_gradients():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -100,7 +99,6 @@ def test_nothing_kept_is_zero_with_zero_gradient():
         assert loss.item() == 0 and kept.item() == 0 and logits.grad.abs().max() == 0
 
 
-@pytest.mark.quick
 def test_nan_stays_where_it_counts():
     logits = torch.zeros(1, 2, 5, 5)
     logits[0, 0, 0, 0] = torch.nan
@@ -114,7 +112,6 @@ def test_nan_stays_where_it_counts():
     assert loss.item() == pytest.approx(math.log(2)) and logits.grad[0, :, 2:, 2:].isfinite().all()
 
 
-@pytest.mark.quick
 def test_softmax_and_dtypes():
     logits = torch.randn(2, 3, 4, 4)
     p = ops.upsample_softmax(logits, (7, 7))
@@ -124,54 +121,40 @@ def test_softmax_and_dtypes():
     assert ops.upsample_softmax(logits, (7, 7), torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.quick
 def test_size_is_that_of_target_or_valid():
     """Where it is not given; without both it is an error that names it."""
-    torch.manual_seed(0)
     logits, confidence = torch.randn(2, 3, 4, 4), torch.randn(2, 1, 2, 2)
     target, valid = torch.randint(0, 3, (2, 9, 7)), torch.rand(2, 9, 7) < 0.8
-    for x in (logits, logits.double()):
-        for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
-            want, kept = f(x, confidence=confidence, valid=valid, size=(9, 7))
-            assert f(x, confidence=confidence, valid=valid) == (want, kept) and kept > 0
-            assert f(x, target) == f(x, target, size=(9, 7))
-        for f in (ops.upsample_softmax, ops.upsample_softmax_reference):
-            assert torch.equal(f(x, valid=valid), f(x, (9, 7), valid=valid))
-    for call in (lambda: ops.masked_cross_entropy(logits), lambda: ops.masked_cross_entropy(logits, None, confidence),
-                 lambda: ops.upsample_softmax(logits), lambda: ops.upsample_softmax_reference(logits)):
-        with pytest.raises(ValueError, match="size"):
+    for x in (logits, logits.double()):  # kernel, reference
+        assert ops.masked_cross_entropy(x, confidence=confidence, valid=valid) == ops.masked_cross_entropy(
+            x, confidence=confidence, valid=valid, size=(9, 7))
+        assert ops.masked_cross_entropy(x, target) == ops.masked_cross_entropy(x, target, size=(9, 7))
+        assert torch.equal(ops.upsample_softmax(x, valid=valid), ops.upsample_softmax(x, (9, 7), valid=valid))
+    for match, call in (("size", lambda: ops.masked_cross_entropy(logits, None, confidence)),
+                        ("size", lambda: ops.upsample_softmax(logits)),
+                        ("size .* target", lambda: ops.masked_cross_entropy(logits, target, size=(7, 9))),
+                        ("valid must be", lambda: ops.masked_cross_entropy(logits, target, valid=valid[:, 1:])),
+                        ("valid must be", lambda: ops.upsample_softmax(logits, (7, 9), valid=valid))):
+        with pytest.raises(ValueError, match=match):
             call()
-    with pytest.raises(ValueError, match="size .* target"):
-        ops.masked_cross_entropy(logits, target, size=(7, 9))
-    with pytest.raises(ValueError, match="valid must be"):
-        ops.masked_cross_entropy(logits, target, valid=valid[:, 1:])
-    with pytest.raises(ValueError, match="valid must be"):
-        ops.upsample_softmax(logits, (7, 9), valid=valid)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("size", [(9, 9), (4, 4)])
 def test_softmax_takes_the_dtype_of_autocast(size):
-    """Unless `dtype` is given; without autocast it is the logits'. The gradient is always in the logits'."""
-    torch.manual_seed(0)
+    """Unless `dtype` is given; without autocast it is the logits', which the gradient's always is."""
     valid = torch.rand(2, *size) < 0.8
     for given in (torch.float32, torch.bfloat16, torch.float64):
         logits = torch.randn(2, 3, 4, 4).to(given).requires_grad_()
-        for f in (ops.upsample_softmax, ops.upsample_softmax_reference):
-            assert f(logits, size).dtype == given
-            with torch.autocast("cpu", torch.bfloat16):
-                probabilities = f(logits, valid=valid)
-                assert f(logits, size, torch.float32).dtype == torch.float32
-                with torch.autocast("cpu", enabled=False):
-                    assert f(logits, size).dtype == given
-            want = ops.upsample_softmax_reference(logits.double(), size, valid=valid)
-            assert probabilities.dtype == torch.bfloat16
-            torch.testing.assert_close(probabilities.double(), want, rtol=8e-3, atol=1e-6)
-            gradient, = torch.autograd.grad(probabilities[:, 0].sum(), logits)
-            assert gradient.dtype == given and gradient.abs().max() > 0
+        want = ops.upsample_softmax_reference(logits.double(), size, valid=valid)
+        with torch.autocast("cpu", torch.bfloat16):
+            probabilities = ops.upsample_softmax(logits, valid=valid)
+            assert ops.upsample_softmax(logits, size, torch.float32).dtype == torch.float32
+        assert ops.upsample_softmax(logits, size).dtype == given and probabilities.dtype == torch.bfloat16
+        torch.testing.assert_close(probabilities.double(), want, rtol=8e-3, atol=1e-6)
+        gradient, = torch.autograd.grad(probabilities[:, 0].sum(), logits)
+        assert gradient.dtype == given and gradient.abs().max() > 0
 
 
-@pytest.mark.quick
 def test_confusion_matrix_and_mean_iou():
     rng = np.random.RandomState(1)
     logits, target = rng.randn(2, 3, 4, 5), rng.randint(0, 3, (2, 9, 9)).astype(np.uint8)
@@ -192,7 +175,6 @@ def test_confusion_matrix_and_mean_iou():
     assert miou == pytest.approx(np.mean(iou)) and np.allclose(per_class.numpy(), iou)
 
 
-@pytest.mark.quick
 def test_mean_iou_by_hand():
     matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])  # class 2 is absent
     assert ops.mean_iou(matrix)[0] == pytest.approx((3 / 4 + 4 / 5) / 2)
@@ -204,7 +186,6 @@ def test_mean_iou_by_hand():
         ops.mean_iou(matrix - 1)
 
 
-@pytest.mark.quick
 def test_ties_go_to_the_lowest_class():
     matrix = ops.confusion_matrix(torch.zeros(1, 4, 2, 2), torch.full((1, 3, 3), 2))
     assert matrix[2].tolist() == [9, 0, 0, 0]
@@ -213,7 +194,6 @@ def test_ties_go_to_the_lowest_class():
 Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("match,call", [
     ("target holds 3", lambda: ops.masked_cross_entropy(Z, T + 3)),
     ("target holds -1", lambda: ops.masked_cross_entropy(Z, T.long() - 1)),
@@ -237,7 +217,6 @@ def test_wrong_arguments_are_named(match, call):
         call()
 
 
-@pytest.mark.quick
 def test_seg_ops(monkeypatch, tmp_path):
     """Without a compiler: auto says so and runs the references, kernel is an error."""
     path = ops._choose.__wrapped__  # without its cache
@@ -254,7 +233,6 @@ def test_seg_ops(monkeypatch, tmp_path):
         ops.in_use()
 
 
-@pytest.mark.quick
 def test_where_looking_would_synchronise_bad_labels_poison(monkeypatch):
     """What CUDA does, run here: NaN from the loss, a negative first cell however often it happens, no bad index."""
     monkeypatch.setattr(ops, "_can_look", lambda x: False)

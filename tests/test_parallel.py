@@ -1,5 +1,4 @@
 """Several processes, torch.compile; signals to stop, and going on."""
-import argparse
 import json
 import os
 import signal
@@ -246,12 +245,3 @@ def test_compiled_training(train, monkeypatch):
     assert compiled == ["DeepLabV2", "Discriminator"]
     assert set(torch.load(out / "last.pt", weights_only=True)["seg"]) == set(
         model.DeepLabV2("efficientnet_lite0", 4, 16, "none").state_dict())
-
-
-def test_optimisers_are_fused():
-    args = argparse.Namespace(lr=1, head_lr=1, nesterov=True, weight_decay=0, d_optim="adam", d_lr=1,
-                              d_betas=(0.9, 0.99), d_decay=None, d_momentum=0.5)
-    seg, disc = model.DeepLabV2("resnet18", 4, 8, "none"), model.Discriminator(4)
-    found = [model.seg_optimizer(seg, args), model.disc_optimizer(disc, args)]
-    args.d_optim = "sgd"
-    assert all(opt.defaults["fused"] for opt in [*found, model.disc_optimizer(disc, args)])

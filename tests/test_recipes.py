@@ -134,13 +134,15 @@ def test_two_steps(recipe, train):
 
 # ---- flags that recipes need ----
 
+@pytest.mark.quick
 def test_rates_decay_every_k_steps_or_never():
-    for every, want in ((0, [1.0] * 40), (10, [(1 - done // 10 / 4) ** 0.9 for done in range(40)])):
-        sgd, rates = torch.optim.SGD([torch.zeros(1)], lr=1.0), []
+    for every, want in ((1, [(1 - done / 40) ** 0.9 for done in range(40)]), (0, [1.0] * 40),
+                        (10, [(1 - done // 10 / 4) ** 0.9 for done in range(40)])):
+        sgd, rates = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 10.0)]), []
         for done in range(40):
             common.poly_lr(sgd, done, types.SimpleNamespace(iters=40, decay_every=every))
-            rates.append(sgd.param_groups[0]["lr"])
-        assert rates == pytest.approx(want)
+            rates.append([group["lr"] for group in sgd.param_groups])
+        assert rates == [pytest.approx([lr, 10 * lr]) for lr in want]
 
 
 @pytest.mark.parametrize("stride", [8, 16])

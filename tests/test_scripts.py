@@ -330,17 +330,6 @@ def flags_of(script):
     return {a.dest if a.dest != argparse.SUPPRESS else "recipes": a for a in actions}
 
 
-def test_shared_flags_are_equal():
-    """A flag that two scripts have differs in neither type, default, choices nor help, but for --out's default."""
-    for one, two in (SCRIPTS[:2], SCRIPTS[1:]):
-        first, second = flags_of(one), flags_of(two)
-        assert list(first) == [name for name in second if name in first], "a later script adds flags, in the same order"
-        for name in first:
-            for part in ("default", "choices", "help", "nargs", "metavar"):
-                if (name, part) != ("out", "default"):
-                    assert getattr(first[name], part) == getattr(second[name], part), (name, part)
-
-
 @pytest.mark.parametrize("script", [*SCRIPTS, "eval"])
 def test_every_flag_is_read(script):
     read = set()
