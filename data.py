@@ -280,7 +280,8 @@ def read_label(label, size):
         image = Image.open(label.path)
         image.load()
         if image.size != size:
-            raise InputError(f"{label.path}: {image.width}x{image.height}, its picture {size[0]}x{size[1]}; mend one")
+            raise InputError(f"{label.path}: the label is {image.width}x{image.height}, its picture {size[0]}x{size[1]}"
+                             "; make them equal")
         if image.mode in ("L", "P"):
             ids = np.array(image)
             if label.colours:
