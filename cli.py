@@ -30,10 +30,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand(words, folder=Path(), inside=()):
-    """Yield `words` with each @FILE replaced by the words in it, up to a #; FILE is beside the file that names it.
-
-    Errors: InputError where a file cannot be read or names itself.
-    """
+    """Yield `words`, each @FILE, beside the file that names it, replaced by its words up to a #. Errors: InputError."""
     for word in words:
         if not word.startswith("@"):
             yield word

@@ -22,6 +22,7 @@ HEALTHY = {
 }
 PATIENCE = 10  # logged steps in a row before a warning
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
+NETS = "seg", "disc", "opt_seg", "opt_disc"  # of a checkpoint; None where a script has it not
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
 
 
@@ -85,6 +86,8 @@ class Run:
         if checkpoint["step"] > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         try:
+            if {name for name in NETS if checkpoint[name]} != set(self.parts):
+                raise KeyError
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
@@ -125,14 +128,16 @@ class Run:
 
     def log(self, step, lr, **values):
         """Log and print a step's figures, 0-dim tensors, each a parallel.mean. Errors: InputError, one not finite."""
-        every = self.args.log_every, self.args.eval_every, self.args.save_every  # no checkpoint of a run that diverged
-        if step not in (1, self.args.iters) and all(step % n for n in every):
+        logged = step in (1, self.args.iters) or not step % self.args.log_every or not step % self.args.eval_every
+        if not logged and step % self.args.save_every:
             return  # reading figures would wait for the device
         figures = torch.stack([value.detach().double() for value in values.values()])
         row = {"step": step} | dict(zip(values, (parallel.total(figures) / parallel.WORLD).tolist())) | {"lr": lr}
         for name, value in row.items():
             if not math.isfinite(value):
                 raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or --lam-*")
+        if not logged:
+            return  # looked at only for a checkpoint of a run that diverged
         if self.first and not self.written:
             self.begin()
         self.rows.append(row)
@@ -152,39 +157,45 @@ class Run:
 
     def to_evaluate(self, step):
         """Whether this step's score is due: every --eval-every, and at the end."""
-        scored = any("miou" in row for row in self.rows[-1:] if row["step"] == step)
-        return step == self.args.iters or step > 0 and step % self.args.eval_every == 0 and not scored
+        return step == self.args.iters or step > 0 and step % self.args.eval_every == 0 and not self.scored(step)
+
+    def scored(self, step):
+        return any("miou" in row for row in self.rows[-1:] if row["step"] == step)
 
     def to_save(self, step):
         """Whether a checkpoint is due: every --save-every, and where a signal asks to stop."""
         return bool(parallel.stopping()) or step % self.args.save_every == 0
 
     def save(self, step, miou=None):
-        """Write OUT/last.pt; log and print a score (0..1), keep the best in OUT/best.pt; exit if a signal asked to."""
+        """Write OUT/last.pt; log and print a score (0..1), keep the best in OUT/best.pt; end where that was asked for.
+
+        A run that had ended is left as it is. Errors: the InputError that broke an evaluation off.
+        """
         miou = None if miou is None else 100 * miou
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint = {"disc": None, "opt_disc": None} | states | {
+        checkpoint = dict.fromkeys(NETS) | {name: part.state_dict() for name, part in self.parts.items()} | {
             "step": step, "args": vars(self.args) | {"palette": self.data.palette}, "classes": list(self.data.classes),
             "rng": torch.get_rng_state(), "miou": miou}
-        if self.first:
+        if self.first and not self.scored(step):
             replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
         if miou is not None:
             self.score(step, miou)
         if (heard := parallel.stopping()) and (miou is None or step < self.args.iters):
+            if isinstance(heard, InputError):
+                raise heard
             tqdm.write(f"stopped by {heard} after step {step}, which is in {self.out}/last.pt; --resume goes on")
             sys.exit(0)
 
     def score(self, step, miou):
-        best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=None)
+        best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=(-1, 0))
+        if self.first and not self.scored(step) and miou > best[0]:
+            replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
         if self.rows[-1]["step"] != step:  # --log-every left it out
             self.rows.append({"step": step})
-        self.rows[-1]["miou"] = miou
+        self.rows[-1].setdefault("miou", miou)
         if self.first:
-            if best is None or miou > best[0]:
-                replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
             self.write_log()  # last: a run killed before this evaluates again
         self.clock = time.monotonic(), step
-        other = ", best before {:.2f} at step {}".format(*best) if best else ""
+        other = ", best before {:.2f} at step {}".format(*best) if best[1] else ""
         tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")
 
 

@@ -1,6 +1,6 @@
 """Pictures and labels: layouts, the split, the joint transform, the streams, batches on the device.
 
-    python data.py {voc,cityscapes,camvid,shapes,check,split,bench} --help      (prepare.py)
+    python data.py {voc,cityscapes,camvid,check,split,bench} --help      (prepare.py)
 """
 import atexit
 import contextlib
@@ -261,7 +261,7 @@ def reading(path):
         raise
     except Exception as e:  # PIL raises nearly anything on a damaged file
         why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "") or type(e).__name__
-        raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace the file or drop its id") from None
+        raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace or remove it") from None
 
 
 def read_picture(path):
@@ -465,7 +465,8 @@ class Whole(torch.utils.data.Dataset):
 def for_net(picture, args):
     """A PIL image padded on the right and below to (H,W) and shrunk for the net -> ((3,h,w) uint8, (H,W)).
 
-    h, w are stride*k+1 and H, W are stride/input_scale*k+1: the corners of both grids and of the logits' coincide.
+    h, w are stride*k+1 and H, W are stride/input_scale*k+1. Shrunk by areas, as in training, edges coincide and the
+    corners' centres do not: there align_corners=True is half a pixel off at input_scale 0.5, 1.5 at 0.25.
     """
     multiple = round(args.stride / args.input_scale)
     steps = [math.ceil((n - 1) / multiple) for n in (picture.height, picture.width)]

@@ -49,7 +49,8 @@ def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
     Processes share the samples out and sum their matrices: every picture counts once. `write(index, ids)` gets every
-    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal to stop breaks it off.
+    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal, or in
+    a training a bad file, breaks it off.
     """
     parallel.broadcast_buffers(seg)
     was_training = seg.training
@@ -57,14 +58,19 @@ def evaluate(seg, samples, args, device, write=None):
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
     whole = data.Whole(samples[parallel.RANK::parallel.WORLD], args)
     pairs = cli.progress(data.loader(whole, args.workers, batch_size=1), len(whole), "evaluation")
-    for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
-        if parallel.heard:
-            break
-        logits = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
-        ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
-        ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
-        if write:
-            write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
+    try:
+        for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
+            if parallel.heard:
+                break
+            logits = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
+            ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
+            ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
+            if write:
+                write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
+    except cli.InputError as e:
+        if not was_training:
+            raise
+        parallel.heard = e  # a training saves first
     seg.train(was_training)
     return (None, None) if parallel.stopping() else ops.mean_iou(parallel.total(matrix))
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cli import InputError
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-heard = None  # name of the signal that asked this process to stop
+heard = None  # name of the signal that asked this process to stop, or the InputError that made it
 
 
 def start(gpu):
@@ -98,7 +98,7 @@ def hear(number, _):
 
 
 def stopping():
-    """Name of a signal that any process has heard, or None; all of them ask at the same places. No device waits."""
+    """`heard` of this or another process, or None; all of them ask at the same places. No device waits."""
     if WORLD > 1 and not total(torch.tensor(int(heard is not None))):
         return None  # also where one came during the sum: all processes take the same answer
-    return heard or ("a signal to another process" if WORLD > 1 else None)
+    return heard or ("another process" if WORLD > 1 else None)

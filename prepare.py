@@ -3,7 +3,6 @@
     python data.py voc                                VOC 2012 and SBD, merged: 10,582 train, 1,449 val
     python data.py cityscapes --root DIR              lists for a Cityscapes folder
     python data.py camvid --from DIR                  SegNet's CamVid folder to VOC layout
-    python data.py shapes                             the generated set (training on it writes it too)
     python data.py check --data ROOT                  reads every file; exit status 1 if anything is wrong
     python data.py split --data ROOT --split 0.125    the lists of a split
     python data.py bench --data ROOT                  pictures a second, beside torchvision's transforms
@@ -11,6 +10,7 @@
 import argparse
 import filecmp
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -30,7 +30,7 @@ from cli import InputError, Parser, folder, progress, replace, writing
 
 VOC_COUNTS = {"train": 1464, "val": 1449, "train_aug": 10582, "pictures": 17125}  # published
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
-# names as in ../shared/camvid, colours as SegNet draws them
+# colours as SegNet draws them
 CAMVID_CLASSES = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
                   "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign_symbol": (192, 128, 128),
                   "fence": (64, 64, 128), "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
@@ -323,7 +323,7 @@ class Torchvision:
 
 def bench(args):
     """Pictures a second of one worker, Stream and torchvision in turn, medians of --rounds. Errors: InputError."""
-    if min(args.rounds, args.pictures, args.crop) < 1 or not 0 < args.scale[0] <= args.scale[1]:
+    if min(args.rounds, args.pictures, args.crop) < 1 or not 0 < args.scale[0] <= args.scale[1] < math.inf:
         raise InputError("--rounds, --pictures, --crop: they are at least 1; --scale is MIN MAX with 0 < MIN <= MAX")
     dataset = data.open_data(args.data)
     samples = dataset.samples(dataset.train_ids())
@@ -348,11 +348,6 @@ def bench(args):
               + (f"   data.py is {ratio:.2f} times as fast" if name != "data.py" else ""))
 
 
-def shapes(args):
-    """Write the generated set unless it is there. Errors: InputError."""
-    print(f"shapes is in {data.open_data('shapes').root}")
-
-
 def main(args):
     args.run(args)
 
@@ -374,7 +369,6 @@ def flags():
     flag = command(camvid, "SegNet's CamVid folder to VOC layout")
     flag("--from", dest="source", metavar="DIR", required=True, help="folder that holds train, trainannot, ...")
     flag("--root", default="data/camvid", help="where to (default data/camvid)")
-    command(shapes, "write the generated set")
     which = dict(metavar="ROOT", help="data set, as in training")
     command(check, "read every file of a data set")("--data", **which)
     flag = command(split, "write and print the lists of a split")

@@ -29,9 +29,8 @@ def flags():
                    "pictures (the authors' code: 0.001; ICLR text: none)")
     p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=number(), default=0.2, help="a pixel is trusted where D says more (paper: 0.2)")
-    p.add_argument("--semi-start", type=number(int), help="steps before the semi loss (default 1/4; paper: 5000)")
-    p.add_argument("--semi-start-epoch", type=number(), metavar="E", help="the same in passes over the labelled "
-                   "pictures; it wins")
+    p.add_argument("--semi-start", type=number(int), help="steps before semi loss (default --iters / 4; paper: 5000)")
+    p.add_argument("--semi-start-epoch", type=number(below=1e6), metavar="E", help="that in labelled epochs; it wins")
     return p
 
 

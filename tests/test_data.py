@@ -395,12 +395,6 @@ def test_unlabelled_stream_needs_no_label_files(voc, monkeypatch):
     assert padded > 0
 
 
-def test_padding_of_labelled_draws_is_void(voc):
-    for n, (picture, target) in enumerate(map(stream(voc, scale=(0.3, 0.5)).__getitem__, range(10))):
-        grey = (picture == torch.tensor(data.PADDING, dtype=torch.uint8)).all(2)
-        assert (target[grey] == 255).all() and grey.any(), n
-
-
 def test_input_scale_shrinks_what_the_net_sees(voc):
     a, b = stream(voc, scale=(0.4, 0.5)), stream(voc, scale=(0.8, 1.0), input_scale=0.5)
     assert all(torch.equal(x, y) for x, y in zip(a[3], b[3]))

@@ -316,17 +316,6 @@ def test_opcheck():
     torch.library.opcheck(seg.confusion_matrix, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
 
 
-def test_compiles():
-    logits, target, confidence, valid = inputs(1, 4, 3, 3, 17, 17)
-
-    def step(logits):
-        loss, _ = ops.masked_cross_entropy(logits, target, confidence, valid=valid)
-        return loss + ops.upsample_softmax(logits, (17, 17), valid=valid).square().mean()
-    compiled = both_ways(torch.compile(step, fullgraph=True, backend="aot_eager"), logits)
-    eager = both_ways(step, logits)
-    assert all(torch.equal(a, b) for a, b in zip(eager, compiled))
-
-
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "SIZES", [(1, 3, 9, 65)])
     monkeypatch.setattr(bench, "peak", lambda *_: 0)

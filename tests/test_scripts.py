@@ -3,6 +3,9 @@ import argparse
 import ast
 import importlib
 import json
+import os
+import shutil
+import signal
 import subprocess
 
 import numpy as np
@@ -142,11 +145,6 @@ def test_d_sees_unlabelled_predictions_where_told(train, trained):
     assert b["loss_d"] == pytest.approx(a["loss_d"], rel=0.05)  # a mean: at the first step D says 0.69 to everything
 
 
-def test_workers_change_nothing(train, trained):
-    out = train("train_semi", "--workers", 2)
-    assert (out / "log.jsonl").read_text() == (trained["train_semi"] / "log.jsonl").read_text()
-
-
 def test_holes_tell_the_discriminator_nothing(train, monkeypatch):
     """D's maps are 0 on void and padding and sum to 1 elsewhere, the fake ones exactly where the real one is."""
     forward, holes = model.Discriminator.forward, []
@@ -239,6 +237,32 @@ def test_resume(train, monkeypatch, capsys):
     assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
 
 
+def test_a_run_that_ended_is_left_as_it_is(trained, blocks, tmp_path, monkeypatch, fails):
+    """--resume scores it again and writes nothing, also where a signal comes; another script does not take it over."""
+    out = shutil.copytree(trained["train_semi"], tmp_path / "ended")
+    before = {f.name: f.read_bytes() for f in out.glob("*.pt")}
+    words = "--data", blocks, *SMALL, "--out", out, "--resume"
+    call("train_semi", *words)
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        m.setattr(data, "for_net", lambda *args, f=data.for_net: os.kill(os.getpid(), signal.SIGTERM) or f(*args))
+        call("train_semi", *words)
+    assert "last.pt is of another script" in fails("train_base", *words)
+    assert before == {f.name: f.read_bytes() for f in out.glob("*.pt")}
+    assert log(out) == log(trained["train_semi"])
+
+
+def test_a_bad_file_of_val_costs_no_step(voc, tmp_path, fails):
+    """The evaluation that finds it ends the run behind a checkpoint; --resume makes up for the score."""
+    (voc / "SegmentationClassAug/val1.png").write_text("no picture")
+    words = "--data", voc, *SMALL, "--out", tmp_path / "out", "--eval-every", 2
+    assert "val1.png: cannot be read" in fails("train_base", *words)
+    checkpoint = torch.load(tmp_path / "out/last.pt", weights_only=True)
+    assert checkpoint["step"] == 2 and checkpoint["miou"] is None
+    shutil.copy(voc / "SegmentationClassAug/val0.png", voc / "SegmentationClassAug/val1.png")
+    call("train_base", *words, "--resume")
+    assert [r["step"] for r in log(tmp_path / "out") if "miou" in r] == [2, 3]
+
+
 def test_resume_makes_up_for_a_score(train, monkeypatch):
     """Killed when a score's checkpoint is written and the log has not got it yet: it scores again, best.pt is there."""
     words = "train_base", "--iters", 4, "--eval-every", 2, "--save-every", 9, "--log-every", 9
@@ -304,7 +328,7 @@ def test_a_worker_finds_a_bad_picture(voc, tmp_path):
     path.write_bytes(path.read_bytes()[:-60])
     done = python("train_base.py", "--data", voc, *SMALL, "--workers", 2, "--split", 1, "--iters", 9, "--out", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stdout, done.stderr
-    assert f"{path}: cannot be read (" in done.stderr and "drop its id" in done.stderr
+    assert f"{path}: cannot be read (" in done.stderr and "replace or remove it" in done.stderr
 
 
 def test_bad_checkpoints(trained, voc, tmp_path, fails):
