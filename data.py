@@ -27,8 +27,7 @@ import shapes
 from cli import InputError, launch, writing
 
 IGNORE = 255
-VOC_ROOT = Path("data/VOC2012")
-SHAPES_ROOT = Path("data/shapes")
+VOC_ROOT, SHAPES_ROOT = Path("data/VOC2012"), Path("data/shapes")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 where pixels are normalised
@@ -434,8 +433,8 @@ def loader(dataset, workers, **more):
 
 def leave_signals(_):
     """SIGTERM and SIGINT, which a whole group of processes gets, are the script's to answer."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register

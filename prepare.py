@@ -303,16 +303,15 @@ def split(args):
 
 
 class Torchvision:
-    """The Stream's transform with torchvision's, for comparison; pictures as tensors or as PIL images on the way."""
+    """The Stream's transform with torchvision's on tensors, for comparison."""
 
-    def __init__(self, samples, size, args, tensors):
+    def __init__(self, samples, size, args):
         from torchvision import tv_tensors
         from torchvision.transforms import v2
-        fill = {tv_tensors.Image: data.PADDING, Image.Image: data.PADDING, tv_tensors.Mask: data.IGNORE}
+        fill = {tv_tensors.Image: data.PADDING, tv_tensors.Mask: data.IGNORE}
         # ScaleJitter takes (W,H), whatever its documentation says; with the pictures' own size its factor is the scale
-        steps = [v2.ScaleJitter(size, args.scale), v2.RandomHorizontalFlip(),
-                 v2.RandomCrop(args.crop, pad_if_needed=True, fill=fill)]
-        self.transform = v2.Compose([v2.ToImage(), *steps] if tensors else [*steps, v2.ToImage()])
+        self.transform = v2.Compose([v2.ToImage(), v2.ScaleJitter(size, args.scale), v2.RandomHorizontalFlip(),
+                                     v2.RandomCrop(args.crop, pad_if_needed=True, fill=fill)])
         self.samples, self.mask = samples, tv_tensors.Mask
 
     def __getitem__(self, n):
@@ -329,9 +328,7 @@ def bench(args):
     samples = dataset.samples(dataset.train_ids())
     size = data.read_picture(samples[0][0]).size
     args = argparse.Namespace(**vars(args), input_scale=1, seed=0, drop_last=False, batch_size=4)
-    cases = {"data.py": data.Stream(samples, args, "bench"),
-             "torchvision v2, tensors": Torchvision(samples, size, args, True),
-             "torchvision v2, PIL": Torchvision(samples, size, args, False)}
+    cases = {"data.py": data.Stream(samples, args, "bench"), "torchvision v2": Torchvision(samples, size, args)}
     print(f"{dataset.note}data {dataset.name}, the first picture {size[0]}x{size[1]}, crop {args.crop}, scale "
           f"{args.scale[0]:g} to {args.scale[1]:g}, one worker, batches of 4")
     rates = {name: [] for name in cases}

@@ -135,8 +135,8 @@ def test_semi_loss_starts_when_told(train):
     words = "--iters", 4, "--threshold", 0, "--eval-every", 9
     late = train("train_semi", *words, "--semi-start", 2, out="late")
     never = train("train_semi", *words, "--semi-start", 4, out="never")
-    names = LOSSES["train_adv"]
-    assert columns(late, names)[:3] == columns(never, names)[:3] and columns(late, names)[3] != columns(never, names)[3]
+    late, never = (columns(out, LOSSES["train_adv"]) for out in (late, never))
+    assert late[:3] == never[:3] and late[3] != never[3]
 
 
 def test_d_sees_unlabelled_predictions_where_told(train, trained):
@@ -377,8 +377,7 @@ def test_each_script_adds_one_idea():
         assert len([line for line in diff.splitlines() if line[0] in "<>"]) <= most, diff
 
 
-ORDER = [["cli"], ["flags", "parallel"], ["shapes"], ["data"], ["csrc"], ["model"], ["common"], ["eval"], ["train"]]
-RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
+RANKS = dict(cli=0, flags=1, parallel=1, shapes=2, data=3, csrc=4, model=5, common=6, eval=7, train=8)
 MAY_IMPORT = {"shapes": set(), "csrc": {"cli", "csrc"}, "prepare": {"data", "shapes", "cli"}}
 
 
