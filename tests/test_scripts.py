@@ -30,8 +30,7 @@ LOSSES = {"train_base": ["loss_ce"], "train_adv": ["loss_ce", "loss_adv", "loss_
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_three_steps(trained, blocks, script):
     """What a training writes, and that the checkpoint is one."""
-    out = trained[script]
-    rows = log(out)
+    out, rows = trained[script], log(trained[script])
     assert [r["step"] for r in rows] == [1, 2, 3] and all(list(r)[1:] == [*LOSSES[script], "lr", "miou"] for r in rows)
     assert all(0 <= r["miou"] <= 100 for r in rows)
     assert sorted(p.name for p in out.iterdir()) == ["best.pt", "labelled.txt", "last.pt", "log.jsonl", "run.json"]
@@ -276,12 +275,13 @@ def test_resume_makes_up_for_a_score(train, monkeypatch):
     assert (killed / "log.jsonl").read_text() == (whole / "log.jsonl").read_text() and (killed / "best.pt").exists()
 
 
-def test_a_score_of_a_step_that_was_not_logged(train, monkeypatch):
-    """--eval-every may change on the way: the score stands with its step."""
+def test_a_score_of_a_step_that_was_not_logged(train, tmp_path, monkeypatch):
+    """--eval-every may change on the way: the score stands with its step. A checkpoint alone makes no row."""
     words = "train_base", "--iters", 4, "--log-every", 100, "--save-every", 2
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(common.Run, "save", killing(common.Run, "save", lambda run, step: step == 2))
         train(*words, "--eval-every", 100)
+    assert [row["step"] for row in log(tmp_path / "out")] == [1]
     out = train(*words, "--eval-every", 2, "--resume")
     assert [(row["step"], "miou" in row) for row in log(out)] == [(1, False), (2, True), (4, True)]
 
