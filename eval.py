@@ -49,8 +49,8 @@ def evaluate(seg, samples, args, device, write=None):
     """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
 
     Processes share the samples out and sum their matrices: every picture counts once. `write(index, ids)` gets every
-    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal, or in
-    a training a bad file, breaks it off.
+    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal or, in a training, a
+    bad file breaks it off.
     """
     parallel.broadcast_buffers(seg)
     was_training = seg.training

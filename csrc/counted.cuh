@@ -1,4 +1,4 @@
-// Which pixels count, and with which label; and the sums over all blocks of what they lose. For both cross entropies.
+// Which pixels count, and with which label; and the sums over all blocks of what they lose.
 #pragma once
 #include "cells.cuh"
 
@@ -71,9 +71,9 @@ __device__ inline void add_up_block(Partial own, Partial* to) {
   *to = own;
 }
 
-// Every block adds up all partials, in one order; the scalars are written once, and `grad` is scaled by `share`.
+// Every block adds up all partials, in one order; the scalars are written once, and `grad` is divided by the pixels.
 static __global__ void __launch_bounds__(256) finish(const Partial* partials, int count, bool divide_all, float* loss,
-                                                     int64_t* kept, float* share, float* grad, int64_t size) {
+                                                     int64_t* kept, float* grad, int64_t size) {
   struct Total { double loss; int64_t kept, everything, bad; };
   Total* totals = shared_memory<Total>();
   Total mine{};
@@ -93,23 +93,22 @@ static __global__ void __launch_bounds__(256) finish(const Partial* partials, in
   const Total all = totals[0];
   const int64_t pixels = max(divide_all ? all.everything : all.kept, int64_t(1));
   if (blockIdx.x == 0 && threadIdx.x == 0)
-    *loss = all.bad ? NAN : float(all.loss / pixels), *kept = all.kept, *share = 1.f / pixels;
+    *loss = all.bad ? NAN : float(all.loss / pixels), *kept = all.kept;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += int64_t(gridDim.x) * blockDim.x)
     grad[i] *= 1.f / pixels;
 }
 
-// What blocks hand in, and the three scalars that come of it.
+// What blocks hand in, and the two scalars that come of it.
 struct Result {
-  Tensor partials, loss, kept, share;  // share: 1 / the pixels that the loss is divided by
+  Tensor partials, loss, kept;
 
   Result(const Tensor& like, int64_t blocks)
       : partials(torch::stable::new_empty(like, {blocks * int64_t(sizeof(Partial))}, ScalarType::Byte)),
-        loss(torch::stable::new_empty(like, {}, ScalarType::Float)), kept(torch::stable::new_empty(like, {}, ScalarType::Long)),
-        share(torch::stable::new_empty(like, {}, ScalarType::Float)) {}
+        loss(torch::stable::new_empty(like, {}, ScalarType::Float)), kept(torch::stable::new_empty(like, {}, ScalarType::Long)) {}
   Partial* data() { return static_cast<Partial*>(partials.data_ptr()); }
-  void add_up(const Launcher& launch, bool divide_all, float* grad = nullptr, int64_t size = 0) {
+  void add_up(const Launcher& launch, bool divide_all, float* grad, int64_t size) {
     launch(finish, dim3(std::clamp<int64_t>(size / 1024, 1, 1024)), 256, 256 * 4 * sizeof(int64_t), data(),
            int(partials.numel() / sizeof(Partial)), divide_all, loss.mutable_data_ptr<float>(), kept.mutable_data_ptr<int64_t>(),
-           share.mutable_data_ptr<float>(), grad, size);
+           grad, size);
   }
 };

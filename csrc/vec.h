@@ -38,21 +38,6 @@ inline void store(uint16_t* p, V v) {  // to the nearest bfloat16, ties to even
   U16 half = __builtin_convertvector(bits >> 16, U16);
   std::memcpy(p, &half, sizeof half);
 }
-// The first n of LANES only (none for n < 0), the others are 0.
-template <class T>
-inline V load_some(const T* p, int n) {
-  if (n >= LANES) return load(p);
-  T some[LANES] = {};
-  if (n > 0) std::memcpy(some, p, n * sizeof(T));
-  return load(some);
-}
-template <class T>
-inline void store_some(T* p, int n, V v) {
-  if (n >= LANES) return store(p, v);
-  T some[LANES];
-  store(some, v);
-  if (n > 0) std::memcpy(p, some, n * sizeof(T));
-}
 inline V splat(float x) { return x - V{}; }  // 0 - x would lose the sign of zero
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
