@@ -84,7 +84,9 @@ def cases(operator, case, dtype, device):
     label, x = F.interpolate(few.float(), (size, size)).to(device, torch.uint8)
     label[(torch.rand(n, size, 1 if ids else size, generator=g) < 0.05).expand_as(label)] = 255  # rows: runs stay runs
     x = x if ids else torch.randn(n, k, h, h, generator=g).mul(3).to(device, getattr(torch, dtype))
-    grad = torch.randn(n, k, size, size, generator=g).to(x) if operator == "upsample_softmax" else None
+    grad = None
+    if operator == "upsample_softmax":  # D's: channels last, as D is
+        grad = torch.randn(n, size, size, k, generator=g).to(x).permute(0, 3, 1, 2)
     long, conf = label.long(), torch.randn(n, 1, size // 32, size // 32, generator=g).to(device)
     up = partial(F.interpolate, size=(size, size), mode="bilinear", align_corners=True)
 

@@ -1,22 +1,42 @@
-// Bilinear interpolation by cells, align_corners=True. Four neighbouring low-resolution points span a cell; along a row of the
-// output pixels in it a class's logit is A + fx * B, with A and B linear in fy. A vector holds the same pixel of LANES
-// neighbouring cells: the points are read, and their gradients written, in memory's order without a gather or a shuffle.
+// Bilinear interpolation by cells, align_corners=True: four neighbouring points of the logits' grid span a cell.
+//
+//  top_left - - - - - - - top_right     Of one class, at the fractions fx and fy of the cell, both in 0..1, the logit is
+//     |         : fy          |            A + fx * B, with A = a + fy * down and B = right + fy * both, where
+//     |   fx    :             |            a = top_left               down = bottom_left - top_left
+//     | . . . . P             |            right = top_right - a      both = bottom_right - bottom_left - right
+//     |                       |          Along a row of pixels fy, and so A and B, are constants.
+//  bottom_left  - - - - bottom_right
+//
+// A vector holds the same pixel of LANES neighbouring cells: the points are read, and their gradients written, in memory's
+// order without a gather or a shuffle.
 #pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "vec.h"
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 constexpr int PIXELS = 8;  // of a cell's row at once
 
-// One axis: n low-resolution points, m output positions, in float32 as ATen computes them.
+// One axis: n points, m output positions, in float32 as ATen computes them.
 struct Axis {
   int n, m;
+  int next;                 // from a point to its neighbour; 0 where the axis keeps its size, and every point is alone
   float step;               // distance of two outputs, in cells
   std::vector<int> first;   // (n+1) cell x holds the outputs first[x] .. first[x+1] - 1
   std::vector<float> frac;  // (m) where in its cell an output lies
 
-  Axis(int n, int m) : n(n), m(m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), first(n + 1, m), frac(m) {
+  Axis(int n, int m) : n(n), m(m), next(n != m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), first(n + 1, m), frac(m) {
     for (int o = m - 1, above = n; o >= 0; o--) {
       float real = step * o;
       int x = std::min(int(real), n - 1);
@@ -28,157 +48,147 @@ struct Axis {
   int count(int x) const { return x < n ? first[x + 1] - first[x] : 0; }
 };
 
-// The x axis in vectors: vector v holds the cells v*LANES ...; its j-th pixels are row offset[v] + j of `column` and `frac`.
+// P pixels of an output row in LANES cells.
+struct Block {
+  const int *first, *pixels;  // (LANES) the cells' first columns, and how many they have
+  int row, at;                // of the picture; the block's first pixel in each cell
+  const float* fx;            // (P * LANES) pixel p of lane l is at fx[p * LANES + l]
+  float fy;
+
+  int column(int lane) const { return first[lane] + at; }
+  int count(int lane, int P) const { return std::clamp(pixels[lane] - at, 0, P); }
+};
+
+// The x axis in vectors of cells.
 struct Lanes {
-  int vectors, stride;           // stride: floats of a padded row of points
-  std::vector<int> most, offset; // (vectors) the largest number of pixels in a cell's row
-  std::vector<int> column;       // (rows * LANES) the output column, m where a cell has fewer pixels
-  std::vector<float> frac;       // (rows * LANES)
+  int vectors, stride;            // stride: floats of a padded row of points
+  std::vector<int> first, pixels; // (vectors * LANES) a cell's first column, and how many it has
+  std::vector<int> most, offset;  // (vectors) the most of `pixels`; where in `fx` a vector's first pixels are
+  std::vector<float> fx;          // (sum of most, LANES)
 
   explicit Lanes(const Axis& x) : vectors((x.n + LANES - 1) / LANES), stride((vectors + 1) * LANES) {
-    for (int v = 0; v < vectors; v++) {
-      most.push_back(0);
-      for (int l = 0; l < LANES; l++) most[v] = std::max(most[v], x.count(v * LANES + l));
-      offset.push_back(column.size() / LANES);
-      for (int j = 0; j < most[v]; j++)
-        for (int cell = v * LANES; cell < (v + 1) * LANES; cell++) {
-          column.push_back(j < x.count(cell) ? x.first[cell] + j : x.m);
-          frac.push_back(j < x.count(cell) ? x.frac[column.back()] : 0.f);
-        }
+    for (int cell = 0; cell < vectors * LANES; cell++) {
+      first.push_back(x.first[std::min(cell, x.n)]);
+      pixels.push_back(x.count(cell));
     }
+    for (int v = 0; v < vectors; v++) {
+      const int* count = &pixels[v * LANES];
+      most.push_back(*std::max_element(count, count + LANES));
+      offset.push_back(fx.size());
+      for (int j = 0; j < most[v]; j++)
+        for (int l = 0; l < LANES; l++) fx.push_back(j < count[l] ? x.frac[first[v * LANES + l] + j] : 0.f);
+    }
+    fx.resize(fx.size() + (PIXELS - 1) * LANES);  // the last block may reach that far
   }
 };
 
-// Whether P * LANES pixels with these columns lie side by side, so that `interleave_8` puts them in memory's order; `width`
-// stands for a missing one.
-template <int P>
-inline bool dense(const int* column, int width) {
-  return P == 8 && column[P * LANES - 1] < width && column[P * LANES - 1] - column[0] == P * LANES - 1;
-}
-
-// Logits (N,K,h,w) as they lie in memory.
+// Logits (N,K,h,w) float32 or bfloat16 as they lie in memory.
 struct Points {
   const void* data;
   bool bf16;
   int64_t sizes[4], strides[4];
 
-  float at(int64_t i) const {
-    if (!bf16) return static_cast<const float*>(data)[i];
-    uint32_t bits = uint32_t(static_cast<const uint16_t*>(data)[i]) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+  explicit Points(const Tensor& t) : data(t.data_ptr()), bf16(t.scalar_type() == ScalarType::BFloat16) {
+    for (int i = 0; i < 4; i++) sizes[i] = t.size(i), strides[i] = t.stride(i);
   }
   // Row y of picture n to rows[k * stride ...], the last point repeated behind the end.
   void row(int64_t n, int64_t y, const Lanes& lanes, float* rows) const {
-    y = std::min(y, sizes[2] - 1);
+    const int64_t start = n * strides[0] + std::min(y, sizes[2] - 1) * strides[2], w = sizes[3];
     for (int64_t k = 0; k < sizes[1]; k++, rows += lanes.stride) {
-      int64_t start = n * strides[0] + k * strides[1] + y * strides[2];
-      if (!bf16 && strides[3] == 1) std::memcpy(rows, static_cast<const float*>(data) + start, 4 * sizes[3]);
-      else for (int64_t x = 0; x < sizes[3]; x++) rows[x] = at(start + x * strides[3]);
-      std::fill(rows + sizes[3], rows + lanes.stride, rows[sizes[3] - 1]);
+      if (bf16) copy(static_cast<const uint16_t*>(data) + start + k * strides[1], rows);
+      else copy(static_cast<const float*>(data) + start + k * strides[1], rows);
+      std::fill(rows + w, rows + lanes.stride, rows[w - 1]);
     }
-  }
-};
-
-// A class in LANES cells: the logit at (fy,fx) is a + fy*down + fx*(right + fy*both).
-struct Cell {
-  V a, down, right, both;
-};
-struct Quad {  // its points
-  V top_left, top_right, bottom_left, bottom_right;
-};
-
-// A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
-struct Sums {
-  V one, x, y, xy;
-
-  // Add what the row at fy sums up to: `a` plain, `b` times fx.
-  void add(V a, V b, float fy) { one += a, x += b, y += fy * a, xy += fy * b; }
-  // Hand the sums to the cells' corners, `top` and `bottom` being the places of the left ones.
-  void to_corners(float* top, float* bottom) const {
-    store(top, load(top) + (one - x - y + xy));
-    store(top + 1, load(top + 1) + (x - xy));
-    store(bottom, load(bottom) + (y - xy));
-    store(bottom + 1, load(bottom + 1) + xy);
-  }
-};
-
-// The gradient of a row of cells of picture n, on its way to grad (N,K,h,w).
-struct Gradient {
-  float* grad;
-  const int64_t K, h, w;
-  const int stride;                // of a padded row of points
-  std::vector<float> top, bottom;  // the rows of points above and below
-  std::vector<Sums> sums;          // (K), of the LANES cells at hand
-
-  Gradient(float* grad, const Points& p, const Lanes& lanes)
-      : grad(grad), K(p.sizes[1]), h(p.sizes[2]), w(p.sizes[3]), stride(lanes.stride), top(K * stride), bottom(top), sums(K) {}
-
-  // The cells at x are done.
-  void to_corners(int x) {
-    for (int64_t k = 0, at = x; k < K; k++, at += stride) sums[k].to_corners(&top[at], &bottom[at]);
-    std::fill(sums.begin(), sums.end(), Sums{});
-  }
-  // Row `cell` of them is done.
-  void add(int64_t n, int64_t cell) {
-    add_row(top, n, cell);
-    if (cell + 1 < h) add_row(bottom, n, cell + 1);
-    std::fill(top.begin(), top.end(), 0.f);
-    std::fill(bottom.begin(), bottom.end(), 0.f);
   }
 
  private:
-  void add_row(const std::vector<float>& rows, int64_t n, int64_t y) {
-    for (int64_t k = 0; k < K; k++) {
-      float* __restrict to = grad + ((n * K + k) * h + y) * w;
-      for (int64_t x = 0; x < w; x++) to[x] += rows[k * stride + x];
-    }
+  template <class T>
+  void copy(const T* from, float* row) const {
+    const int64_t w = sizes[3], step = strides[3];
+    int64_t x = 0;
+    for (; step == 1 && x + LANES <= w; x += LANES) store(row + x, load(from + x));
+    for (; x < w; x++) row[x] = load(from + x * step, 1)[0];
   }
+};
+
+// Rows of cells, `rows` in each picture, on all threads: each makes itself a job and calls job(picture, row). With two
+// rounds the even rows come first, then the odd ones, so that a job may also add to what is the next row's: no two threads
+// meet, and the bits do not depend on their number.
+template <class Make>
+void each_row(int64_t pictures, int64_t rows, int rounds, const Make& make) {
+  for (int round = 0; round < rounds; round++) {
+    const int64_t own = (rows + rounds - 1 - round) / rounds;
+    torch::stable::parallel_for(0, pictures * own, 1, [&](int64_t begin, int64_t end) {
+      auto job = make();
+      for (int64_t i = begin; i < end; i++) job(i / own, i % own * rounds + round);
+    });
+  }
+}
+
+// A class in LANES cells.
+struct Cell {
+  V a, down, right, both;
+};
+struct Quad {
+  V top_left, top_right, bottom_left, bottom_right;
+};
+
+// What the threads share: logits, and the axes of their upsampling.
+struct Upsampling {
+  Points logits;
+  Axis y, x;
+  Lanes lanes;
+
+  Upsampling(const Tensor& t, int64_t height, int64_t width)
+      : logits(t), y(t.size(2), height), x(t.size(3), width), lanes(x) {}
 };
 
 // A thread's walk over cells, LANES of them at a time.
 struct Walk {
-  const Points& logits;
-  const Axis& y;
-  const Lanes& lanes;
+  const Upsampling& up;
   const int K;
-  const float step;                // of the x axis
-  std::vector<float> top, bottom;  // the rows of points above and below
+  std::vector<float> top, bottom;  // (K,stride) the rows of points above and below
   std::vector<Cell> cells;         // (K)
   std::vector<Quad> quads;         // (K), read only where the cells are not smooth
   bool smooth = true;              // for exponentials by recurrence: finite, and none underflows that matters
   V largest{};                     // point
 
-  Walk(const Points& logits, const Axis& y, const Axis& x, const Lanes& lanes)
-      : logits(logits), y(y), lanes(lanes), K(logits.sizes[1]), step(x.step), top(K * lanes.stride), bottom(top), cells(K), quads(K) {}
+  explicit Walk(const Upsampling& up)
+      : up(up), K(up.logits.sizes[1]), top(K * up.lanes.stride), bottom(top), cells(K), quads(K) {}
 
-  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: block(P, row, at) for each P
-  // pixels of an output row, the first being row `at` of the lanes' tables (P is an integral_constant, 1 where not smooth); then
-  // end(x), x being the first cell.
-  template <class Block, class End>
-  void operator()(int64_t n, int64_t cell, const Block& block, const End& end) {
-    logits.row(n, cell, lanes, top.data());
-    logits.row(n, cell + 1, lanes, bottom.data());
+  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: visit(P, block) for each
+  // P pixels of an output row (P is an integral_constant, PIXELS or 1, which it is where not smooth); then end(x), x being
+  // the first cell.
+  template <class Visit, class End>
+  void operator()(int64_t n, int64_t cell, const Visit& visit, const End& end) {
+    const Lanes& lanes = up.lanes;
+    up.logits.row(n, cell, lanes, top.data());
+    up.logits.row(n, cell + up.y.next, lanes, bottom.data());
     for (int v = 0; v < lanes.vectors; v++) {
       read(v * LANES);
-      for (int row = y.first[cell]; row < y.first[cell + 1]; row++)
-        for (int at = lanes.offset[v], last = at + lanes.most[v]; at < last;) {
-          const int rest = smooth ? last - at : 1;
-          if (rest >= 8) block(std::integral_constant<int, 8>(), row, at), at += 8;
-          else if (rest >= 4) block(std::integral_constant<int, 4>(), row, at), at += 4;
-          else block(std::integral_constant<int, 1>(), row, at), at += 1;
+      Block block{&lanes.first[v * LANES], &lanes.pixels[v * LANES], 0, 0, nullptr, 0};
+      for (block.row = up.y.first[cell]; block.row < up.y.first[cell + 1]; block.row++) {
+        block.fx = &lanes.fx[lanes.offset[v]], block.fy = up.y.frac[block.row];
+        for (block.at = 0; block.at < lanes.most[v];) {
+          const int P = smooth && block.at + 4 <= lanes.most[v] ? PIXELS : 1;
+          if (P == 1) visit(std::integral_constant<int, 1>(), block);
+          else visit(std::integral_constant<int, PIXELS>(), block);
+          block.at += P, block.fx += P * LANES;
         }
+      }
       end(v * LANES);
     }
   }
 
  private:
+  Quad quad(int k, int x) const {
+    const float *t = &top[k * up.lanes.stride + x], *u = &bottom[k * up.lanes.stride + x];
+    return {load(t), load(t + up.x.next), load(u), load(u + up.x.next)};
+  }
   void read(int x) {
     V floor = largest = splat(-INFINITY), steepest{}, broken{};
     for (int k = 0; k < K; k++) {
-      const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
-      V a = load(t), b = load(t + 1), c = load(u), d = load(u + 1);
+      const auto [a, b, c, d] = quad(k, x);
       largest = max(max(max(a, b), max(c, d)), largest);
       floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
       steepest = max(max(abs(b - a), abs(d - c)), steepest);
@@ -186,37 +196,41 @@ struct Walk {
       cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
     // with two or three pixels a cell there is no recurrence
+    const float step = up.x.step;
     smooth = all(is_smooth(largest, floor, steepest, step > 0.5f ? V{} : step * steepest, broken));
-    for (int k = 0; k < K && !smooth; k++) {
-      const float *t = &top[k * lanes.stride + x], *u = &bottom[k * lanes.stride + x];
-      quads[k] = {load(t), load(t + 1), load(u), load(u + 1)};
-    }
+    for (int k = 0; k < K && !smooth; k++) quads[k] = quad(k, x);
   }
 };
 
 // The logit of a pixel in cells that are not smooth, by ATen's formula.
 inline V exact(const Quad& q, float fy, V fx) {
-  return (1 - fy) * ((1 - fx) * q.top_left + fx * q.top_right) + fy * ((1 - fx) * q.bottom_left + fx * q.bottom_right);
+  return (1 - fy) * ((1 - fx) * q.top_left + fx * q.top_right) +
+         fy * ((1 - fx) * q.bottom_left + fx * q.bottom_right);
 }
 
-// e[k*P + p] = exp(logit - shift) of class k at the p-th of P pixels in a row, at fx[p*LANES ...], and their sums over k;
-// -> shift.
-template <int P>
-inline V exponentials(const Walk& walk, float fy, const float* fx, V* e, V* sums) {
-  const V f = load(fx);
+// e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope) gets
+// the exponents to base 2: first + fx * slope.
+template <int P, class Saw>
+inline V exponentials(const Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
+  const V fx = load(block.fx);
   V total[P] = {}, shift = walk.largest;
   if (P == 1 && !walk.smooth) {
     shift = splat(-INFINITY);
-    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.quads[k], fy, f), shift = max(e[k], shift);
-    for (int k = 0; k < walk.K; k++) e[k] = exp2(LOG2E * (e[k] - shift)), total[0] += e[k];
+    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.quads[k], block.fy, fx), shift = max(e[k], shift);
+    for (int k = 0; k < walk.K; k++) {
+      const V exponent = LOG2E * (e[k] - shift);
+      saw(k, exponent, V{});
+      e[k] = exp2(exponent), total[0] += e[k];
+    }
     sums[0] = total[0];
     return shift;
   }
   for (int k = 0; k < walk.K; k++, e += P) {
     const Cell& c = walk.cells[k];
-    V right = LOG2E * (c.right + fy * c.both);
-    V now = exp2(LOG2E * (c.a + fy * c.down - shift) + f * right);
-    V m = P > 1 ? exp2_minus_1(walk.step * right) : V{};
+    const V first = LOG2E * (c.a + block.fy * c.down - shift), slope = LOG2E * (c.right + block.fy * c.both);
+    V now = exp2(first + fx * slope);
+    const V m = P > 1 ? exp2_minus_1(walk.up.x.step * slope) : V{};
+    saw(k, first, slope);
     for (int p = 0; p < P; p++) {
       e[p] = now;
       total[p] += now;
@@ -227,22 +241,43 @@ inline V exponentials(const Walk& walk, float fy, const float* fx, V* e, V* sums
   return shift;
 }
 
-// The largest logit of P pixels in a row and its class: the lowest on a tie, the first NaN where there is one.
-template <int P>
-inline void argmax(const Walk& walk, float fy, const float* fx, V* top, I* arg) {
-  V largest[P], f[P];
-  I which[P] = {};
-  for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), f[p] = load(fx + p * LANES);
-  for (int k = 0; k < walk.K; k++) {
-    const Cell& c = walk.cells[k];
-    V a = c.a + fy * c.down, right = c.right + fy * c.both;
-    for (int p = 0; p < P; p++) {
-      V logit = P > 1 || walk.smooth ? a + f[p] * right : exact(walk.quads[k], fy, f[p]);
-      I larger = logit > largest[p];
-      if (P == 1) larger |= (logit != logit) & (largest[p] == largest[p]);
-      largest[p] = larger ? logit : largest[p];
-      which[p] = larger ? k - I{} : which[p];
+// A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
+struct Sums {
+  V one, x, y, xy;
+
+  // Add what the row at fy sums up to: `a` plain, `b` times fx.
+  void add(V a, V b, float fy) { one += a, x += b, y += fy * a, xy += fy * b; }
+};
+
+// The gradient of a row of cells, on its way to grad (N,K,h,w).
+struct Gradient {
+  float* grad;
+  const int64_t K, h, w, stride;
+  std::vector<float> corners[4];  // (K,stride) top left, top right, bottom left, bottom right, each where its point is
+  std::vector<Sums> sums;         // (K), of the LANES cells at hand
+
+  Gradient(float* grad, const Upsampling& up)
+      : grad(grad), K(up.logits.sizes[1]), h(up.logits.sizes[2]), w(up.logits.sizes[3]), stride(up.lanes.stride), sums(K) {
+    for (auto& corner : corners) corner.resize(K * stride + 1);
+  }
+  // The cells at x are done.
+  void to_corners(int x) {
+    for (int64_t k = 0, at = x; k < K; k++, at += stride) {
+      const Sums s = sums[k];
+      store(&corners[0][at], s.one - s.x - s.y + s.xy);
+      store(&corners[1][at + 1], s.x - s.xy);
+      store(&corners[2][at], s.y - s.xy);
+      store(&corners[3][at + 1], s.xy);
+      sums[k] = Sums{};
     }
   }
-  for (int p = 0; p < P; p++) top[p] = largest[p], arg[p] = which[p];
-}
+  // Row `cell` of them is done, in picture n.
+  void add(int64_t n, int64_t cell) {
+    for (int64_t y = cell; y < std::min(cell + 2, h); y++)
+      for (int64_t k = 0; k < K; k++) {
+        const float *left = &corners[y == cell ? 0 : 2][k * stride], *right = &corners[y == cell ? 1 : 3][k * stride];
+        float* __restrict to = grad + ((n * K + k) * h + y) * w;
+        for (int64_t x = 0; x < w; x++) to[x] += left[x] + (x ? right[x] : 0);
+      }
+  }
+};

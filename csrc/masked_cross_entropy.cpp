@@ -1,148 +1,227 @@
-// Cross entropy of bilinearly upsampled logits over the pixels that count, and its gradient at the low resolution.
+// Which pixels count, and the cross entropy of bilinearly upsampled logits over these, with its gradient.
 //
-// In: logits (N,K,h,w) float32 or bfloat16, any strides. Out: the mean loss, the number of pixels counted, the gradient of that
-// mean (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
+// label_map. In: labels (N,H,W) uint8 or int64, a mask of padding, confidences (N,1,a,b). Out: a byte a pixel, its class or
+// NONE where it does not count, and how many count.
+// cross_entropy. In: logits (N,K,h,w) float32 or bfloat16, any strides, and those bytes. Out: the sum of the losses, and the
+// gradient of that sum (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
 //
-// A cell row is what lies between two rows of low-resolution points. Along a row of pixels in a cell a class's logit is
-// A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A and m = 2^(step*B) - 1, then e += e*m from pixel to pixel,
-// which costs half an ulp each time. The shift that keeps exponentials in range is the cell's largest corner; where a logit falls
-// too far within a cell, or a corner is not finite, `exact` computes pixel by pixel as ATen does.
+// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A and
+// m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. The shift that keeps
+// exponentials in range is the cell's largest corner; where a logit falls too far within a cell, or a corner is not finite,
+// `exact` computes pixel by pixel as ATen does.
 //
-// The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Cell rows are taken
-// in two rounds, the even ones and the odd ones, so that no two threads write to one row of the gradient: the same bits for
-// any number of threads. Losses are summed in float over a row of a cell, in double and in order over those.
-#include "counted.h"
+// The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Losses are
+// summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
+#include <cmath>
+#include <mutex>
+
+#include "cells.h"
 
 namespace {
-struct Problem {
-  Points logits;
-  Counted counted;
+constexpr uint8_t NONE = 255;
+
+// The bytes of labels; NONE for `ignore`, and for what is no class, which is an error.
+template <class T>
+bool read(const T* labels, int64_t n, int64_t K, int64_t ignore, uint8_t* to) {
+  const T none = T(ignore), end = T(K);
+  const bool none_ignored = int64_t(none) != ignore;
+  bool bad = false;
+  for (int64_t i = 0; i < n; i++) {
+    const bool given = none_ignored | (labels[i] != none), is_class = (labels[i] >= 0) & (labels[i] < end);
+    bad |= given & !is_class;
+    to[i] = given & is_class ? uint8_t(labels[i]) : NONE;
+  }
+  return bad;
+}
+
+int64_t count(const uint8_t* labels, int64_t n) {
+  int32_t counted = 0;
+  for (int32_t i = 0; i < int32_t(n); i++) counted += labels[i] != NONE;
+  return counted;
+}
+
+// Confidences (N,1,a,b) and what they must be above, once upsampled.
+struct Confidence {
+  const float* data;
+  float cutoff;
   Axis y, x;
-  Lanes lanes;
-  float* grad;  // (N,K,h,w)
+
+  Confidence(const Tensor& t, double threshold, int64_t height, int64_t width)
+      : data(t.const_data_ptr<float>()), y(t.size(2), height), x(t.size(3), width) {
+    const float p = threshold;  // sigmoid(c) > p is compared as c > logit(p): no sigmoid rounds to the threshold
+    cutoff = p > 0 && p < 1 ? std::log(p / (1.0 - p)) : std::copysign(INFINITY, p - 0.5);
+  }
+  // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1.
+  void mask(int64_t n, int row, uint8_t* to, float* line) const {
+    const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
+    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p, fy = y.frac[row];
+    const bool own_size = !y.next && !x.next;  // nothing is interpolated: 0 times infinity would be NaN
+    for (int i = 0; i < x.n; i++) line[i] = own_size ? p[i] : (1 - fy) * p[i] + fy * q[i];
+    line[x.n] = line[x.n - 1];
+    for (int i = 0; i < x.n; i++)
+      for (int o = x.first[i]; o < x.first[i + 1]; o++) {
+        const float here = own_size ? line[i] : (1 - x.frac[o]) * line[i] + x.frac[o] * line[i + 1];
+        to[o] = here > cutoff ? to[o] : NONE;
+      }
+  }
 };
+
+// (labels, counts): see schemas.cpp. Throws std::invalid_argument on a label that is no class.
+std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
+                                     double threshold, int64_t K, int64_t ignore) {
+  const int64_t height = target.size(1), width = target.size(2);
+  Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
+  Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
+  std::optional<Confidence> mask;
+  if (confidence) mask.emplace(*confidence, threshold, height, width);
+  uint8_t* out = labels.mutable_data_ptr<uint8_t>();
+  int64_t *total = counts.mutable_data_ptr<int64_t>();
+  const void* given = target.data_ptr();
+  const bool wide = target.scalar_type() == ScalarType::Long;
+  std::mutex lock;
+  torch::stable::parallel_for(0, target.size(0) * height, 64, [&](int64_t begin, int64_t end) {
+    std::vector<float> line(mask ? mask->x.n + 1 : 0);
+    int64_t kept = 0, everything = 0, bad = 0;
+    for (int64_t row = begin, at = begin * width; row < end; row++, at += width) {
+      uint8_t* to = out + at;
+      bad |= wide ? read(static_cast<const int64_t*>(given) + at, width, K, ignore, to)
+                  : read(static_cast<const uint8_t*>(given) + at, width, K, ignore, to);
+      const bool* counted = valid ? valid->const_data_ptr<bool>() + at : nullptr;
+      for (int64_t x = 0; counted && x < width; x++) to[x] = counted[x] ? to[x] : NONE;
+      const int64_t all = count(to, width);
+      if (mask) mask->mask(row / height, row % height, to, line.data());
+      everything += all, kept += mask ? count(to, width) : all;
+    }
+    std::lock_guard<std::mutex> guard(lock);
+    total[0] += kept, total[1] += everything, total[2] |= bad;
+  });
+  for (int64_t i = 0; total[2] && i < target.numel(); i++) {
+    const int64_t label = wide ? static_cast<const int64_t*>(given)[i] : static_cast<const uint8_t*>(given)[i];
+    if (label != ignore && (label < 0 || label >= K))
+      throw std::invalid_argument("target holds " + std::to_string(label) + ", outside 0.." + std::to_string(K - 1) +
+                                  " and not ignored");
+  }
+  return {labels, counts};
+}
 
 // What one thread works with.
 struct Job {
-  const Problem& problem;
-  std::vector<Result>& results;  // (N*h)
+  const Upsampling& up;
+  const uint8_t* labels;  // (N,H,W)
+  double* losses;         // (N*h)
+  const bool with_grad;
   Walk walk;
-  const int K;
   Gradient gradient;
-  std::vector<float> confidence, label_one, label_x;
-  std::vector<int32_t> codes;
   std::vector<V> e;
 
-  Job(const Problem& p, std::vector<Result>& results)
-      : problem(p), results(results), walk(p.logits, p.y, p.x, p.lanes), K(walk.K), gradient(p.grad, p.logits, p.lanes),
-        confidence(p.counted.cx.n + 1), label_one((K + 1) * LANES), label_x(label_one), e(K * PIXELS) {}
+  Job(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
+      : up(up), labels(labels), losses(losses), with_grad(grad), walk(up), gradient(grad, up), e(walk.K * PIXELS) {}
 
   // Row `cell` of cells of picture n.
   void operator()(int64_t n, int64_t cell) {
-    const int first = problem.y.first[cell], rows = problem.y.count(cell);
-    const int64_t codes_stride = problem.x.m + 1;
-    if (!rows) return;
-    Result& result = results[n * problem.y.n + cell];
-    codes.resize(rows * codes_stride);
-    for (int i = 0; i < rows; i++) problem.counted.row(n, first + i, &codes[i * codes_stride], confidence.data(), result);
+    if (!up.y.count(cell)) return;
     D loss{};
     walk(n, cell,
-         [&](auto P, int row, int at) {
-           const int32_t* code = &codes[(row - first) * codes_stride];
-           if (problem.counted.target) pixels<P, false>(code, at, problem.y.frac[row], loss);
-           else pixels<P, true>(code, at, problem.y.frac[row], loss);
+         [&](auto P, const Block& block) {
+           const V lost = pixels<P>(block, labels + (n * up.y.m + block.row) * up.x.m);
+           loss += __builtin_convertvector(lost, D);
          },
-         [&](int x) { gradient.to_corners(x); });
-    result.loss += sum(loss);
-    gradient.add(n, cell);
+         [&](int x) { if (with_grad) gradient.to_corners(x); });
+    losses[n * up.y.n + cell] = sum(loss);
+    if (with_grad) gradient.add(n, cell);
   }
 
-  // P pixels of a row in LANES cells, the first being row `at` of the lanes' tables: loss to `total`, and its gradient.
-  template <int P, bool ARGMAX>
-  void pixels(const int32_t* row, int at, float fy, D& total) {
-    const int* column = &problem.lanes.column[at * LANES];
-    const float* fx = &problem.lanes.frac[at * LANES];
-    I code[P], counts[P], any{};
-    if (dense<P>(column, problem.x.m)) {
-      std::memcpy(code, row + column[0], sizeof code);
-      if constexpr (P == 8) deinterleave_8(code);
-    } else {
-      for (int p = 0; p < P; p++)
-        for (int l = 0; l < LANES; l++) code[p][l] = row[column[p * LANES + l]];
-    }
-    for (int p = 0; p < P; p++) counts[p] = code[p] != K, any |= counts[p];
-    if (all(any == 0)) return;
-
-    V loss{}, denominator[P], top[P], one[P], x[P];  // of the softmax
-    I arg[P];
-    const V shift = exponentials<P>(walk, fy, fx, e.data(), denominator);
-    if (ARGMAX) argmax<P>(walk, fy, fx, top, arg);
-    for (int k = 0; k < K && !walk.smooth; k++) e[k] = counts[0] ? e[k] : V{};  // a NaN that does not count
-    for (int p = 0; p < P; p++) {
-      if (ARGMAX) code[p] = counts[p] ? arg[p] : code[p];
-      if (ARGMAX) loss += counts[p] ? shift - top[p] : V{};
-      one[p] = counts[p] ? 1 / denominator[p] : V{};
-      x[p] = one[p] * load(fx + p * LANES);
-      denominator[p] = counts[p] ? denominator[p] : splat(1);
-    }
-    constexpr int PAIR = P > 1 ? 2 : 1;  // one logarithm for two: a sum is at least e^-40
-    for (int p = 0; p < P; p += PAIR) loss += LN2 * log2(PAIR == 2 ? denominator[p] * denominator[p + 1 % PAIR] : denominator[p]);
-    count_labels<P>(code, fx);
-    for (int k = 0; k < K; k++) {
-      float *own_one = &label_one[k * LANES], *own_x = &label_x[k * LANES];
-      V a = load(own_one), b = load(own_x);
-      store(own_one, V{}), store(own_x, V{});
-      const Cell& c = walk.cells[k];
-      if (!ARGMAX && walk.smooth) loss += a * (c.a + fy * c.down - shift) + b * (c.right + fy * c.both);
-      if (!ARGMAX && !walk.smooth) loss += a != 0 ? shift - exact(walk.quads[k], fy, load(fx)) : V{};
-      for (int p = 0; p < P; p++) a += one[p] * e[k * P + p], b += x[p] * e[k * P + p];
-      gradient.sums[k].add(a, b, fy);
-    }
-    total += __builtin_convertvector(loss, D);
-  }
-
-  // Take a pixel's 1 and its fx from those of its label: most pixels of a cell's row have one label. Label K, a row that nobody
-  // reads, is that of the pixels that do not count.
+  // P pixels in LANES cells of a row with these labels: -> loss, and its gradient to the sums.
   template <int P>
-  void count_labels(const I* code, const float* fx) {
-    int32_t codes[P * LANES];
-    std::memcpy(codes, code, sizeof codes);
-    I run = code[0] == code[0];
-    V width{};
-    for (int p = 0; p < P; p++) run &= code[p] == code[0], width += load(fx + p * LANES);
-    for (int l = 0; l < LANES; l++) {
-      float *one = &label_one[l], *x = &label_x[l];
-      if (run[l]) {
-        one[codes[l] * LANES] -= P;
-        x[codes[l] * LANES] -= width[l];
-        continue;
-      }
-      for (int i = l; i < P * LANES; i += LANES) {
-        one[codes[i] * LANES] -= 1;
-        x[codes[i] * LANES] -= fx[i];
-      }
+  V pixels(const Block& block, const uint8_t* row) {
+    I code[P], counts[P], lowest = NONE - I{}, highest{};
+    read_lanes<P>(block, row, code);
+    for (int p = 0; p < P; p++) {
+      counts[p] = code[p] != NONE;
+      lowest = code[p] < lowest ? code[p] : lowest;
+      highest = counts[p] & (code[p] > highest) ? code[p] : highest;
     }
+    if (all(lowest == NONE)) return V{};
+    const I mixed = lowest < highest, alike = mixed ? I{} - 1 : lowest;  // the label of a cell's pixels; else one by one
+
+    V denominator[P], one[P], x[P], label_first{}, label_slope{}, pixels{}, width{}, loss{};
+    const V shift = exponentials<P>(walk, block, e.data(), denominator, [&](int k, V first, V slope) {
+      label_first = alike == k ? first : label_first;
+      label_slope = alike == k ? slope : label_slope;
+    });
+    for (int k = 0; k < walk.K && !walk.smooth; k++) e[k] = counts[0] ? e[k] : V{};  // a NaN that does not count
+    for (int p = 0; p < P; p++) {
+      const V fx = load(block.fx + p * LANES);
+      one[p] = counts[p] ? reciprocal(denominator[p]) : V{};
+      x[p] = one[p] * fx;
+      denominator[p] = counts[p] ? denominator[p] : splat(1);
+      pixels += counts[p] ? splat(1) : V{};
+      width += counts[p] ? fx : V{};
+    }
+    for (int p = 0; p < P; p += 2)  // one logarithm for two: a sum is at least e^-40
+      loss += log2(P > 1 ? denominator[p] * denominator[(p + 1) % P] : denominator[p]);
+    loss = LN2 * (loss - pixels * label_first - width * label_slope);
+    for (int l = 0; l < LANES && !all(mixed == 0); l++)
+      if (mixed[l]) loss[l] -= one_by_one<P>(block, code, shift[l], l);
+    for (int k = 0; k < walk.K && with_grad; k++) {
+      V a = alike == k ? -pixels : V{}, b = alike == k ? -width : V{};
+      for (int p = 0; p < P; p++) a += one[p] * e[k * P + p], b += x[p] * e[k * P + p];
+      gradient.sums[k].add(a, b, block.fy);
+    }
+    return loss;
+  }
+
+  // The labels of a block's pixels, NONE where a cell has no more.
+  template <int P>
+  static void read_lanes(const Block& block, const uint8_t* row, I* code) {
+    int32_t words[2][LANES];  // of four labels each
+    for (int l = 0; l < LANES; l++) {
+      uint8_t bytes[PIXELS];
+      std::memset(bytes, NONE, sizeof bytes);
+      const int n = block.count(l, P);
+      if (n == PIXELS) std::memcpy(bytes, row + block.column(l), PIXELS);
+      else for (int i = 0; i < n; i++) bytes[i] = row[block.column(l) + i];
+      std::memcpy(&words[0][l], bytes, 4), std::memcpy(&words[1][l], bytes + 4, 4);
+    }
+    I halves[2];
+    std::memcpy(halves, words, sizeof halves);
+    for (int p = 0; p < P; p++) code[p] = halves[p / 4] >> (p % 4 * 8) & 255;
+  }
+
+  // In a cell with several labels: takes each pixel's 1 from its label's sums; -> the sum of its labels' logit - shift.
+  template <int P>
+  float one_by_one(const Block& block, const I* code, float shift, int l) {
+    float total = 0;
+    for (int p = 0; p < P; p++) {
+      const int k = code[p][l];
+      if (k == NONE) continue;
+      const float fx = block.fx[p * LANES + l], fy = block.fy;
+      const Cell& c = walk.cells[k];
+      total += c.a[l] + fy * c.down[l] - shift + fx * (c.right[l] + fy * c.both[l]);
+      Sums& s = gradient.sums[k];
+      s.one[l] -= 1, s.x[l] -= fx, s.y[l] -= fy, s.xy[l] -= fy * fx;
+    }
+    return total;
   }
 };
 
-// (loss, kept, gradient) as csrc/ops.py says
-std::tuple<Tensor, Tensor, Tensor> masked_cross_entropy(Tensor logits, std::optional<Tensor> target,
-                                                        std::optional<Tensor> confidence, std::optional<Tensor> valid,
-                                                        double cutoff, int64_t height, int64_t width, int64_t ignore,
-                                                        bool divide_all) {
-  const int64_t N = logits.size(0), K = logits.size(1), h = logits.size(2);
-  Tensor grad = torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float);
-  float* g = grad.mutable_data_ptr<float>();
-  const Axis x(logits.size(3), width);
-  const Problem problem{points(logits), counted(K, height, width, target, confidence, valid, cutoff, ignore),
-                        Axis(h, height), x, Lanes(x), g};
-  std::vector<Result> results(N * h);
-  each_row(N, h, 2, [&] { return Job(problem, results); });
-  const Result all = add_up(results, K);
-  const int64_t pixels = std::max<int64_t>(divide_all ? all.everything : all.kept, 1);
-  for (int64_t i = 0, total = N * K * h * x.n; i < total; i++) g[i] *= 1.f / pixels;
-  return {scalar(logits, float(all.loss / pixels)), scalar(logits, all.kept), grad};
+// (total, grad): see schemas.cpp.
+std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
+  const Upsampling up(logits, labels.size(1), labels.size(2));
+  Tensor total = torch::stable::new_empty(logits, {}, ScalarType::Float);
+  Tensor grad = with_grad ? torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float)
+                          : torch::stable::new_empty(logits, {0}, ScalarType::Float);
+  float* g = with_grad ? grad.mutable_data_ptr<float>() : nullptr;
+  std::vector<double> losses(logits.size(0) * up.y.n);
+  each_row(logits.size(0), up.y.n, 2, [&] { return Job(up, labels.const_data_ptr<uint8_t>(), losses.data(), g); });
+  double sum = 0;
+  for (double loss : losses) sum += loss;
+  *total.mutable_data_ptr<float>() = sum;
+  return {total, grad};
 }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) { m.impl("masked_cross_entropy", TORCH_BOX(&masked_cross_entropy)); }
+STABLE_TORCH_LIBRARY_IMPL(seg_ops, CPU, m) {
+  m.impl("label_map", TORCH_BOX(&label_map));
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+}

@@ -21,22 +21,63 @@ typedef double D __attribute__((vector_size(8 * LANES)));
 
 inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));
-typedef uint8_t U8 __attribute__((vector_size(LANES)));
-inline V load(const uint16_t* p) {  // bfloat16
-  U16 half;
-  std::memcpy(&half, p, sizeof half);
-  I bits = __builtin_convertvector(half, I) << 16;
+typedef uint16_t U16 __attribute__((vector_size(2 * LANES)));  // bfloat16
+inline V widen(U16 half) {
+  const I bits = __builtin_convertvector(half, I) << 16;
   V v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
-inline void store(uint16_t* p, V v) {  // to the nearest bfloat16, ties to even
-  I bits;
-  std::memcpy(&bits, &v, sizeof v);
-  bits = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-  U16 half = __builtin_convertvector(bits >> 16, U16);
-  std::memcpy(p, &half, sizeof half);
+inline U16 narrow(V v) {  // to the nearest, ties to even
+  U16 half;
+#ifdef __AVX512BF16__
+  const auto bits = _mm512_cvtneps_pbh(v);
+#else
+  I whole;
+  std::memcpy(&whole, &v, sizeof v);
+  whole = v == v ? whole + 0x7fff + ((whole >> 16) & 1) : whole | 0x400000;
+  const U16 bits = __builtin_convertvector(whole >> 16, U16);
+#endif
+  std::memcpy(&half, &bits, sizeof half);
+  return half;
+}
+inline V load(const uint16_t* p) { U16 half; std::memcpy(&half, p, sizeof half); return widen(half); }
+// The first n numbers, of LANES at most; what is loaded behind them is 0.
+inline V load(const float* p, int n) {
+#ifdef __AVX512F__
+  return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+#else
+  V v{};
+  std::memcpy(&v, p, n * sizeof *p);
+  return v;
+#endif
+}
+inline void store(float* p, V v, int n) {
+#ifdef __AVX512F__
+  _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+#else
+  std::memcpy(p, &v, n * sizeof *p);
+#endif
+}
+inline V load(const uint16_t* p, int n) {
+  U16 half{};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const auto bits = _mm256_maskz_loadu_epi16((1u << n) - 1, p);
+  std::memcpy(&half, &bits, sizeof half);
+#else
+  std::memcpy(&half, p, n * sizeof *p);
+#endif
+  return widen(half);
+}
+inline void store(uint16_t* p, V v, int n) {
+  const U16 half = narrow(v);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  __m256i bits;
+  std::memcpy(&bits, &half, sizeof bits);
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1, bits);
+#else
+  std::memcpy(p, &half, n * sizeof *p);
+#endif
 }
 inline V splat(float x) { return x - V{}; }  // 0 - x would lose the sign of zero
 inline V max(V a, V b) { return a > b ? a : b; }
@@ -53,56 +94,51 @@ inline double sum(D a) {
   return total;
 }
 
-// Lanes of the same index of 8 vectors next to each other, and back: element p * LANES + l goes to l * 8 + p. One round of
-// zip moves an element's index bits round by one.
-#if defined(__AVX512F__)
-#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined(__AVX__)
-#define LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+// GCC has a builtin for this in every version, Clang another one
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define LOW 0, 4, 1, 5
-#define HIGH 2, 6, 3, 7
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
-template <class T>
-inline void interleave_8(T* v) {
-  for (int round = 0; round < 3; round++) {
-    T next[8];
-    for (int i = 0; i < 4; i++) {
-      next[2 * i] = __builtin_shufflevector(v[i], v[i + 4], LOW);
-      next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], HIGH);
+#if defined(__AVX512F__)
+inline V zip_low(V a, V b) { return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+inline V zip_high(V a, V b) { return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
+#elif defined(__AVX__)
+inline V zip_low(V a, V b) { return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline V zip_high(V a, V b) { return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+inline V zip_low(V a, V b) { return SHUFFLE(a, b, 0, 4, 1, 5); }
+inline V zip_high(V a, V b) { return SHUFFLE(a, b, 2, 6, 3, 7); }
+#endif
+#undef SHUFFLE
+
+// Lane j of vector i and lane i of vector j change places. One round of zips moves the bits of (i,j) round by one.
+inline void transpose(V* v) {
+  for (int round = 1; round < LANES; round *= 2) {
+    V next[LANES];
+    for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = zip_low(v[i], v[i + LANES / 2]);
+      next[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
     }
-    for (int i = 0; i < 8; i++) v[i] = next[i];
+    for (int i = 0; i < LANES; i++) v[i] = next[i];
   }
 }
-template <class T>
-inline void deinterleave_8(T* v) {
-  for (int round = 0; round < 3; round++) {
-    T next[8];
-    for (int i = 0; i < 4; i++) {
-      next[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], EVEN);
-      next[i + 4] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], ODD);
-    }
-    for (int i = 0; i < 8; i++) v[i] = next[i];
-  }
-}
-#undef LOW
-#undef HIGH
-#undef EVEN
-#undef ODD
 
 inline V round_to_integer(V x) {
 #ifdef __AVX512F__
   return _mm512_roundscale_ps(x, 0);
 #else
   return (x + 12582912.f) - 12582912.f;
+#endif
+}
+
+// 1 / x, one rounding off at the most, for what is neither tiny nor huge
+inline V reciprocal(V x) {
+#ifdef __AVX512F__
+  const V y = _mm512_rcp14_ps(x);
+  return y + y * (1 - x * y);
+#else
+  return 1 / x;
 #endif
 }
 

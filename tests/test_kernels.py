@@ -306,13 +306,14 @@ def test_opcheck():
     logits, target, confidence, valid = inputs(1, 4, 3, 3, 9, 9)
     logits.requires_grad_()
     seg = torch.ops.seg_ops
-    for args in [(logits, target, None, None, 0.0, 9, 9, 255, False),
-                 (logits, None, confidence, valid, 0.0, 9, 9, 255, True)]:
-        torch.library.opcheck(seg.masked_cross_entropy, args)
+    for args in [(target, None, None, 0.5, 4, 255), (target.long(), confidence, valid, 0.5, 4, 255)]:
+        torch.library.opcheck(seg.label_map, args)
+    for with_grad in (True, False):
+        torch.library.opcheck(seg.cross_entropy, (logits if with_grad else logits.detach(), target, with_grad))
     torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, torch.float32))
     torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9))
-    ids = target.clamp(max=3)
-    torch.library.opcheck(seg.confusion_matrix, (ids, target, 4, 255, torch.zeros(4, 4, dtype=torch.int64)))
+    for guess in (target.clamp(max=3), logits.detach()):
+        torch.library.opcheck(seg.confusion_matrix, (guess, target, 255, torch.zeros(4, 4, dtype=torch.int64)))
 
 
 def test_the_benchmark_runs(monkeypatch, tmp_path, capsys):
