@@ -144,7 +144,7 @@ struct Job {
     if (all(lowest == NONE)) return V{};
     const I mixed = lowest < highest, alike = mixed ? I{} - 1 : lowest;  // the label of a cell's pixels; else one by one
 
-    V denominator[P], one[P], x[P], label_first{}, label_slope{}, pixels{}, width{}, loss{};
+    V denominator[P], one[P], x[P], label_first{}, label_slope{}, pixels[2] = {}, width[2] = {}, loss{};
     const V shift = exponentials<P>(walk, block, e.data(), denominator, [&](int k, V first, V slope) {
       label_first = alike == k ? first : label_first;
       label_slope = alike == k ? slope : label_slope;
@@ -155,18 +155,19 @@ struct Job {
       one[p] = counts[p] ? reciprocal(denominator[p]) : V{};
       x[p] = one[p] * fx;
       denominator[p] = counts[p] ? denominator[p] : splat(1);
-      pixels += counts[p] ? splat(1) : V{};
-      width += counts[p] ? fx : V{};
+      pixels[p % 2] += counts[p] ? splat(1) : V{};
+      width[p % 2] += counts[p] ? fx : V{};
     }
     for (int p = 0; p < P; p += 2)  // one logarithm for two: a sum is at least e^-40
       loss += log2(P > 1 ? denominator[p] * denominator[(p + 1) % P] : denominator[p]);
-    loss = LN2 * (loss - pixels * label_first - width * label_slope);
+    loss = LN2 * (loss - (pixels[0] + pixels[1]) * label_first - (width[0] + width[1]) * label_slope);
     for (int l = 0; l < LANES && !all(mixed == 0); l++)
       if (mixed[l]) loss[l] -= one_by_one<P>(block, code, shift[l], l);
     for (int k = 0; k < walk.K && with_grad; k++) {
-      V a = alike == k ? -pixels : V{}, b = alike == k ? -width : V{};
-      for (int p = 0; p < P; p++) a += one[p] * e[k * P + p], b += x[p] * e[k * P + p];
-      gradient.sums[k].add(a, b, block.fy);
+      V a[2], b[2];  // of every other pixel: 1 - p, where p is close to 1, loses the fewer digits the fewer it is summed with
+      for (int i = 0; i < 2; i++) a[i] = alike == k ? -pixels[i] : V{}, b[i] = alike == k ? -width[i] : V{};
+      for (int p = 0; p < P; p++) a[p % 2] += one[p] * e[k * P + p], b[p % 2] += x[p] * e[k * P + p];
+      gradient.sums[k].add(a[0] + a[1], b[0] + b[1], block.fy);
     }
     return loss;
   }
