@@ -263,12 +263,12 @@ struct Gradient {
   // The cells at x are done.
   void to_corners(int x) {
     for (int64_t k = 0, at = x; k < K; k++, at += stride) {
-      const Sums s = sums[k];
+      Sums& s = sums[k];
       store(&corners[0][at], s.one - s.x - s.y + s.xy);
       store(&corners[1][at + 1], s.x - s.xy);
       store(&corners[2][at], s.y - s.xy);
       store(&corners[3][at + 1], s.xy);
-      sums[k] = Sums{};
+      s.one = s.x = s.y = s.xy = V{};
     }
   }
   // Row `cell` of them is done, in picture n.

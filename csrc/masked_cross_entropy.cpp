@@ -14,6 +14,7 @@
 // summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
 #include <cmath>
 #include <mutex>
+#include <numeric>
 
 #include "cells.h"
 
@@ -120,14 +121,14 @@ struct Job {
   // Row `cell` of cells of picture n.
   void operator()(int64_t n, int64_t cell) {
     if (!up.y.count(cell)) return;
-    D loss{};
+    double loss[LANES] = {};
     walk(n, cell,
          [&](auto P, const Block& block) {
            const V lost = pixels<P>(block, labels + (n * up.y.m + block.row) * up.x.m);
-           loss += __builtin_convertvector(lost, D);
+           for (int l = 0; l < LANES; l++) loss[l] += lost[l];
          },
          [&](int x) { if (with_grad) gradient.to_corners(x); });
-    losses[n * up.y.n + cell] = sum(loss);
+    losses[n * up.y.n + cell] = std::accumulate(loss, loss + LANES, 0.);
     if (with_grad) gradient.add(n, cell);
   }
 
@@ -142,7 +143,7 @@ struct Job {
       highest = counts[p] & (code[p] > highest) ? code[p] : highest;
     }
     if (all(lowest == NONE)) return V{};
-    const I mixed = lowest < highest, alike = mixed ? I{} - 1 : lowest;  // the label of a cell's pixels; else one by one
+    const I mixed = lowest < highest, alike = mixed ? I{} - 1 : lowest;  // the label of all pixels of a cell, where they have one
 
     V denominator[P], one[P], x[P], label_first{}, label_slope{}, pixels[2] = {}, width[2] = {}, loss{};
     const V shift = exponentials<P>(walk, block, e.data(), denominator, [&](int k, V first, V slope) {
@@ -161,8 +162,9 @@ struct Job {
     for (int p = 0; p < P; p += 2)  // one logarithm for two: a sum is at least e^-40
       loss += log2(P > 1 ? denominator[p] * denominator[(p + 1) % P] : denominator[p]);
     loss = LN2 * (loss - (pixels[0] + pixels[1]) * label_first - (width[0] + width[1]) * label_slope);
-    for (int l = 0; l < LANES && !all(mixed == 0); l++)
-      if (mixed[l]) loss[l] -= one_by_one<P>(block, code, shift[l], l);
+    if (!all(mixed == 0))
+      for (int l = 0; l < LANES; l++)
+        if (mixed[l]) loss[l] -= run_by_run<P>(block, code, shift[l], l);
     for (int k = 0; k < walk.K && with_grad; k++) {
       V a[2], b[2];  // of every other pixel: 1 - p, where p is close to 1, loses the fewer digits the fewer it is summed with
       for (int i = 0; i < 2; i++) a[i] = alike == k ? -pixels[i] : V{}, b[i] = alike == k ? -width[i] : V{};
@@ -189,18 +191,22 @@ struct Job {
     for (int p = 0; p < P; p++) code[p] = halves[p / 4] >> (p % 4 * 8) & 255;
   }
 
-  // In a cell with several labels: takes each pixel's 1 from its label's sums; -> the sum of its labels' logit - shift.
+  // In a cell with several labels: takes the pixels of each run from its label's sums; -> the sum of their logits - shift.
   template <int P>
-  float one_by_one(const Block& block, const I* code, float shift, int l) {
-    float total = 0;
+  float run_by_run(const Block& block, const I* code, float shift, int l) {
+    const float fy = block.fy;
+    float total = 0, n = 0, width = 0;
     for (int p = 0; p < P; p++) {
       const int k = code[p][l];
-      if (k == NONE) continue;
-      const float fx = block.fx[p * LANES + l], fy = block.fy;
-      const Cell& c = walk.cells[k];
-      total += c.a[l] + fy * c.down[l] - shift + fx * (c.right[l] + fy * c.both[l]);
-      Sums& s = gradient.sums[k];
-      s.one[l] -= 1, s.x[l] -= fx, s.y[l] -= fy, s.xy[l] -= fy * fx;
+      n += 1, width += block.fx[p * LANES + l];
+      if (p + 1 < P && code[p + 1][l] == k) continue;
+      if (k != NONE) {
+        const Cell& c = walk.cells[k];
+        Sums& s = gradient.sums[k];
+        total += n * (c.a[l] + fy * c.down[l] - shift) + width * (c.right[l] + fy * c.both[l]);
+        s.one[l] -= n, s.x[l] -= width, s.y[l] -= fy * n, s.xy[l] -= fy * width;
+      }
+      n = width = 0;
     }
     return total;
   }
@@ -215,9 +221,7 @@ std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with
   float* g = with_grad ? grad.mutable_data_ptr<float>() : nullptr;
   std::vector<double> losses(logits.size(0) * up.y.n);
   each_row(logits.size(0), up.y.n, 2, [&] { return Job(up, labels.const_data_ptr<uint8_t>(), losses.data(), g); });
-  double sum = 0;
-  for (double loss : losses) sum += loss;
-  *total.mutable_data_ptr<float>() = sum;
+  *total.mutable_data_ptr<float>() = std::accumulate(losses.begin(), losses.end(), 0.);
   return {total, grad};
 }
 }  // namespace

@@ -17,7 +17,6 @@ constexpr int LANES = 4;
 
 typedef float V __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef double D __attribute__((vector_size(8 * LANES)));
 
 inline V load(const float* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
@@ -84,14 +83,15 @@ inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 inline V abs(V a) { return max(a, -a); }
 inline bool all(I mask) {
+#ifdef __AVX512F__
+  __m512i bits;
+  std::memcpy(&bits, &mask, sizeof bits);
+  return _mm512_test_epi32_mask(bits, bits) == 0xffff;
+#else
   int32_t every = -1;
   for (int i = 0; i < LANES; i++) every &= mask[i];
   return every;
-}
-inline double sum(D a) {
-  double total = 0;
-  for (int i = 0; i < LANES; i++) total += a[i];
-  return total;
+#endif
 }
 
 // GCC has a builtin for this in every version, Clang another one
