@@ -253,7 +253,7 @@ struct Sums {
 struct Gradient {
   float* grad;
   const int64_t K, h, w, stride;
-  std::vector<float> corners[4];  // (K,stride) top left, top right, bottom left, bottom right, each where its point is
+  std::vector<float> corners[4];  // (K,stride) top left, top right, bottom left, bottom right, each at its point
   std::vector<Sums> sums;         // (K), of the LANES cells at hand
 
   Gradient(float* grad, const Upsampling& up)
@@ -277,7 +277,7 @@ struct Gradient {
       for (int64_t k = 0; k < K; k++) {
         const float *left = &corners[y == cell ? 0 : 2][k * stride], *right = &corners[y == cell ? 1 : 3][k * stride];
         float* __restrict to = grad + ((n * K + k) * h + y) * w;
-        for (int64_t x = 0; x < w; x++) to[x] += left[x] + (x ? right[x] : 0);
+        for (int64_t x = 0; x < w; x++) to[x] += left[x] + right[x];
       }
   }
 };

@@ -21,18 +21,22 @@
 namespace {
 constexpr uint8_t NONE = 255;
 
-// The bytes of labels; NONE for `ignore`, and for what is no class, which is an error.
+// The bytes of labels, unsigned integers; NONE, all bits set, for `ignore` and for what is no class, which is an error.
 template <class T>
-bool read(const T* labels, int64_t n, int64_t K, int64_t ignore, uint8_t* to) {
-  const T none = T(ignore), end = T(K);
-  const bool none_ignored = int64_t(none) != ignore;
-  bool bad = false;
+bool read(const T* __restrict labels, int64_t n, int64_t K, int64_t ignore, uint8_t* __restrict to) {
+  const T end = K, none = ignore, all_count = int64_t(none) == ignore ? 0 : ~T(0);
+  T bad = 0;
   for (int64_t i = 0; i < n; i++) {
-    const bool given = none_ignored | (labels[i] != none), is_class = (labels[i] >= 0) & (labels[i] < end);
-    bad |= given & !is_class;
-    to[i] = given & is_class ? uint8_t(labels[i]) : NONE;
+    const T outside = labels[i] < end ? 0 : ~T(0), counts = (labels[i] == none ? 0 : ~T(0)) | all_count;
+    bad |= outside & counts;
+    to[i] = labels[i] | outside | T(~counts);
   }
   return bad;
+}
+
+// NONE where not valid.
+void mask(const bool* __restrict valid, int64_t n, uint8_t* __restrict to) {
+  for (int64_t i = 0; i < n; i++) to[i] |= uint8_t(valid[i]) - 1;
 }
 
 int64_t count(const uint8_t* labels, int64_t n) {
@@ -52,18 +56,18 @@ struct Confidence {
     const float p = threshold;  // sigmoid(c) > p is compared as c > logit(p): no sigmoid rounds to the threshold
     cutoff = p > 0 && p < 1 ? std::log(p / (1.0 - p)) : std::copysign(INFINITY, p - 0.5);
   }
-  // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1.
-  void mask(int64_t n, int row, uint8_t* to, float* line) const {
+  // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1 + x.m.
+  void mask(int64_t n, int row, uint8_t* __restrict to, float* __restrict line) const {
     const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
-    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p, fy = y.frac[row];
-    const bool own_size = !y.next && !x.next;  // nothing is interpolated: 0 times infinity would be NaN
-    for (int i = 0; i < x.n; i++) line[i] = own_size ? p[i] : (1 - fy) * p[i] + fy * q[i];
+    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p, fy = y.frac[row], *fx = x.frac.data();
+    float* __restrict here = line + x.n + 1;
+    for (int i = 0; i < x.n; i++) line[i] = (1 - fy) * p[i] + fy * q[i];
     line[x.n] = line[x.n - 1];
     for (int i = 0; i < x.n; i++)
-      for (int o = x.first[i]; o < x.first[i + 1]; o++) {
-        const float here = own_size ? line[i] : (1 - x.frac[o]) * line[i] + x.frac[o] * line[i + 1];
-        to[o] = here > cutoff ? to[o] : NONE;
-      }
+      for (int o = x.first[i]; o < x.first[i + 1]; o++) here[o] = (1 - fx[o]) * line[i] + fx[o] * line[i + 1];
+    // nothing is interpolated where the size is its own: 0 times infinity would be NaN
+    const float* const compared = y.next || x.next ? here : p;
+    for (int o = 0; o < x.m; o++) to[o] = compared[o] > cutoff ? to[o] : NONE;
   }
 };
 
@@ -73,25 +77,24 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
   const int64_t height = target.size(1), width = target.size(2);
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
-  std::optional<Confidence> mask;
-  if (confidence) mask.emplace(*confidence, threshold, height, width);
+  std::optional<Confidence> sure;
+  if (confidence) sure.emplace(*confidence, threshold, height, width);
   uint8_t* out = labels.mutable_data_ptr<uint8_t>();
   int64_t *total = counts.mutable_data_ptr<int64_t>();
   const void* given = target.data_ptr();
   const bool wide = target.scalar_type() == ScalarType::Long;
   std::mutex lock;
   torch::stable::parallel_for(0, target.size(0) * height, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> line(mask ? mask->x.n + 1 : 0);
+    std::vector<float> line(sure ? sure->x.n + 1 + width : 0);
     int64_t kept = 0, everything = 0, bad = 0;
     for (int64_t row = begin, at = begin * width; row < end; row++, at += width) {
       uint8_t* to = out + at;
-      bad |= wide ? read(static_cast<const int64_t*>(given) + at, width, K, ignore, to)
+      bad |= wide ? read(static_cast<const uint64_t*>(given) + at, width, K, ignore, to)
                   : read(static_cast<const uint8_t*>(given) + at, width, K, ignore, to);
-      const bool* counted = valid ? valid->const_data_ptr<bool>() + at : nullptr;
-      for (int64_t x = 0; counted && x < width; x++) to[x] = counted[x] ? to[x] : NONE;
+      if (valid) mask(valid->const_data_ptr<bool>() + at, width, to);
       const int64_t all = count(to, width);
-      if (mask) mask->mask(row / height, row % height, to, line.data());
-      everything += all, kept += mask ? count(to, width) : all;
+      if (sure) sure->mask(row / height, row % height, to, line.data());
+      everything += all, kept += sure ? count(to, width) : all;
     }
     std::lock_guard<std::mutex> guard(lock);
     total[0] += kept, total[1] += everything, total[2] |= bad;
@@ -114,9 +117,11 @@ struct Job {
   Walk walk;
   Gradient gradient;
   std::vector<V> e;
+  std::vector<float> label_one, label_x;  // (256,LANES), 0 between blocks, but for NONE
 
   Job(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
-      : up(up), labels(labels), losses(losses), with_grad(grad), walk(up), gradient(grad, up), e(walk.K * PIXELS) {}
+      : up(up), labels(labels), losses(losses), with_grad(grad), walk(up), gradient(grad, up), e(walk.K * PIXELS),
+        label_one((NONE + 1) * LANES), label_x(label_one) {}
 
   // Row `cell` of cells of picture n.
   void operator()(int64_t n, int64_t cell) {
@@ -135,43 +140,66 @@ struct Job {
   // P pixels in LANES cells of a row with these labels: -> loss, and its gradient to the sums.
   template <int P>
   V pixels(const Block& block, const uint8_t* row) {
-    I code[P], counts[P], lowest = NONE - I{}, highest{};
+    I code[P], lowest = NONE - I{}, highest{};
     read_lanes<P>(block, row, code);
     for (int p = 0; p < P; p++) {
-      counts[p] = code[p] != NONE;
       lowest = code[p] < lowest ? code[p] : lowest;
-      highest = counts[p] & (code[p] > highest) ? code[p] : highest;
+      highest = (code[p] != NONE) & (code[p] > highest) ? code[p] : highest;
     }
     if (all(lowest == NONE)) return V{};
-    const I mixed = lowest < highest, alike = mixed ? I{} - 1 : lowest;  // the label of all pixels of a cell, where they have one
+    return P == 1 || all(highest <= lowest) ? pixels<P, true>(block, code, lowest) : pixels<P, false>(block, code, highest > lowest ? -1 - I{} : lowest);
+  }
 
-    V denominator[P], one[P], x[P], label_first{}, label_slope{}, pixels[2] = {}, width[2] = {}, loss{};
+  // The same where each cell has one label, ALIKE, or where some have several.
+  template <int P, bool ALIKE>
+  V pixels(const Block& block, const I* code, I label) {
+    V denominator[P], one[P], x[P], loss{}, count[2] = {}, width[2] = {};  // of every other pixel, see below
+    V exponent{}, growth{};  // of the label
     const V shift = exponentials<P>(walk, block, e.data(), denominator, [&](int k, V first, V slope) {
-      label_first = alike == k ? first : label_first;
-      label_slope = alike == k ? slope : label_slope;
+      if (ALIKE) exponent = label == k ? first : exponent, growth = label == k ? slope : growth;
     });
-    for (int k = 0; k < walk.K && !walk.smooth; k++) e[k] = counts[0] ? e[k] : V{};  // a NaN that does not count
+    for (int k = 0; k < walk.K && !walk.smooth; k++) e[k] = code[0] != NONE ? e[k] : V{};  // a NaN that does not count
     for (int p = 0; p < P; p++) {
       const V fx = load(block.fx + p * LANES);
-      one[p] = counts[p] ? reciprocal(denominator[p]) : V{};
+      const I counts = code[p] != NONE;
+      one[p] = counts ? reciprocal(denominator[p]) : V{};
       x[p] = one[p] * fx;
-      denominator[p] = counts[p] ? denominator[p] : splat(1);
-      pixels[p % 2] += counts[p] ? splat(1) : V{};
-      width[p % 2] += counts[p] ? fx : V{};
+      denominator[p] = counts ? denominator[p] : splat(1);
+      count[p % 2] += counts ? splat(1) : V{};
+      width[p % 2] += counts ? fx : V{};
     }
     for (int p = 0; p < P; p += 2)  // one logarithm for two: a sum is at least e^-40
       loss += log2(P > 1 ? denominator[p] * denominator[(p + 1) % P] : denominator[p]);
-    loss = LN2 * (loss - (pixels[0] + pixels[1]) * label_first - (width[0] + width[1]) * label_slope);
-    if (!all(mixed == 0))
-      for (int l = 0; l < LANES; l++)
-        if (mixed[l]) loss[l] -= run_by_run<P>(block, code, shift[l], l);
-    for (int k = 0; k < walk.K && with_grad; k++) {
-      V a[2], b[2];  // of every other pixel: 1 - p, where p is close to 1, loses the fewer digits the fewer it is summed with
-      for (int i = 0; i < 2; i++) a[i] = alike == k ? -pixels[i] : V{}, b[i] = alike == k ? -width[i] : V{};
+    if (ALIKE) loss -= (count[0] + count[1]) * exponent + (width[0] + width[1]) * growth;
+    else count_labels<P>(code, block.fx, label, count[0] + count[1], width[0] + width[1]);
+    for (int k = 0; k < walk.K && (with_grad || !ALIKE); k++) {
+      V a[2] = {}, b[2] = {};  // of every other pixel: 1 - p, where p is close to 1, keeps more digits in a short sum
+      if constexpr (ALIKE) {
+        for (int i = 0; i < 2; i++) a[i] = label == k ? -count[i] : V{}, b[i] = label == k ? -width[i] : V{};
+      } else {
+        const Cell& c = walk.cells[k];
+        float *own = &label_one[k * LANES], *own_x = &label_x[k * LANES];
+        a[0] = load(own), b[0] = load(own_x);
+        loss += LOG2E * (a[0] * (c.a + block.fy * c.down - shift) + b[0] * (c.right + block.fy * c.both));
+        store(own, V{}), store(own_x, V{});
+      }
       for (int p = 0; p < P; p++) a[p % 2] += one[p] * e[k * P + p], b[p % 2] += x[p] * e[k * P + p];
       gradient.sums[k].add(a[0] + a[1], b[0] + b[1], block.fy);
     }
-    return loss;
+    return LN2 * loss;
+  }
+
+  // Takes each pixel's 1 and fx from those of its label, all at once where a cell is `alike`; those of NONE nobody reads.
+  template <int P>
+  void count_labels(const I* code, const float* fx, I alike, V count, V width) {
+    int32_t codes[P * LANES];
+    std::memcpy(codes, code, sizeof codes);
+    for (int l = 0; l < LANES; l++) {
+      float *one = &label_one[l], *x = &label_x[l];
+      if (alike[l] >= 0) one[alike[l] * LANES] -= count[l], x[alike[l] * LANES] -= width[l];
+      else
+        for (int i = l; i < P * LANES; i += LANES) one[codes[i] * LANES] -= 1, x[codes[i] * LANES] -= fx[i];
+    }
   }
 
   // The labels of a block's pixels, NONE where a cell has no more.
@@ -189,26 +217,6 @@ struct Job {
     I halves[2];
     std::memcpy(halves, words, sizeof halves);
     for (int p = 0; p < P; p++) code[p] = halves[p / 4] >> (p % 4 * 8) & 255;
-  }
-
-  // In a cell with several labels: takes the pixels of each run from its label's sums; -> the sum of their logits - shift.
-  template <int P>
-  float run_by_run(const Block& block, const I* code, float shift, int l) {
-    const float fy = block.fy;
-    float total = 0, n = 0, width = 0;
-    for (int p = 0; p < P; p++) {
-      const int k = code[p][l];
-      n += 1, width += block.fx[p * LANES + l];
-      if (p + 1 < P && code[p + 1][l] == k) continue;
-      if (k != NONE) {
-        const Cell& c = walk.cells[k];
-        Sums& s = gradient.sums[k];
-        total += n * (c.a[l] + fy * c.down[l] - shift) + width * (c.right[l] + fy * c.both[l]);
-        s.one[l] -= n, s.x[l] -= width, s.y[l] -= fy * n, s.xy[l] -= fy * width;
-      }
-      n = width = 0;
-    }
-    return total;
   }
 };
 
