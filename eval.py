@@ -63,10 +63,9 @@ def evaluate(seg, samples, args, device, write=None):
             if parallel.heard:
                 break
             logits = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
-            ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
-            ops.confusion_matrix(ids, target.to(device), seg.num_classes, out=matrix)
+            ops.confusion_matrix(logits, target.to(device), out=matrix)
             if write:
-                write(parallel.RANK + i * parallel.WORLD, ids[0].cpu())
+                write(parallel.RANK + i * parallel.WORLD, ops.upsample_argmax(logits, target.shape[1:])[0].cpu())
     except cli.InputError as e:
         if not was_training:
             raise

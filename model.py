@@ -361,8 +361,8 @@ def new_segmenter(args, num_classes):
 
 def one_hot(target, num_classes):
     """Labels (N,H,W) as D's real input (N,K,H,W): one-hot, all 0 at 255, in autocast's dtype, else float32."""
-    classes = torch.arange(num_classes, dtype=target.dtype, device=target.device)
-    return (target[:, None] == classes[:, None, None]).to(ops.autocast_dtype(target, torch.float32))
+    rows = torch.eye(num_classes + 1, num_classes, dtype=ops.autocast_dtype(target, torch.float32), device=target.device)
+    return F.embedding(target.clamp(max=num_classes).int(), rows).permute(0, 3, 1, 2)  # channels last, as D is
 
 
 def bce(d_logits, real, valid):
@@ -371,7 +371,7 @@ def bce(d_logits, real, valid):
     d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool; the mean is over the True pixels of all processes (see
     parallel.mean), 0 if there are none. real: 1 for a label map (less --d-smooth), 0 for a prediction.
     """
-    upsampled = F.interpolate(d_logits.float(), valid.shape[1:], mode="bilinear", align_corners=True)[:, 0]  # (N,H,W)
-    loss = F.binary_cross_entropy_with_logits(upsampled, torch.full_like(upsampled, real), reduction="none")
-    count = valid.sum()
-    return parallel.mean((loss * valid).sum() / count.clamp(min=1), count)
+    logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): the logit z of two classes is (0, z) of a softmax
+    losses = [(share, *ops.masked_cross_entropy(logits, torch.full_like(valid, answer, dtype=torch.uint8), valid=valid))
+              for answer, share in ((1, real), (0, 1 - real)) if share]
+    return parallel.mean(sum(share * loss for share, loss, _ in losses), losses[0][2])

@@ -27,7 +27,7 @@ def register(library="seg_ops"):
 
     @torch.library.register_fake(f"{library}::upsample_softmax")
     def _(logits, valid, height, width, dtype):
-        return logits.new_empty((len(logits), height, width, logits.shape[1]), dtype=dtype)
+        return logits.new_empty((logits.shape[0], height, width, logits.shape[1]), dtype=dtype)
 
     @torch.library.register_fake(f"{library}::upsample_softmax_backward")
     def _(grad, logits, valid):
@@ -46,6 +46,6 @@ def register(library="seg_ops"):
 
     @torch.library.register_fake(f"{library}::upsample_argmax")
     def _(logits, height, width):
-        return logits.new_empty((len(logits), height, width), dtype=torch.uint8)
+        return logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
 
     torch.library.register_fake(f"{library}::confusion_matrix", lambda *_: None)

@@ -27,7 +27,7 @@ def cross_entropy(logits, target, confidence, valid, size, divide):
         if size is not None and tuple(size) != tuple(target.shape[-2:]):
             raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
     size = size_of(size if target is None else target.shape[-2:], valid)
-    n = len(logits)
+    n = logits.shape[0]
     valid_mask(valid, (n, *size), logits)
     if confidence is not None:
         floating(confidence, "confidence")

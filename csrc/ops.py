@@ -93,7 +93,7 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
     """
     checks.floating(logits, "logits")
     size = checks.size_of(size, valid)
-    checks.valid_mask(valid, (len(logits), *size), logits)
+    checks.valid_mask(valid, (logits.shape[0], *size), logits)
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if not _kernel_resizes(logits, size, dtype):
         return upsample_softmax_reference(logits, size, dtype, valid)

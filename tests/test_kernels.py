@@ -1,11 +1,13 @@
 """The C++ operators against the float64 reference: at most twice the float32 one's error, on every kind of input."""
 import itertools
 import json
+import random
 import types
 from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 
 from csrc import bench, ops
@@ -268,6 +270,138 @@ def test_confidence_that_does_not_count():
         for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
             kept = f(logits, confidence=confidence, threshold=threshold, size=(17, 17))[1]
             assert (kept > 0) == counts, (value, threshold)
+
+
+@quick
+def test_infinite_confidence():
+    """A mask given as plus and minus infinity, at the labels' own size, where nothing is interpolated."""
+    logits, target, _, mask = inputs(2, 4, 3, 3, 17, 9, ignored=0)
+    confidence = torch.where(mask, torch.inf, -torch.inf)[:, None]
+    confidence[0, 0, 3, 3] = torch.nan
+    mask[0, 3, 3] = False
+    for f in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
+        for kw in (dict(target=target), dict(size=(17, 9))):
+            loss, grad, kept = both_ways(f, logits, confidence=confidence, threshold=0.2, **kw)
+            want, want_grad, want_kept = both_ways(f, logits, valid=mask, **kw)
+            assert kept == want_kept == mask.sum() and loss == want and torch.equal(grad, want_grad)
+
+
+@quick
+def test_no_pictures():
+    logits, target, confidence, valid = (x[:0] for x in inputs(1, 5, 4, 4, 9, 9))
+    for kw in cross_entropy_ways(logits, target, confidence, valid):
+        loss, grad, kept = both_ways(ops.masked_cross_entropy, logits, **kw)
+        assert loss == 0 and kept == 0 and grad.shape == logits.shape
+    assert ops.upsample_softmax(logits, (9, 9)).shape == (0, 5, 9, 9)
+    assert ops.upsample_argmax(logits, (9, 9)).shape == (0, 9, 9)
+    assert not ops.confusion_matrix(logits, target).any() and not ops.confusion_matrix(target, target, 5).any()
+
+
+@quick
+@pytest.mark.parametrize("size", [(5, 17), (17, 5)])
+def test_an_axis_that_keeps_its_size_stays_with_the_kernels(size, monkeypatch):
+    logits, target, *_ = inputs(2, 3, 5, 5, *size)
+    calls = [lambda: both_ways(ops.masked_cross_entropy, logits, target),
+             lambda: both_ways(ops.upsample_softmax, logits, size, upstream=noise(2, 3, *size)),
+             lambda: [ops.upsample_argmax(logits, size)], lambda: [ops.confusion_matrix(logits, target)]]
+    want = [call() for call in calls]
+    for name in ("masked_cross_entropy", "upsample_softmax", "upsample_argmax", "confusion_matrix"):
+        monkeypatch.setattr(ops, f"{name}_reference", None)
+    assert all(torch.equal(a, b) for call, one in zip(calls, want) for a, b in zip(call(), one))
+
+
+@quick
+def test_only_the_loss_has_a_gradient_and_only_where_it_is_asked_for(monkeypatch):
+    logits, target, *_ = inputs(1, 5, 4, 4, 25, 25)
+    with torch.no_grad():
+        asked = torch.ops.seg_ops.cross_entropy(logits, target, False)
+    total, grad = torch.ops.seg_ops.cross_entropy(logits.requires_grad_(), target, True)
+    assert asked[0] == total and asked[1].numel() == 0
+    assert total.requires_grad and not grad.requires_grad and grad.shape == logits.shape
+    seen, cross_entropy = [], torch.ops.seg_ops.cross_entropy
+    monkeypatch.setattr(torch.ops.seg_ops, "cross_entropy", lambda *a: seen.append(a[2]) or cross_entropy(*a))
+    ops.masked_cross_entropy(logits, target)
+    ops.masked_cross_entropy(logits.detach(), target)
+    with torch.no_grad():
+        ops.masked_cross_entropy(logits, target)
+    assert seen == [True, False, False]
+
+
+def test_compiled_with_symbols():
+    """torch.compile of all operators: two graphs, one of the first and one of all other sizes; any threshold."""
+    def step(logits, target, confidence, threshold):
+        size = target.shape[1:]
+        probabilities = ops.upsample_softmax(logits, size)
+        loss, kept = ops.masked_cross_entropy(logits, None, confidence, size=size, threshold=threshold)
+        return (loss + probabilities.square().mean() + ops.masked_cross_entropy(logits, target)[0], kept,
+                ops.upsample_argmax(logits, size), ops.confusion_matrix(logits.detach(), target))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=graphs, fullgraph=True)
+    for i in range(15):
+        logits, target, confidence, _ = inputs(2 + i % 2, 4, 5 + i, 6 + i, 33 + 2 * i, 40 + i)
+        threshold = max(0.3, i / 20 - 0.2)  # another one from i = 11 on
+        for a, b in zip(*(both_ways(f, logits, target, confidence, threshold) for f in (step, compiled))):
+            torch.testing.assert_close(a, b)
+        assert graphs.frame_count <= 2 or i > 10
+
+
+def drawn(seed):
+    """One case of all operators: (logits, target, confidence, valid, keywords), any sizes, strides and numbers."""
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    n, k = rng.choice([1, 1, 2, 3]), rng.choice([2, 3, 7, 16, 21, 33, 255])
+    low, high = ([rng.randint(1, most) for _ in range(2)] for most in (12 if k > 99 else 40, 70))
+    if rng.random() < 0.5:  # as nets have them: a stride of 4, 8, 16 or 32
+        high[rng.randrange(2)] = rng.choice([4, 8, 32]) * 4 + 1
+        low = [5 if side % 4 == 1 else other for side, other in zip(high, low)]
+    logits = torch.randn(n, k, *low, generator=g) * rng.choice([0.1, 1, 3, 10, 50])
+    logits = rng.choice([logits, *layouts(logits)[:3]])
+    if rng.random() < 0.2:
+        logits[0, rng.randrange(k), rng.randrange(low[0]), rng.randrange(low[1])] = float(rng.choice(["nan", "inf", "-inf"]))
+    size, block = high, rng.choice([1, 5, 30])
+    target = torch.randint(0, k, (n, *(-(-side // block) for side in size)), generator=g)
+    target = target.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :size[0], :size[1]].contiguous()
+    target[torch.rand(target.shape, generator=g) < rng.choice([0, 0.05, 0.9])] = 255
+    confidence = torch.randn(n, 1, *rng.choice([(1, 1), (3, 2), tuple(size)]), generator=g)
+    kw = dict(confidence=rng.choice([None, confidence]), threshold=rng.choice([0, 0.2, 0.5, 0.9]),
+              valid=rng.choice([None, torch.rand(n, *size, generator=g) < 0.7]), divide=rng.choice(["kept", "all"]))
+    return logits.to(rng.choice([torch.float32, torch.bfloat16])), target.to(rng.choice([torch.uint8, torch.int64])), kw
+
+
+@pytest.mark.parametrize("first", range(0, 300, 25))
+def test_drawn(first):
+    """300 cases of all operators; a failure names the seed of its case: `drawn(seed)`."""
+    for seed in range(first, first + 25):
+        logits, target, kw = drawn(seed)
+        size, valid, finite = tuple(target.shape[1:]), kw["valid"], logits.isfinite().all()
+        try:
+            for given in (dict(target=target), dict(size=size)):
+                ours, eager, exact = (both_ways(f, x, **given, **more) for f, x, more in (
+                    (ops.masked_cross_entropy, logits, kw), (ops.masked_cross_entropy_reference, logits, kw),
+                    (ops.masked_cross_entropy_reference, logits.double(), doubled(kw))))
+                assert ours[2] == exact[2]
+                if finite:
+                    close(ours, eager, exact, floor=4e-6)
+                else:
+                    assert ours[0].isfinite() == eager[0].isfinite()
+            upstream = noise(len(logits), *size, logits.shape[1]).permute(0, 3, 1, 2)
+            upstream = upstream if seed % 2 else upstream.contiguous()
+            ours, eager, exact = (both_ways(f, x, size, dtype, valid, upstream=upstream.to(dtype)) for f, x, dtype in (
+                (ops.upsample_softmax, logits, torch.float32), (ops.upsample_softmax_reference, logits, torch.float32),
+                (ops.upsample_softmax_reference, logits.double(), torch.float64)))
+            if finite:
+                close(ours, eager, exact, floor=4e-6 if logits.dtype == torch.float32 else 4e-3)
+            else:
+                torch.testing.assert_close(ours[0], eager[0], equal_nan=True)
+            ids, other = ops.upsample_argmax(logits, size), ops.upsample_argmax_reference(logits, size)
+            upsampled = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
+            tops = [upsampled.gather(1, x.long()[:, None])[:, 0][ids != other] for x in (ids, other)]
+            torch.testing.assert_close(*tops, rtol=1e-6, atol=0)  # ties, but for a rounding
+            matrix = ops.confusion_matrix_reference(ids, target, logits.shape[1])
+            assert torch.equal(ops.confusion_matrix(logits, target), matrix)
+            assert torch.equal(ops.confusion_matrix(ids, target, logits.shape[1]), matrix)
+        except AssertionError as e:
+            raise AssertionError(f"drawn({seed})") from e
 
 
 @quick
