@@ -361,7 +361,8 @@ def new_segmenter(args, num_classes):
 
 def one_hot(target, num_classes):
     """Labels (N,H,W) as D's real input (N,K,H,W): one-hot, all 0 at 255, in autocast's dtype, else float32."""
-    rows = torch.eye(num_classes + 1, num_classes, dtype=ops.autocast_dtype(target, torch.float32), device=target.device)
+    dtype = ops.autocast_dtype(target, torch.float32)
+    rows = torch.eye(num_classes + 1, num_classes, dtype=dtype, device=target.device)
     return F.embedding(target.clamp(max=num_classes).int(), rows).permute(0, 3, 1, 2)  # channels last, as D is
 
 

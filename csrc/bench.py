@@ -1,6 +1,6 @@
 """Time and memory of each operator against its reference and the best eager PyTorch, as a Markdown table.
 
-    python csrc/bench.py [--json FILE]   about 10 minutes on two cores
+    python csrc/bench.py                 about 10 minutes on two cores
     python csrc/bench.py --device cuda   on a GPU, calls in CUDA graphs, against torch.compile too
 
 Results are compared first. All paths run in turn in one process, a short call for 5 ms a round; times are medians over
@@ -8,7 +8,6 @@ rounds. Best eager: one upsampling, argmax as max(1).indices, pairs of ids as in
 time goes to page faults. Floor: moving inputs and results once or, if slower, an exponential for each pixel and class.
 Memory: what a call adds at its peak, in % of a float32 (N,K,H,W) tensor; on the CPU in a process of its own.
 """
-import json
 import os
 import re
 import subprocess
@@ -38,7 +37,6 @@ IDS = ["confusion matrix, ids in runs", "confusion matrix, random ids"]
 def flags():
     p = Parser(__doc__)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the operators run (default cpu)")
-    p.add_argument("--json", metavar="FILE", help="write the figures there, times in seconds")
     p.add_argument("--only", default="", metavar="TEXT", help="only rows with TEXT, as in `ids` or `41, 321) float32`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each row (default 6)")
     return p
@@ -50,12 +48,11 @@ def main(args):
     if use != "kernel":
         raise InputError(f"--device {args.device}: the kernels are not in use: {use}")
     cpu = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
-    about = {"machine": torch.cuda.get_device_name() if cuda else cpu, "threads": torch.get_num_threads(),
-             "torch": torch.__version__, "commit": commit()}
-    print(", ".join(f"{name} {value}" for name, value in about.items()) + "\n")
-    rivals, (bandwidth, exponentials) = ["reference", "eager", "compile" if cuda else "numpy"], speeds(cuda)
+    machine = torch.cuda.get_device_name() if cuda else f"{cpu}, {torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, commit {commit()}\n")
+    rivals, (bandwidth, exponentials) = ["reference", "eager", *["compile"] * cuda], speeds(cuda)
     print(f"| operator | N, K, h, H | dtype | ours, ms | ours / floor | {' | '.join(rivals)} | memory, ours / eager |")
-    print("|---" * 9 + "|")
+    print("|---" * (6 + len(rivals)) + "|")
     dtypes = ["float32", "bfloat16", *["float16"] * cuda]
     for case, dtype, operator in [*product(SIZES, dtypes, LOGITS), *product([(10, 21, 321, 321)], ["uint8"], IDS)]:
         if args.only not in f"{operator} {case} {dtype}":
@@ -73,8 +70,7 @@ def main(args):
         ratios = [f"{times[path] / times['ours']:.1f}x" if path in times else "" for path in rivals]
         print(f"| {operator} | {case} | {dtype} | {1e3 * times['ours']:.4g} | {times['ours'] / floor:.2f} | "
               f"{' | '.join(ratios)} | {share[0]:.1%} / {share[1]:.0%} |", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    return rows
 
 
 def cases(operator, case, dtype, device):
@@ -90,9 +86,9 @@ def cases(operator, case, dtype, device):
     long, conf = label.long(), torch.randn(n, 1, size // 32, size // 32, generator=g).to(device)
     up = partial(F.interpolate, size=(size, size), mode="bilinear", align_corners=True)
 
-    def count(x, bincount=torch.bincount):
+    def count(x):
         pairs = label.clamp(max=k).to(torch.int16) * k + (x if ids else up(x).max(1).indices.to(torch.int16))
-        return torch.as_tensor(bincount(pairs.flatten(), minlength=k * k + k)[:k * k]).view(k, k)
+        return pairs.flatten().bincount(minlength=k * k + k)[:k * k].view(k, k)
 
     def call(f):
         y = f(x)
@@ -111,8 +107,6 @@ def cases(operator, case, dtype, device):
     if device == "cuda":
         torch._dynamo.reset()  # what was compiled for other sizes would serve these
         paths["compile"] = torch.compile(eager, dynamic=False)
-    elif ids:
-        paths["numpy"] = partial(count, bincount=np.bincount)
     moved = [x, grad, *inputs.values(), *call(paths["ours"])]
     return {path: partial(call, f) for path, f in paths.items()}, sum(getattr(t, "nbytes", 0) for t in moved)
 

@@ -1,14 +1,14 @@
 // Bilinear interpolation by cells, align_corners=True: four neighbouring points of the logits' grid span a cell.
 //
-//  top_left - - - - - - - top_right     Of one class, at the fractions fx and fy of the cell, both in 0..1, the logit is
+//  top_left - - - - - - - top_right     At the fractions fx and fy of the cell, both in 0..1, a class's logit is
 //     |         : fy          |            A + fx * B, with A = a + fy * down and B = right + fy * both, where
 //     |   fx    :             |            a = top_left               down = bottom_left - top_left
 //     | . . . . P             |            right = top_right - a      both = bottom_right - bottom_left - right
 //     |                       |          Along a row of pixels fy, and so A and B, are constants.
 //  bottom_left  - - - - bottom_right
 //
-// A vector holds the same pixel of LANES neighbouring cells: the points are read, and their gradients written, in memory's
-// order without a gather or a shuffle.
+// A vector holds the same pixel of LANES neighbouring cells: the points are read, and their gradients written, in
+// memory's order without a gather or a shuffle.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -112,8 +112,8 @@ struct Points {
 };
 
 // Rows of cells, `rows` in each picture, on all threads: each makes itself a job and calls job(picture, row). With two
-// rounds the even rows come first, then the odd ones, so that a job may also add to what is the next row's: no two threads
-// meet, and the bits do not depend on their number.
+// rounds the even rows come first, then the odd ones, so that a job may also add to what is the next row's: no two
+// threads meet, and the bits do not depend on their number.
 template <class Make>
 void each_row(int64_t pictures, int64_t rows, int rounds, const Make& make) {
   for (int round = 0; round < rounds; round++) {
@@ -156,9 +156,9 @@ struct Walk {
   explicit Walk(const Upsampling& up)
       : up(up), K(up.logits.sizes[1]), top(K * up.lanes.stride), bottom(top), cells(K), quads(K) {}
 
-  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: visit(P, block) for each
-  // P pixels of an output row (P is an integral_constant, PIXELS or 1, which it is where not smooth); then end(x), x being
-  // the first cell.
+  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: visit(P, block) for
+  // each P pixels of an output row (P is an integral_constant, PIXELS or 1, which it is where not smooth); then end(x),
+  // x being the first cell.
   template <class Visit, class End>
   void operator()(int64_t n, int64_t cell, const Visit& visit, const End& end) {
     const Lanes& lanes = up.lanes;
@@ -208,8 +208,8 @@ inline V exact(const Quad& q, float fy, V fx) {
          fy * ((1 - fx) * q.bottom_left + fx * q.bottom_right);
 }
 
-// e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope) gets
-// the exponents to base 2: first + fx * slope.
+// e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope)
+// gets the exponents to base 2: first + fx * slope.
 template <int P, class Saw>
 inline V exponentials(const Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
   const V fx = load(block.fx);
@@ -257,7 +257,8 @@ struct Gradient {
   std::vector<Sums> sums;         // (K), of the LANES cells at hand
 
   Gradient(float* grad, const Upsampling& up)
-      : grad(grad), K(up.logits.sizes[1]), h(up.logits.sizes[2]), w(up.logits.sizes[3]), stride(up.lanes.stride), sums(K) {
+      : grad(grad), K(up.logits.sizes[1]), h(up.logits.sizes[2]), w(up.logits.sizes[3]), stride(up.lanes.stride),
+        sums(K) {
     for (auto& corner : corners) corner.resize(K * stride + 1);
   }
   // The cells at x are done.

@@ -1,10 +1,11 @@
-// Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed on the
-// way; and the argmax alone: the lowest class on a tie, the first NaN where there is one.
+// Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed on
+// the way; and the argmax alone: the lowest class on a tie, the first NaN where there is one.
 //
 // In: ids and labels (N,H,W) uint8 or int64, contiguous; logits (N,K,h,w) float32 or bfloat16, any strides. Each thread
 // counts all pairs of bytes, also those that are ignored or out of range, which the end of a count sees in its table:
-// nothing is checked pixel by pixel. Labels come in runs, and a run of equal pairs is one addition. Sums of integers do not
-// depend on their order. Never stored: the upsampled logits, and for the matrix no more of the argmax than a row of cells.
+// nothing is checked pixel by pixel. Labels come in runs, and a run of equal pairs is one addition. Sums of integers do
+// not depend on their order. Never stored: the upsampled logits, and for the matrix more of the argmax than a row of
+// cells.
 #include <memory>
 #include <mutex>
 
@@ -25,8 +26,8 @@ inline uint64_t run_ends(const uint8_t* guess, const uint8_t* truth) {
 #endif
 }
 
-// How often a thread saw each pair: a row for each byte of truth, a column for each class and one for all that is no class.
-// Tables take turns where pairs change often: a counter that is written twice in a row would wait for itself.
+// How often a thread saw each pair: a row for each byte of truth, a column for each class and one for all that is no
+// class. Tables take turns where pairs change often: a counter that is written twice in a row would wait for itself.
 struct Counter {
   const int K, stride, tables, size;
   std::vector<uint32_t> counts;  // of fewer than 2^32 pixels
@@ -58,7 +59,8 @@ struct Counter {
       for (int i = 0; i < BLOCK; i += 4)
         for (int j = 0; j < 4; j++) table[j][cells[i + j]]++;
     }
-    uint8_t g[BLOCK + 1] = {}, t[BLOCK + 1] = {};  // the last 1 to BLOCK pixels: `run_ends` reads one more than it looks at
+    // the last 1 to BLOCK pixels: `run_ends` reads one more than it looks at
+    uint8_t g[BLOCK + 1] = {}, t[BLOCK + 1] = {};
     std::copy(guess, guess + pixels, g);
     std::copy(truth, truth + pixels, t);
     const uint64_t last = uint64_t(1) << (pixels - 1);
@@ -89,8 +91,11 @@ struct Ids {
 
   explicit Ids(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
   explicit Ids(const uint8_t* bytes) : data(bytes), wide(false) {}
-  int64_t at(int64_t i) const { return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i]; }
-  // n ids as bytes, maybe in `buffer`. Of int64 ids 255 stands for `ignore` and all outside 0..254, which makes `bad` true.
+  int64_t at(int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
+  }
+  // n ids as bytes, maybe in `buffer`. Of int64 ids 255 stands for `ignore` and all outside 0..254, which makes `bad`
+  // true.
   const uint8_t* bytes(int64_t begin, int n, int64_t ignore, uint8_t* buffer, bool& bad) const {
     if (!wide) return static_cast<const uint8_t*>(data) + begin;
     const int64_t* ids = static_cast<const int64_t*>(data) + begin;
@@ -109,8 +114,9 @@ struct Ids {
   for (const Ids* ids : {&truth, &guess})
     for (int64_t i = 0; i < pixels; i++)
       if (truth.at(i) != ignore && (ids->at(i) < 0 || ids->at(i) >= K))
-        throw std::invalid_argument((ids == &truth ? "target holds " : "prediction holds ") + std::to_string(ids->at(i)) +
-                                    ", outside 0.." + std::to_string(K - 1) + " and not ignored");
+        throw std::invalid_argument(std::string(ids == &truth ? "target" : "prediction") + " holds " +
+                                    std::to_string(ids->at(i)) + ", outside 0.." + std::to_string(K - 1) +
+                                    " and not ignored");
   throw std::logic_error("no id is out of range");
 }
 
@@ -203,7 +209,7 @@ Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
   return out;
 }
 
-// Adds to `out` (K,K). prediction: ids (N,H,W), or logits (N,K,h,w). Throws std::invalid_argument where an id is no class.
+// Adds to `out` (K,K). prediction: ids (N,H,W), or logits (N,K,h,w). Throws std::invalid_argument on what is no class.
 void confusion_matrix(Tensor prediction, Tensor target, int64_t ignore, Tensor out) {
   const int64_t K = out.size(0), pixels = target.numel();
   Total total(target, K, ignore);

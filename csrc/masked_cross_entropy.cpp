@@ -1,14 +1,14 @@
 // Which pixels count, and the cross entropy of bilinearly upsampled logits over these, with its gradient.
 //
-// label_map. In: labels (N,H,W) uint8 or int64, a mask of padding, confidences (N,1,a,b). Out: a byte a pixel, its class or
-// NONE where it does not count, and how many count.
-// cross_entropy. In: logits (N,K,h,w) float32 or bfloat16, any strides, and those bytes. Out: the sum of the losses, and the
+// label_map: labels (N,H,W) uint8 or int64, a mask of padding and confidences (N,1,a,b) to a byte a pixel, its class or
+// NONE where it does not count; and how many count.
+// cross_entropy: logits (N,K,h,w) float32 or bfloat16, any strides, and those bytes to the sum of the losses and the
 // gradient of that sum (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
 //
-// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A and
-// m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. The shift that keeps
-// exponentials in range is the cell's largest corner; where a logit falls too far within a cell, or a corner is not finite,
-// `exact` computes pixel by pixel as ATen does.
+// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A
+// and m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. The shift that keeps
+// exponentials in range is the cell's largest corner; where a logit falls too far within a cell, or a corner is not
+// finite, `exact` computes pixel by pixel as ATen does.
 //
 // The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Losses are
 // summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
@@ -59,7 +59,8 @@ struct Confidence {
   // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1 + x.m.
   void mask(int64_t n, int row, uint8_t* __restrict to, float* __restrict line) const {
     const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
-    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p, fy = y.frac[row], *fx = x.frac.data();
+    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p;
+    const float *fx = x.frac.data(), fy = y.frac[row];
     float* __restrict here = line + x.n + 1;
     for (int i = 0; i < x.n; i++) line[i] = (1 - fy) * p[i] + fy * q[i];
     line[x.n] = line[x.n - 1];
@@ -147,7 +148,9 @@ struct Job {
       highest = (code[p] != NONE) & (code[p] > highest) ? code[p] : highest;
     }
     if (all(lowest == NONE)) return V{};
-    return P == 1 || all(highest <= lowest) ? pixels<P, true>(block, code, lowest) : pixels<P, false>(block, code, highest > lowest ? -1 - I{} : lowest);
+    const I mixed = highest > lowest;
+    return P == 1 || all(mixed == 0) ? pixels<P, true>(block, code, lowest)
+                                     : pixels<P, false>(block, code, mixed ? -1 - I{} : lowest);
   }
 
   // The same where each cell has one label, ALIKE, or where some have several.
@@ -189,7 +192,8 @@ struct Job {
     return LN2 * loss;
   }
 
-  // Takes each pixel's 1 and fx from those of its label, all at once where a cell is `alike`; those of NONE nobody reads.
+  // Takes each pixel's 1 and fx from those of its label, all at once where a cell is `alike`; those of NONE nobody
+  // reads.
   template <int P>
   void count_labels(const I* code, const float* fx, I alike, V count, V width) {
     int32_t codes[P * LANES];

@@ -1,7 +1,7 @@
 // Class probabilities of bilinearly upsampled logits, and the gradient straight to the low resolution.
 //
-// In: logits (N,K,h,w) float32 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out: (N,H,W,K) float32 or
-// bfloat16. Never stored: the upsampled logits; backward computes the probabilities again from the low resolution.
+// In: logits (N,K,h,w) float32 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out: (N,H,W,K) float32
+// or bfloat16. Never stored: the upsampled logits; backward computes the probabilities again from the low resolution.
 // Cells, exponentials and the two rounds of backward are those of masked_cross_entropy.cpp. A vector holds one class of
 // LANES cells, and a pixel's classes lie side by side in memory: LANES classes at a time are transposed on the way.
 #include "cells.h"
