@@ -71,13 +71,18 @@ inline double sum(D a) {
 #define EVEN 0, 2, 4, 6
 #define ODD 1, 3, 5, 7
 #endif
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC has that one from 12 on
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
 template <class T>
 inline void interleave_8(T* v) {
   for (int round = 0; round < 3; round++) {
     T next[8];
     for (int i = 0; i < 4; i++) {
-      next[2 * i] = __builtin_shufflevector(v[i], v[i + 4], LOW);
-      next[2 * i + 1] = __builtin_shufflevector(v[i], v[i + 4], HIGH);
+      next[2 * i] = SHUFFLE(v[i], v[i + 4], LOW);
+      next[2 * i + 1] = SHUFFLE(v[i], v[i + 4], HIGH);
     }
     for (int i = 0; i < 8; i++) v[i] = next[i];
   }
@@ -87,12 +92,13 @@ inline void deinterleave_8(T* v) {
   for (int round = 0; round < 3; round++) {
     T next[8];
     for (int i = 0; i < 4; i++) {
-      next[i] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], EVEN);
-      next[i + 4] = __builtin_shufflevector(v[2 * i], v[2 * i + 1], ODD);
+      next[i] = SHUFFLE(v[2 * i], v[2 * i + 1], EVEN);
+      next[i + 4] = SHUFFLE(v[2 * i], v[2 * i + 1], ODD);
     }
     for (int i = 0; i < 8; i++) v[i] = next[i];
   }
 }
+#undef SHUFFLE
 #undef LOW
 #undef HIGH
 #undef EVEN

@@ -10,12 +10,14 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from test_cuda_on_cpu import INCLUDE, run
 
 from csrc import build, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="no kernels can be built here")
 LOAD = ("import torch; from csrc import build, ops; print(ops.in_use() + build.note);"
         "ids = torch.zeros(1, 3, 3, dtype=torch.uint8); print(ops.confusion_matrix(ids, ids, 2)[0, 0])")
+COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if shutil.which(name)]
 
 
 @pytest.fixture
@@ -86,3 +88,17 @@ def test_cache_knows_every_header(device):
     files = {file.name: file for file in build.sources(device)}
     included = {name for file in files.values() for name in re.findall(r'#include "(.*?)"', file.read_text())}
     assert included and included <= set(files)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_other_compilers_understand(compiler):
+    run(compiler, *build.FLAGS, f"-isystem{INCLUDE}", "-fsyntax-only", ROOT / "csrc/upsample_argmax.cpp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_other_compilers_compile(compiler, tmp_path):
+    """For this machine's vectors and for the shortest ones."""
+    for flags in (build.FLAGS, [flag for flag in build.FLAGS if flag != "-march=native"]):
+        for file in sorted((ROOT / "csrc").glob("*.cpp")):
+            run(compiler, *flags, "-w", "-fPIC", f"-isystem{INCLUDE}", "-c", file, "-o", tmp_path / "a.o")
