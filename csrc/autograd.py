@@ -1,10 +1,22 @@
-"""What torch.compile and autograd must know of the C++ operators: shapes of results, gradients."""
+"""What torch must know of the C++ operators, whichever device's are loaded: schemas, shapes of results, gradients."""
 import torch
 from torch.autograd.function import once_differentiable
 
+SCHEMAS = {  # ops.py says what they compute; confusion_of_logits is there on CUDA only
+    "masked_cross_entropy": "(Tensor logits, Tensor? target, Tensor? confidence, Tensor? valid, float cutoff, "
+                            "int height, int width, int ignore, bool divide_all) -> (Tensor, Tensor, Tensor)",
+    "upsample_softmax": "(Tensor logits, Tensor? valid, int height, int width, ScalarType dtype) -> Tensor",
+    "upsample_softmax_backward": "(Tensor grad, Tensor logits, Tensor? valid) -> Tensor",
+    "upsample_argmax": "(Tensor logits, int height, int width) -> Tensor",
+    "confusion_matrix": "(Tensor prediction, Tensor target, int num_classes, int ignore, Tensor(a!) out) -> ()",
+    "confusion_of_logits": "(Tensor logits, Tensor target, int ignore, Tensor(a!) out) -> ()"}
+
 
 def register(library="seg_ops"):
-    """To be called once, when the operators torch.ops.<library>.* are loaded."""
+    """Define torch.ops.<library>.*, once in a process; what they run is loaded before or after."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{library}::{name}", schema)
+
     @torch.library.register_fake(f"{library}::masked_cross_entropy")
     def _(logits, *_):
         return (logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64),

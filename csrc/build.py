@@ -88,8 +88,7 @@ def architectures():
 
 def load(device="cpu"):
     """Make torch.ops.seg_ops.* callable on "cpu" or "cuda". Errors: RuntimeError, one line that says why it cannot."""
-    if device == "cuda":
-        load()  # defines the operators
+    define()
     place = folder(device)
     try:
         if not (place / "ready").exists():
@@ -97,13 +96,9 @@ def load(device="cpu"):
         torch.ops.load_library(place / f"{NAMES[device]}.so")
     except OSError as e:
         raise RuntimeError(f"{place}: {str(e).splitlines()[0]}") from None
-    if device == "cpu":
-        register()
 
 
-@cache
-def register():
-    autograd.register()
+define = cache(autograd.register)  # one namespace for both
 
 
 def build(place, device="cpu"):

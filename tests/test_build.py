@@ -27,7 +27,7 @@ def start(tmp_path):
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.cu*", "*.md", "__pycache__"))
     shutil.copy(ROOT / "cli.py", tree)  # all that csrc imports from outside
     for file in (tree / "csrc").glob("*.cpp"):
-        if file.name not in ("schemas.cpp", "confusion_matrix.cpp"):
+        if file.name != "confusion_matrix.cpp":
             file.unlink()
 
     def run(**env):
@@ -62,6 +62,18 @@ def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
     assert said.startswith("reference (") and str(tmp_path / "file") in said and "\n" not in said
     ids = torch.zeros(1, 3, 3, dtype=torch.uint8)
     assert ops.confusion_matrix(ids, ids, 2)[0, 0] == 9
+
+
+@pytest.mark.quick
+def test_cuda_needs_no_kernels_of_the_cpu(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(build, "folder", lambda device: tmp_path / device)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/ready").touch()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.load("cuda")
+    assert loaded == [tmp_path / "cuda/seg_ops_cuda.so"]
 
 
 @pytest.mark.quick

@@ -21,7 +21,7 @@ FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-
          "-DTORCH_TARGET_VERSION=0x020e000000000000"]
 HEADER = ROOT / "tests/cuda_on_cpu.h"
 HEADERS = [HEADER, ROOT / "tests/cuda_on_cpu_watch.h"]
-SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 # the CPU's, scaled down: N, K, h, w, H, W
 SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
           (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35), (1, 2, 1, 9, 1, 9),
@@ -61,6 +61,7 @@ def library(name, *flags, link=()):
     files = [*SOURCES, *build.sources("cuda"), *HEADERS]
     file = made_once(name, make, files, *flags, *link, run(CXX, "--version")) / "library.so"
     torch.ops.load_library(file)
+    autograd.register(name)
     return ctypes.CDLL(file)
 
 
@@ -96,7 +97,6 @@ def use(patch, namespace):
 def built():
     """(operators, seed setter)"""
     seed = library("cuda_on_cpu", "-O2").cuda_on_cpu_seed
-    autograd.register("cuda_on_cpu")
     return torch.ops.cuda_on_cpu, seed
 
 
@@ -249,7 +249,6 @@ def test_address_and_undefined_behaviour_sanitizers():
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import pytest, torch, test_cuda_on_cpu as t
 seed = t.library("sanitized", *{flags!r}, link={flags[2:3]!r}).cuda_on_cpu_seed
-t.autograd.register("sanitized")
 t.use(pytest.MonkeyPatch(), t.Schedules(torch.ops.sanitized, seed, 1))
 for test in t.OF_SHAPES:
     for shape in {[getattr(s, "values", [s])[0] for s in SHAPES[:9]]!r}:

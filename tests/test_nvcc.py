@@ -74,10 +74,22 @@ def test_ptx(compiled):
 
 @pytest.mark.slow
 def test_build_from_cold_without_a_gpu(tmp_path):
-    code = "import torch; from csrc import build; build.load('cuda'); print(build.note)"
-    (tmp_path / build.folder().name).symlink_to(build.folder())  # the CPU's kernels are there
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"})
-    assert done.returncode == 0, done.stderr
+    """Where the CPU's kernels do not build; they can be loaded afterwards nevertheless."""
+    code = """
+import torch
+from csrc import build, ops
+build.FLAGS.append("-no-such-flag")
+print(ops.in_use("cpu"))
+print(ops.in_use("cuda") + build.note)
+build.FLAGS.pop()
+build.load("cpu")
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(has("seg_ops::upsample_argmax", device) for device in ("CPU", "CUDA")))
+"""
+    (tmp_path / build.folder().name).symlink_to(build.folder())
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0", "SEG_OPS": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
     print(done.stdout)
-    assert int(re.fullmatch(r", built in (\d+) s\n", done.stdout)[1]) < 60
+    said = re.fullmatch(r"reference \(.*\nkernel, built in (\d+) s\nTrue True\n", done.stdout)
+    assert said and not done.stderr, done
+    assert int(said[1]) < 60
