@@ -1,4 +1,6 @@
 """What torch must know of the C++ operators, whichever device's are loaded: schemas, shapes of results, gradients."""
+from functools import cache
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -12,8 +14,9 @@ SCHEMAS = {  # ops.py says what they compute; confusion_of_logits is there on CU
     "confusion_of_logits": "(Tensor logits, Tensor target, int ignore, Tensor(a!) out) -> ()"}
 
 
+@cache
 def register(library="seg_ops"):
-    """Define torch.ops.<library>.*, once in a process; what they run is loaded before or after."""
+    """Define torch.ops.<library>.*; kernels for any device are loaded before or after."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{library}::{name}", schema)
 

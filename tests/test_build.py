@@ -1,4 +1,5 @@
-"""The build of the kernels: two processes at once, a build that was killed, no folder to write to, the cache's key."""
+"""The build of the kernels: two at once, one that was killed, compilers, damage in the cache and the cache's key."""
+import logging
 import os
 import re
 import shutil
@@ -6,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
 from test_cuda_on_cpu import INCLUDE, run
+from torch.utils import cpp_extension
 
 from csrc import build, ops
 
@@ -22,7 +25,7 @@ COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if s
 
 @pytest.fixture
 def start(tmp_path):
-    """start(**environment) -> a process that loads csrc with one operator alone, which builds in half the time."""
+    """start(code before, **environment) -> a process that loads csrc with one operator alone, which is built faster."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.cu*", "*.md", "__pycache__"))
     shutil.copy(ROOT / "cli.py", tree)  # all that csrc imports from outside
@@ -30,9 +33,9 @@ def start(tmp_path):
         if file.name != "confusion_matrix.cpp":
             file.unlink()
 
-    def run(**env):
+    def run(before="", **env):
         env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "SEG_OPS": "auto"} | env
-        return subprocess.Popen([sys.executable, "-c", LOAD], cwd=tree, text=True, stdout=subprocess.PIPE,
+        return subprocess.Popen([sys.executable, "-c", before + LOAD], cwd=tree, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=env)
     return run
 
@@ -50,6 +53,65 @@ def test_killed_build_then_two_at_once_then_the_cache(start, tmp_path):
     assert all(out.startswith("kernel") and out.endswith("\ntensor(9)\n") and not err for out, err in done), done
     assert sum(", built in" in out for out, _ in done) == 1
     assert start(CXX="no-such-compiler").communicate() == ("kernel\ntensor(9)\n", "")  # the cache needs none
+
+
+def test_a_compiler_of_two_words(start, tmp_path):
+    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "ccache").chmod(0o755)
+    out, err = start(CXX="ccache c++", PATH=f"{tmp_path}:{os.environ['PATH']}").communicate()
+    assert out.startswith("kernel, built in") and not err
+    out, err = start(CXX="ccache no-such-compiler", PATH=f"{tmp_path}:{os.environ['PATH']}").communicate()
+    assert out.startswith("kernel\n") and not err
+
+
+def test_a_library_that_does_not_load_is_built_again(start, tmp_path):
+    start().communicate()
+    library, = tmp_path.glob("cache/*/seg_ops.so")
+    whole, foreign = library.read_bytes(), b"for another system"
+    for damage, size in (whole[:len(whole) // 2], len(whole)), (foreign, len(foreign)):
+        library.write_bytes(damage)
+        (library.parent / "ready").write_text(str(size))
+        out, err = start().communicate()
+        told = r"kernel, the cached library does not load \((.*)\), built in \d+ s\ntensor\(9\)\n"
+        assert re.fullmatch(told, out) and str(library) in out and not err, (out, err)
+    assert start().communicate() == ("kernel\ntensor(9)\n", "")
+    library.write_bytes(damage)
+    out, err = start(CXX="no-such-compiler").communicate()
+    assert out.startswith("reference (no C++ compiler: no-such-compiler)") and "does not load" in out and not err
+
+
+def test_without_fcntl(start):
+    """As on Windows."""
+    missing = "import sys; sys.modules['fcntl'] = None;"
+    assert start(missing, SEG_OPS="reference").communicate() == ("reference\ntensor(9)\n", "")
+    out, err = start(missing).communicate()
+    assert out.startswith("reference (") and "fcntl" in out and not err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("error", [None, RuntimeError("an error")])
+@pytest.mark.parametrize("device", build.SOURCES)
+def test_a_build_leaves_all_as_it_was(device, error, tmp_path, monkeypatch):
+    def load(name, *_, build_directory, **__):
+        inside.append(seen())
+        Path(build_directory, f"{name}.so").touch()
+        if error:
+            raise error
+
+    def seen():
+        log = logging.getLogger("torch.utils.cpp_extension")
+        return dict(os.environ), cpp_extension.CUDA_HOME, log.level, log.isEnabledFor(logging.WARNING)
+    inside, before = [], seen()
+    for name, value in ("note", ""), ("cuda_home", lambda: tmp_path), ("architectures", lambda: ["9.0"]):
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(cpp_extension, "load", load)
+    if error:
+        with pytest.raises(RuntimeError, match="failed: an error"):
+            build.build(tmp_path / "place", device)
+    else:
+        build.build(tmp_path / "place", device)
+    assert seen() == before
+    assert inside != [before]
 
 
 def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
@@ -70,14 +132,15 @@ def test_cuda_needs_no_kernels_of_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "folder", lambda device: tmp_path / device)
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
     (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda/ready").touch()
+    (tmp_path / "cuda/seg_ops_cuda.so").touch()
+    (tmp_path / "cuda/ready").write_text("0")
     monkeypatch.setenv("CXX", "no-such-compiler")
     build.load("cuda")
     assert loaded == [tmp_path / "cuda/seg_ops_cuda.so"]
 
 
 @pytest.mark.quick
-def test_cache_knows_sources_flags_and_cpu(monkeypatch, tmp_path):
+def test_cache_knows_sources_compilers_flags_and_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "HERE", shutil.copytree(build.HERE, tmp_path / "csrc"))
     seen = {build.folder()}
     with monkeypatch.context() as patch:
@@ -86,11 +149,16 @@ def test_cache_knows_sources_flags_and_cpu(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
         seen.add(build.folder())
+    with monkeypatch.context() as patch:
+        seen.add(build.folder("cuda"))
+        for compiler in ("c++", "nvcc"):
+            patch.setattr(build, "version", lambda *words: "another" if compiler in str(words) else "this")
+            seen |= {build.folder(), build.folder("cuda")}
     for name in ("vec.h", "upsample_argmax.cpp"):
         with open(tmp_path / "csrc" / name, "a") as file:
             file.write("\n")
         seen.add(build.folder())
-    assert len(seen) == 5
+    assert len(seen) == 10
 
 
 @pytest.mark.quick

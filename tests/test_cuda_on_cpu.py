@@ -1,7 +1,6 @@
 """The CUDA kernels, compiled by g++ and run by cuda_on_cpu.h, against the float64 references; that header's tests."""
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,10 @@ from conftest import ROOT
 
 from csrc import autograd, build, ops
 
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-pytestmark = pytest.mark.skipif(not CXX, reason="no C++ compiler")
+CXX, VERSION = build.cxx().split(), build.version(build.cxx())
+pytestmark = pytest.mark.skipif(not VERSION, reason="no C++ compiler")
 INCLUDE, LIB = (Path(torch.__file__).parent / folder for folder in ("include", "lib"))
-FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-x", "c++",
-         "-DTORCH_TARGET_VERSION=0x020e000000000000"]
+FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-x", "c++", build.TARGET]
 HEADER = ROOT / "tests/cuda_on_cpu.h"
 HEADERS = [HEADER, ROOT / "tests/cuda_on_cpu_watch.h"]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
@@ -51,15 +49,15 @@ def library(name, *flags, link=()):
 
     def make(folder):
         def compile_one(source):
-            run(CXX, *flags, f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", HEADER, "-c", source,
+            run(*CXX, *flags, f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", HEADER, "-c", source,
                 "-o", folder / f"{source.name}.o")
             return folder / f"{source.name}.o"
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, SOURCES))
-        run(CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / "library.so", f"-L{LIB}", "-ltorch",
+        run(*CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / "library.so", f"-L{LIB}", "-ltorch",
             "-ltorch_cpu", "-lc10")
     files = [*SOURCES, *build.sources("cuda"), *HEADERS]
-    file = made_once(name, make, files, *flags, *link, run(CXX, "--version")) / "library.so"
+    file = made_once(name, make, files, *flags, *link, VERSION) / "library.so"
     torch.ops.load_library(file)
     autograd.register(name)
     return ctypes.CDLL(file)
@@ -224,12 +222,12 @@ def test_the_header_finds_what_is_planted(plant):
     def make(folder):
         def compile_one(kind):
             compiling, linking = kinds[kind]
-            run(CXX, *flags, *compiling, "-include", HEADER, "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o",
+            run(*CXX, *flags, *compiling, "-include", HEADER, "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o",
                 folder / f"{kind}.o")
-            run(CXX, *linking, folder / f"{kind}.o", "-o", folder / kind)
+            run(*CXX, *linking, folder / f"{kind}.o", "-o", folder / kind)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, kinds))
-    folder, found = made_once("planted", make, [ROOT / "tests/planted.cu", *HEADERS], *flags, run(CXX, "--version")), {}
+    folder, found = made_once("planted", make, [ROOT / "tests/planted.cu", *HEADERS], *flags, VERSION), {}
     for kind in kinds:
         done = subprocess.run([folder / kind], capture_output=True, text=True)
         found[kind] = done.stdout + done.stderr
@@ -257,7 +255,7 @@ for value in (6, 1 << 40):
     t.test_bad_labels_poison(torch.ops.seg_ops, value)
 print("clean")
 """
-    names = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    names = [run(*CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     env = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0", "SEG_OPS": "reference"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
     assert done.stdout == "clean\n", done.stderr[-2000:]

@@ -41,7 +41,7 @@ def compiled():
             (folder / f"{source.stem}.said").write_text(said)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources))
-    versions = run(nvcc, "--version"), run("g++", "--version")
+    versions = build.version(nvcc), build.version("g++")
     folder = made_once("nvcc", make, build.sources("cuda"), *flags, *versions)
     return {source.name: ((folder / f"{source.stem}.said").read_text(),
                           [ptx.read_text() for ptx in folder.glob(f"{source.stem}*.ptx")]) for source in sources}
