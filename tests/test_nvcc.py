@@ -1,4 +1,4 @@
-"""nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, the build from cold."""
+"""nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, C++20, the build from cold."""
 import os
 import re
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_cuda_on_cpu import made_once, run
+from test_cuda_on_cpu import CXX, FLAGS, HEADER, INCLUDE, made_once, run
 
 from csrc import build, ops
 
@@ -70,6 +70,12 @@ def test_ptx(compiled):
         for text in ptx:
             assert not re.search(r"\.local|ld\.param\.\w+ .*depot", text), name
             assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda file: file.name)
+def test_c_plus_plus_20(source):
+    """Its std::lerp and others are global names by math.h, as in nvcc."""
+    run(*CXX, *FLAGS, "-std=c++20", f"-isystem{INCLUDE}", "-include", "math.h", "-include", HEADER, "-fsyntax-only", source)
 
 
 @pytest.mark.slow
