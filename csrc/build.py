@@ -25,7 +25,7 @@ note = ""  # of a build in this process, for the first line of a run
 NAMES = {"cpu": "seg_ops", "cuda": "seg_ops_cuda"}
 SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh", "exponentials.h")}
 INCLUDE = [Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"]  # what pip brings, and a toolkit may lack
-TARGET = "-DTORCH_TARGET_VERSION=0x020e000000000000"  # of the oldest torch, see requirements.txt
+TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # of the oldest torch, see requirements.txt
 CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", TARGET,
          *os.environ.get("SEG_OPS_CFLAGS", "").split()]

@@ -75,7 +75,8 @@ def test_ptx(compiled):
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda file: file.name)
 def test_c_plus_plus_20(source):
     """Its std::lerp and others are global names by math.h, as in nvcc."""
-    run(*CXX, *FLAGS, "-std=c++20", f"-isystem{INCLUDE}", "-include", "math.h", "-include", HEADER, "-fsyntax-only", source)
+    run(*CXX, *FLAGS, "-std=c++20", f"-isystem{INCLUDE}", "-include", "math.h", "-include", HEADER, "-fsyntax-only",
+        source)
 
 
 @pytest.mark.slow
