@@ -55,6 +55,13 @@ def _kernel_resizes(logits, size, *dtypes):
     return all(a != b for a, b in zip(logits.shape[2:], size)) and _kernel(logits, logits.dtype, *dtypes)
 
 
+def _call(kernel, *args):
+    try:
+        return kernel(*args)
+    except RuntimeError as e:  # from torch 2.15 on a kernel's ValueError is one
+        raise (ValueError(str(e)) if ", outside 0.." in str(e) else e) from None
+
+
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
                          divide="kept"):
     """Cross entropy of upsampled logits over the pixels that count -> (loss, kept).
@@ -76,8 +83,8 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
                                               ignore=ignore, divide=divide)
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     confidence = confidence if confidence is None else confidence.float()
-    loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(logits, target, confidence, valid, _logit(threshold), *size,
-                                                           ignore, divide == "all")
+    loss, kept, _ = _call(torch.ops.seg_ops.masked_cross_entropy, logits, target, confidence, valid, _logit(threshold),
+                          *size, ignore, divide == "all")
     return loss, kept
 
 
@@ -124,7 +131,8 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     if on_the_way:
         torch.ops.seg_ops.confusion_of_logits(prediction.detach(), target.contiguous(), ignore, counts)
     else:
-        torch.ops.seg_ops.confusion_matrix(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
+        _call(torch.ops.seg_ops.confusion_matrix, prediction.contiguous(), target.contiguous(), num_classes, ignore,
+              counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
 
