@@ -135,7 +135,7 @@ def build(place, device="cpu"):
     if not version(cxx()):
         raise RuntimeError(f"no C++ compiler: {cxx()}")
     if device == "cuda" and not cuda_home():
-        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]==13.0.*"')
+        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]"')
     with building(place) as empty:
         if not empty and not fault(place, device):
             return
@@ -171,7 +171,7 @@ def make(place, device):
         from torch.utils import cpp_extension
         with mock.patch.object(cpp_extension, "CUDA_HOME", cuda_home()):  # torch may take a wrapper for the toolkit
             cpp_extension.load(NAMES[device], [str(f) for f in sorted(HERE.glob(SOURCES[device][0]))],
-                               extra_cflags=FLAGS, extra_cuda_cflags=CUDA_FLAGS,
+                               extra_cflags=FLAGS,
+                               extra_cuda_cflags=[*CUDA_FLAGS, *(f"-isystem={p}" for p in INCLUDE)],  # after nvcc's own
                                extra_ldflags=[f"-L{place}", *(f for f in FLAGS if f.startswith("-fsanitize"))],
-                               extra_include_paths=[str(p) for p in INCLUDE if p.exists()],
                                build_directory=str(place), is_python_module=False)
