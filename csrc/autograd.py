@@ -1,10 +1,29 @@
-"""What torch.compile and autograd must know of the C++ operators: shapes of results, gradients."""
+"""What torch must know of the C++ operators, whichever device's are loaded: schemas, shapes of results, gradients."""
+from functools import cache
+
 import torch
 from torch.autograd.function import once_differentiable
 
+SCHEMAS = {  # ops.py says what they compute
+    # labels (N,H,W) uint8, 255 where a pixel does not count; counts: kept, everything, bad (which the CPU raises)
+    "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, float threshold, int classes, int ignore) -> "
+                 "(Tensor labels, Tensor counts)",
+    # sums over the labels that count; grad (N,K,h,w) float32 is empty without with_grad
+    "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad) -> (Tensor total, Tensor grad)",
+    # probabilities, and their gradient, lie as (N,H,W,K), channels last
+    "upsample_softmax": "(Tensor logits, Tensor? valid, SymInt height, SymInt width, ScalarType dtype) -> Tensor",
+    "upsample_softmax_backward": "(Tensor grad, Tensor logits, Tensor? valid) -> Tensor",
+    "upsample_argmax": "(Tensor logits, SymInt height, SymInt width) -> Tensor",
+    # prediction: class ids (N,H,W), or logits (N,K,h,w)
+    "confusion_matrix": "(Tensor prediction, Tensor target, int ignore, Tensor(a!) out) -> ()"}
 
+
+@cache
 def register(library="seg_ops"):
-    """To be called once, when the operators torch.ops.<library>.* are loaded."""
+    """Define torch.ops.<library>.*; kernels for any device are loaded before or after."""
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"{library}::{name}", schema)
+
     @torch.library.register_fake(f"{library}::label_map")
     def _(target, *_):
         return target.new_empty(target.shape, dtype=torch.uint8), target.new_empty(3, dtype=torch.int64)

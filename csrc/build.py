@@ -1,20 +1,20 @@
 """Build the C++ kernels in this folder on first use and load them; later starts load the cached binary.
 
-The cache is keyed by sources, compiler flags and the CPU's own flags (home folders are shared between machines, and
--march=native is not), not by torch: the kernels use torch's stable ABI only. One process builds while others wait; a
-build that was killed leaves no `ready` file and is done again.
+The cache is keyed by sources, compilers, their flags and the CPU's own flags (home folders are shared between machines,
+and -march=native is not), not by torch: the kernels use torch's stable ABI only. One process builds while others wait;
+a build that was killed leaves no `ready` file and is done again.
 """
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -25,8 +25,9 @@ note = ""  # of a build in this process, for the first line of a run
 NAMES = {"cpu": "seg_ops", "cuda": "seg_ops_cuda"}
 SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh", "exponentials.h")}
 INCLUDE = [Path(torch.__file__).parents[1] / "nvidia" / "cu13" / "include"]  # what pip brings, and a toolkit may lack
-CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020e000000000000"]
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-DTORCH_TARGET_VERSION=0x020e000000000000",
+TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # of the oldest torch, see requirements.txt
+CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", TARGET,
          *os.environ.get("SEG_OPS_CFLAGS", "").split()]
 
 
@@ -39,10 +40,25 @@ def cpu():
         return platform.processor() + platform.machine()
 
 
+def cxx():
+    """The C++ compiler, in one word or more."""
+    return os.environ.get("CXX") or "c++"
+
+
+def version(compiler):
+    """What it says of itself, "" where it is not there."""
+    return subprocess.run(f"{compiler} --version", shell=True, capture_output=True, text=True).stdout
+
+
 def folder(device="cpu"):
-    """Where the binary of a device for these sources and this machine is, or will be."""
-    flags = [*FLAGS, cpu()] if device == "cpu" else [*CUDA_FLAGS, *architectures(), str(cuda_home())]
-    return cache_folder(NAMES[device], [*flags, platform.system()], sources(device))
+    """Where the binary of a device for these sources, this machine and its compilers is, or will be."""
+    flags = [*FLAGS, cpu()] if device == "cpu" else [*CUDA_FLAGS, *architectures()]
+    place = cache_folder(NAMES[device], [*flags, platform.system()], sources(device))
+    versions = [version(compiler) for compiler in (cxx(), f"{cuda_home()}/bin/nvcc")[:1 if device == "cpu" else 2]]
+    ready = next(place.parent.glob(f"{place.name}_*/ready"), None)
+    if ready and "" in versions:
+        return ready.parent  # where there is no compiler, any one's will do
+    return cache_folder(place.name, [cxx(), *versions], [])
 
 
 def sources(device):
@@ -62,6 +78,7 @@ def cache_folder(name, words, files):
 @contextlib.contextmanager
 def building(place):
     """Whether the caller has to fill the folder `place`, because none has; others wait until this block ends."""
+    import fcntl  # Windows has none
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "building", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # given up by the system when its process dies
@@ -88,57 +105,73 @@ def architectures():
 
 def load(device="cpu"):
     """Make torch.ops.seg_ops.* callable on "cpu" or "cuda". Errors: RuntimeError, one line that says why it cannot."""
-    if device == "cuda":
-        load()  # defines the operators
+    global note
+    autograd.register()
     place = folder(device)
     try:
-        if not (place / "ready").exists():
-            build(place, device)
-        torch.ops.load_library(place / f"{NAMES[device]}.so")
-    except OSError as e:
+        if (place / "ready").exists():
+            wrong = fault(place, device)
+            if not wrong:
+                return
+            note += f", the cached library does not load ({wrong})"
+        build(place, device)
+    except (OSError, ImportError) as e:
         raise RuntimeError(f"{place}: {str(e).splitlines()[0]}") from None
-    if device == "cpu":
-        register()
 
 
-@cache
-def register():
-    autograd.register()
+def fault(place, device):
+    """Load the library in `place`; why that cannot be, or None."""
+    library = place / f"{NAMES[device]}.so"
+    try:
+        if (place / "ready").read_text() != str(library.stat().st_size):
+            return f"{library} was cut off"  # to load it would end the process
+        torch.ops.load_library(library)
+    except OSError as e:
+        return str(e).splitlines()[0]
 
 
 def build(place, device="cpu"):
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise RuntimeError(f"no C++ compiler: {compiler}")
+    """Fill `place`, if no other process does so first, and load the library."""
+    if not version(cxx()):
+        raise RuntimeError(f"no C++ compiler: {cxx()}")
     if device == "cuda" and not cuda_home():
-        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]==13.0.*"')
+        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]"')
     with building(place) as empty:
-        if not empty:
+        if not empty and not fault(place, device):
             return
-        (place / "lock").unlink(missing_ok=True)  # torch's own lock, which a killed build leaves behind
+        for file in {*place.iterdir()} - {place / "building"}:  # of a build that was killed, with torch's own lock
+            file.unlink()
         if sys.stderr.isatty():
             print(f"building the kernels in {place} ...", file=sys.stderr)
         began = time.monotonic()
-        # torch would speak of CUDA, which is not needed
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        from torch.utils import cpp_extension
-        # ninja is beside python in an environment that was not activated
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        more = dict(extra_ldflags=[f for f in FLAGS if f.startswith("-fsanitize")])
-        if device == "cuda":
-            cpp_extension.CUDA_HOME = str(cuda_home())  # torch's guess takes a wrapper on the PATH for the toolkit
-            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
-            more = dict(extra_cuda_cflags=CUDA_FLAGS, extra_include_paths=[str(p) for p in INCLUDE if p.exists()],
-                        extra_ldflags=[f"-L{place}"])
-            runtime = next(INCLUDE[0].parent.glob("lib/libcudart.so*"), None)  # pip's has a version in its name
-            if runtime and not (place / "libcudart.so").exists():
-                (place / "libcudart.so").symlink_to(runtime)
         try:
-            units = [str(f) for f in sorted(HERE.glob(SOURCES[device][0]))]
-            cpp_extension.load(NAMES[device], units, extra_cflags=FLAGS, build_directory=str(place),
-                               is_python_module=False, **more)
+            make(place, device)
         except (RuntimeError, OSError) as e:
             errors = [line for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
             raise RuntimeError(f"the build in {place} failed: {errors[0]}") from None
+        (place / "ready").write_text(str((place / f"{NAMES[device]}.so").stat().st_size))
         global note
         note += f", built in {time.monotonic() - began:.0f} s"
+
+
+def make(place, device):
+    """By torch, which reads the environment; that, and torch's settings, are as before afterwards."""
+    script = place / "c++"  # torch takes $CXX for one word
+    script.write_text(f'#!/bin/sh\nexec {cxx()} "$@"\n')
+    script.chmod(0o755)
+    # ninja is beside python in an environment that was not activated
+    env = {"CXX": str(script), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    if device == "cuda":
+        env["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
+        runtime = next(INCLUDE[0].parent.glob("lib/libcudart.so*"), None)  # pip's has a version in its name
+        if runtime:
+            (place / "libcudart.so").symlink_to(runtime)
+    log = logging.getLogger("torch.utils.cpp_extension")  # would speak of CUDA, which is not needed
+    with mock.patch.dict(os.environ, env), mock.patch.object(log, "disabled", True):
+        from torch.utils import cpp_extension
+        with mock.patch.object(cpp_extension, "CUDA_HOME", cuda_home()):  # torch may take a wrapper for the toolkit
+            cpp_extension.load(NAMES[device], [str(f) for f in sorted(HERE.glob(SOURCES[device][0]))],
+                               extra_cflags=FLAGS,
+                               extra_cuda_cflags=[*CUDA_FLAGS, *(f"-isystem={p}" for p in INCLUDE)],  # after nvcc's own
+                               extra_ldflags=[f"-L{place}", *(f for f in FLAGS if f.startswith("-fsanitize"))],
+                               build_directory=str(place), is_python_module=False)

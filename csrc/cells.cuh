@@ -33,7 +33,7 @@ struct Axis {
 // As ATen interpolates finite numbers.
 __device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
 // As it interpolates any: to it the last point, here at fraction 1, is a cell of its own at fraction 0, where infinity is NaN.
-__device__ inline float lerp(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
+__device__ inline float interpolate(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
 
 // 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24
 __device__ inline float exp2_minus_1(float x) {
@@ -60,7 +60,7 @@ struct Column {
   // By ATen's formula.
   __device__ float logit(int k, int r) const {
     const float4 c = tile.corners[tile.at(k)];
-    return lerp(lerp(c.x, c.y, fx), lerp(c.z, c.w, fx), fy[r]);
+    return interpolate(interpolate(c.x, c.y, fx), interpolate(c.z, c.w, fx), fy[r]);
   }
   // The exponent to base 2 of class k in the first pixel, and what it grows by from one to the next, where the cell is smooth.
   __device__ float2 exponents(int k) const {

@@ -41,8 +41,8 @@ struct Counted {
     if (confidence) {
       const int i = cy.cell(y), j = cx.cell(x), below = min(i + 1, cy.n - 1), right = min(j + 1, cx.n - 1);
       const float *p = confidence + (n * cy.n + i) * cx.n, *q = confidence + (n * cy.n + below) * cx.n;
-      const float fy = cy.frac(y), left = lerp(p[j], q[j], fy);
-      if (!(lerp(left, lerp(p[right], q[right], fy), cx.frac(x)) > cutoff)) return -1;
+      const float fy = cy.frac(y), left = interpolate(p[j], q[j], fy);
+      if (!(interpolate(left, interpolate(p[right], q[right], fy), cx.frac(x)) > cutoff)) return -1;
     }
     sums.kept++;
     return label;

@@ -53,6 +53,13 @@ def _kernel_resizes(logits, size, *dtypes):
     return logits.shape[2:] != size and _kernel(logits, logits.dtype, *dtypes)
 
 
+def _call(kernel, *args):
+    try:
+        return kernel(*args)
+    except RuntimeError as e:  # from torch 2.15 on a kernel's ValueError is one
+        raise (ValueError(str(e)) if ", outside 0.." in str(e) else e) from None
+
+
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
                          divide="kept"):
     """Cross entropy of upsampled logits over the pixels that count -> (loss, kept).
@@ -77,7 +84,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     # from here on one byte a pixel says all: its class, or 255 where it does not count
     confidence = confidence if confidence is None else confidence.float()
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
-    labels, counts = torch.ops.seg_ops.label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
+    labels, counts = _call(torch.ops.seg_ops.label_map, target, confidence, valid, threshold, logits.shape[1], ignore)
     kept, everything, bad = counts.unbind()
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad)
@@ -125,7 +132,7 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
     prediction = prediction.detach() if logits else prediction.contiguous()
-    torch.ops.seg_ops.confusion_matrix(prediction, target.contiguous(), ignore, counts)
+    _call(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
 

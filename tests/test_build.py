@@ -1,4 +1,5 @@
-"""The build of the kernels: two processes at once, a build that was killed, no folder to write to, the cache's key."""
+"""The build of the kernels: two at once, one that was killed, compilers, damage in the cache and the cache's key."""
+import logging
 import os
 import re
 import shutil
@@ -6,31 +7,35 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from test_cuda_on_cpu import INCLUDE, run
+from torch.utils import cpp_extension
 
 from csrc import build, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="no kernels can be built here")
 LOAD = ("import torch; from csrc import build, ops; print(ops.in_use() + build.note);"
         "ids = torch.zeros(1, 3, 3, dtype=torch.uint8); print(ops.confusion_matrix(ids, ids, 2)[0, 0])")
+COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if shutil.which(name)]
 
 
 @pytest.fixture
 def start(tmp_path):
-    """start(**environment) -> a process that loads csrc with one operator alone, which builds in half the time."""
+    """start(code before, **environment) -> a process that loads csrc with one operator alone, which is built faster."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.cu*", "*.md", "__pycache__"))
     shutil.copy(ROOT / "cli.py", tree)  # all that csrc imports from outside
     for file in (tree / "csrc").glob("*.cpp"):
-        if file.name not in ("schemas.cpp", "confusion_matrix.cpp"):
+        if file.name != "confusion_matrix.cpp":
             file.unlink()
 
-    def run(**env):
+    def run(before="", **env):
         env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "SEG_OPS": "auto"} | env
-        return subprocess.Popen([sys.executable, "-c", LOAD], cwd=tree, text=True, stdout=subprocess.PIPE,
+        return subprocess.Popen([sys.executable, "-c", before + LOAD], cwd=tree, text=True, stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, env=env)
     return run
 
@@ -50,6 +55,65 @@ def test_killed_build_then_two_at_once_then_the_cache(start, tmp_path):
     assert start(CXX="no-such-compiler").communicate() == ("kernel\ntensor(9)\n", "")  # the cache needs none
 
 
+def test_a_compiler_of_two_words(start, tmp_path):
+    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "ccache").chmod(0o755)
+    out, err = start(CXX="ccache c++", PATH=f"{tmp_path}:{os.environ['PATH']}").communicate()
+    assert out.startswith("kernel, built in") and not err
+    out, err = start(CXX="ccache no-such-compiler", PATH=f"{tmp_path}:{os.environ['PATH']}").communicate()
+    assert out.startswith("kernel\n") and not err
+
+
+def test_a_library_that_does_not_load_is_built_again(start, tmp_path):
+    start().communicate()
+    library, = tmp_path.glob("cache/*/seg_ops.so")
+    whole, foreign = library.read_bytes(), b"for another system"
+    for damage, size in (whole[:len(whole) // 2], len(whole)), (foreign, len(foreign)):
+        library.write_bytes(damage)
+        (library.parent / "ready").write_text(str(size))
+        out, err = start().communicate()
+        told = r"kernel, the cached library does not load \((.*)\), built in \d+ s\ntensor\(9\)\n"
+        assert re.fullmatch(told, out) and str(library) in out and not err, (out, err)
+    assert start().communicate() == ("kernel\ntensor(9)\n", "")
+    library.write_bytes(damage)
+    out, err = start(CXX="no-such-compiler").communicate()
+    assert out.startswith("reference (no C++ compiler: no-such-compiler)") and "does not load" in out and not err
+
+
+def test_without_fcntl(start):
+    """As on Windows."""
+    missing = "import sys; sys.modules['fcntl'] = None;"
+    assert start(missing, SEG_OPS="reference").communicate() == ("reference\ntensor(9)\n", "")
+    out, err = start(missing).communicate()
+    assert out.startswith("reference (") and "fcntl" in out and not err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("error", [None, RuntimeError("an error")])
+@pytest.mark.parametrize("device", build.SOURCES)
+def test_a_build_leaves_all_as_it_was(device, error, tmp_path, monkeypatch):
+    def load(name, *_, build_directory, **__):
+        inside.append(seen())
+        Path(build_directory, f"{name}.so").touch()
+        if error:
+            raise error
+
+    def seen():
+        log = logging.getLogger("torch.utils.cpp_extension")
+        return dict(os.environ), cpp_extension.CUDA_HOME, log.level, log.isEnabledFor(logging.WARNING)
+    inside, before = [], seen()
+    for name, value in ("note", ""), ("cuda_home", lambda: tmp_path), ("architectures", lambda: ["9.0"]):
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(cpp_extension, "load", load)
+    if error:
+        with pytest.raises(RuntimeError, match="failed: an error"):
+            build.build(tmp_path / "place", device)
+    else:
+        build.build(tmp_path / "place", device)
+    assert seen() == before
+    assert inside != [before]
+
+
 def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
     """One line says so, and the references run."""
     (tmp_path / "file").write_text("")
@@ -63,20 +127,38 @@ def test_a_folder_that_is_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.quick
-def test_cache_knows_sources_flags_and_cpu(monkeypatch, tmp_path):
+def test_cuda_needs_no_kernels_of_the_cpu(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(build, "folder", lambda device: tmp_path / device)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    (tmp_path / "cuda").mkdir()
+    (tmp_path / "cuda/seg_ops_cuda.so").touch()
+    (tmp_path / "cuda/ready").write_text("0")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.load("cuda")
+    assert loaded == [tmp_path / "cuda/seg_ops_cuda.so"]
+
+
+@pytest.mark.quick
+def test_cache_knows_sources_compilers_flags_and_cpu(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "HERE", shutil.copytree(build.HERE, tmp_path / "csrc"))
-    seen = {build.folder()}
+    seen, version = {build.folder()}, build.version
     with monkeypatch.context() as patch:
         patch.setattr(build, "cpu", lambda: "another")
         seen.add(build.folder())
     with monkeypatch.context() as patch:
         patch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
         seen.add(build.folder())
-    for name in ("vec.h", "upsample_argmax.cpp"):
+    with monkeypatch.context() as patch:
+        seen.add(build.folder("cuda"))
+        for compiler in (build.cxx(), "nvcc"):
+            patch.setattr(build, "version", lambda name: "another" if compiler in name else version(name))
+            seen |= {build.folder(), build.folder("cuda")}
+    for name in ("vec.h", "confusion_matrix.cpp"):
         with open(tmp_path / "csrc" / name, "a") as file:
             file.write("\n")
         seen.add(build.folder())
-    assert len(seen) == 5
+    assert len(seen) == 9
 
 
 @pytest.mark.quick
@@ -86,3 +168,17 @@ def test_cache_knows_every_header(device):
     files = {file.name: file for file in build.sources(device)}
     included = {name for file in files.values() for name in re.findall(r'#include "(.*?)"', file.read_text())}
     assert included and included <= set(files)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_other_compilers_understand(compiler):
+    run(compiler, *build.FLAGS, f"-isystem{INCLUDE}", "-fsyntax-only", ROOT / "csrc/confusion_matrix.cpp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_other_compilers_compile(compiler, tmp_path):
+    """For this machine's vectors and for the shortest ones."""
+    for flags in (build.FLAGS, [flag for flag in build.FLAGS if flag != "-march=native"]):
+        for file in sorted((ROOT / "csrc").glob("*.cpp")):
+            run(compiler, *flags, "-w", "-fPIC", f"-isystem{INCLUDE}", "-c", file, "-o", tmp_path / "a.o")

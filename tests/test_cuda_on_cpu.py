@@ -1,7 +1,6 @@
 """The CUDA kernels, compiled by g++ and run by cuda_on_cpu.h, against the float64 references; that header's tests."""
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +13,13 @@ from conftest import ROOT
 
 from csrc import autograd, build, ops
 
-CXX = shutil.which(os.environ.get("CXX", "g++"))
-pytestmark = pytest.mark.skipif(not CXX, reason="no C++ compiler")
+CXX, VERSION = build.cxx().split(), build.version(build.cxx())
+pytestmark = pytest.mark.skipif(not VERSION, reason="no C++ compiler")
 INCLUDE, LIB = (Path(torch.__file__).parent / folder for folder in ("include", "lib"))
-FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-x", "c++",
-         "-DTORCH_TARGET_VERSION=0x020e000000000000"]
+FLAGS = ["-std=c++17", "-fPIC", "-w", "-ffp-contract=off", "-fno-gnu-unique", "-x", "c++", build.TARGET]
 HEADER = ROOT / "tests/cuda_on_cpu.h"
 HEADERS = [HEADER, ROOT / "tests/cuda_on_cpu_watch.h"]
-SOURCES = [*sorted((ROOT / "csrc").glob("*.cu")), ROOT / "csrc/schemas.cpp"]
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 # the CPU's, scaled down: N, K, h, w, H, W
 SHAPES = [(2, 5, 4, 5, 25, 33), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50), (1, 255, 3, 2, 9, 5),
           (1, 7, 9, 9, 5, 3), (1, 6, 2, 18, 9, 137), (1, 6, 2, 3, 3, 40), (2, 2, 3, 3, 49, 35), (1, 2, 1, 9, 1, 9),
@@ -51,16 +49,17 @@ def library(name, *flags, link=()):
 
     def make(folder):
         def compile_one(source):
-            run(CXX, *flags, f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", HEADER, "-c", source,
+            run(*CXX, *flags, f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include", "-include", HEADER, "-c", source,
                 "-o", folder / f"{source.name}.o")
             return folder / f"{source.name}.o"
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, SOURCES))
-        run(CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / "library.so", f"-L{LIB}", "-ltorch",
+        run(*CXX, "-shared", "-Wl,-Bsymbolic", *link, *objects, "-o", folder / "library.so", f"-L{LIB}", "-ltorch",
             "-ltorch_cpu", "-lc10")
     files = [*SOURCES, *build.sources("cuda"), *HEADERS]
-    file = made_once(name, make, files, *flags, *link, run(CXX, "--version")) / "library.so"
+    file = made_once(name, make, files, *flags, *link, VERSION) / "library.so"
     torch.ops.load_library(file)
+    autograd.register(name)
     return ctypes.CDLL(file)
 
 
@@ -96,7 +95,6 @@ def use(patch, namespace):
 def built():
     """(operators, seed setter)"""
     seed = library("cuda_on_cpu", "-O2").cuda_on_cpu_seed
-    autograd.register("cuda_on_cpu")
     return torch.ops.cuda_on_cpu, seed
 
 
@@ -224,12 +222,12 @@ def test_the_header_finds_what_is_planted(plant):
     def make(folder):
         def compile_one(kind):
             compiling, linking = kinds[kind]
-            run(CXX, *flags, *compiling, "-include", HEADER, "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o",
+            run(*CXX, *flags, *compiling, "-include", HEADER, "-x", "c++", "-c", ROOT / "tests/planted.cu", "-o",
                 folder / f"{kind}.o")
-            run(CXX, *linking, folder / f"{kind}.o", "-o", folder / kind)
+            run(*CXX, *linking, folder / f"{kind}.o", "-o", folder / kind)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, kinds))
-    folder, found = made_once("planted", make, [ROOT / "tests/planted.cu", *HEADERS], *flags, run(CXX, "--version")), {}
+    folder, found = made_once("planted", make, [ROOT / "tests/planted.cu", *HEADERS], *flags, VERSION), {}
     for kind in kinds:
         done = subprocess.run([folder / kind], capture_output=True, text=True)
         found[kind] = done.stdout + done.stderr
@@ -249,7 +247,6 @@ def test_address_and_undefined_behaviour_sanitizers():
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import pytest, torch, test_cuda_on_cpu as t
 seed = t.library("sanitized", *{flags!r}, link={flags[2:3]!r}).cuda_on_cpu_seed
-t.autograd.register("sanitized")
 t.use(pytest.MonkeyPatch(), t.Schedules(torch.ops.sanitized, seed, 1))
 for test in t.OF_SHAPES:
     for shape in {[getattr(s, "values", [s])[0] for s in SHAPES[:9]]!r}:
@@ -258,7 +255,7 @@ for value in (6, 1 << 40):
     t.test_bad_labels_poison(torch.ops.seg_ops, value)
 print("clean")
 """
-    names = [run(CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    names = [run(*CXX, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
     env = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0", "SEG_OPS": "reference"}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | env, capture_output=True, text=True)
     assert done.stdout == "clean\n", done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, the build from cold."""
+"""nvcc and ptxas on the CUDA kernels, without a GPU: no warnings, no spills, registers, C++20, the build from cold."""
 import os
 import re
 import shutil
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from test_cuda_on_cpu import made_once, run
+from test_cuda_on_cpu import CXX, FLAGS, HEADER, INCLUDE, made_once, run
 
 from csrc import build, ops
 
@@ -41,7 +41,7 @@ def compiled():
             (folder / f"{source.stem}.said").write_text(said)
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(compile_one, sources))
-    versions = run(nvcc, "--version"), run("g++", "--version")
+    versions = build.version(nvcc), build.version("g++")
     folder = made_once("nvcc", make, build.sources("cuda"), *flags, *versions)
     return {source.name: ((folder / f"{source.stem}.said").read_text(),
                           [ptx.read_text() for ptx in folder.glob(f"{source.stem}*.ptx")]) for source in sources}
@@ -72,12 +72,31 @@ def test_ptx(compiled):
             assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
 
 
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda file: file.name)
+def test_c_plus_plus_20(source):
+    """Its std::lerp and others are global names by math.h, as in nvcc."""
+    run(*CXX, *FLAGS, "-std=c++20", f"-isystem{INCLUDE}", "-include", "math.h", "-include", HEADER, "-fsyntax-only",
+        source)
+
+
 @pytest.mark.slow
 def test_build_from_cold_without_a_gpu(tmp_path):
-    code = "import torch; from csrc import build; build.load('cuda'); print(build.note)"
-    (tmp_path / build.folder().name).symlink_to(build.folder())  # the CPU's kernels are there
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0"})
-    assert done.returncode == 0, done.stderr
+    """Where the CPU's kernels do not build; they can be loaded afterwards nevertheless."""
+    code = """
+import torch
+from csrc import build, ops
+build.FLAGS.append("-no-such-flag")
+print(ops.in_use("cpu"))
+print(ops.in_use("cuda") + build.note)
+build.FLAGS.pop()
+build.load("cpu")
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*(has("seg_ops::upsample_argmax", device) for device in ("CPU", "CUDA")))
+"""
+    (tmp_path / build.folder().name).symlink_to(build.folder())
+    env = {"TORCH_EXTENSIONS_DIR": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "9.0", "SEG_OPS": "auto"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
     print(done.stdout)
-    assert int(re.fullmatch(r", built in (\d+) s\n", done.stdout)[1]) < 60
+    said = re.fullmatch(r"reference \(.*\nkernel, built in (\d+) s\nTrue True\n", done.stdout)
+    assert said and not done.stderr, done
+    assert int(said[1]) < 60
