@@ -129,6 +129,9 @@ void each_row(int64_t pictures, int64_t rows, int rounds, const Make& make) {
 struct Cell {
   V a, down, right, both;
 };
+struct Power {  // in a block: e the first pixel's exponential, e + e * m the next one's; both, brought down a row
+  V e, m, e_down, m_down;
+};
 struct Quad {
   V top_left, top_right, bottom_left, bottom_right;
 };
@@ -150,11 +153,14 @@ struct Walk {
   std::vector<float> top, bottom;  // (K,stride) the rows of points above and below
   std::vector<Cell> cells;         // (K)
   std::vector<Quad> quads;         // (K), read only where the cells are not smooth
+  std::vector<int> rows;           // (blocks of a cell's row) of the picture, that `powers` are of
+  std::vector<Power> powers;       // (blocks of a cell's row, K)
   bool smooth = true;              // for exponentials by recurrence: finite, and none underflows that matters
   V largest{};                     // point
 
   explicit Walk(const Upsampling& up)
-      : up(up), K(up.logits.sizes[1]), top(K * up.lanes.stride), bottom(top), cells(K), quads(K) {}
+      : up(up), K(up.logits.sizes[1]), top(K * up.lanes.stride), bottom(top), cells(K), quads(K),
+        rows(*std::max_element(up.lanes.most.begin(), up.lanes.most.end()) / PIXELS + 1), powers(K * rows.size()) {}
 
   // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: visit(P, block) for
   // each P pixels of an output row (P is an integral_constant, PIXELS or 1, which it is where not smooth); then end(x),
@@ -186,19 +192,21 @@ struct Walk {
     return {load(t), load(t + up.x.next), load(u), load(u + up.x.next)};
   }
   void read(int x) {
-    V floor = largest = splat(-INFINITY), steepest{}, broken{};
+    V floor = largest = splat(-INFINITY), steepest{}, steep_down{}, broken{};
     for (int k = 0; k < K; k++) {
       const auto [a, b, c, d] = quad(k, x);
       largest = max(max(max(a, b), max(c, d)), largest);
       floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
       steepest = max(max(abs(b - a), abs(d - c)), steepest);
+      steep_down = max(max(abs(c - a), abs(d - b)), steep_down);
       broken += (a + b + c + d) * 0;  // 0, or NaN
       cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
     // with two or three pixels a cell there is no recurrence
-    const float step = up.x.step;
-    smooth = all(is_smooth(largest, floor, steepest, step > 0.5f ? V{} : step * steepest, broken));
+    const V fall = up.x.step > 0.5f ? V{} : max(up.x.step * steepest, up.y.step * steep_down);
+    smooth = all(is_smooth(largest, floor, steepest, fall, broken));
     for (int k = 0; k < K && !smooth; k++) quads[k] = quad(k, x);
+    std::fill(rows.begin(), rows.end(), -2);
   }
 };
 
@@ -211,7 +219,7 @@ inline V exact(const Quad& q, float fy, V fx) {
 // e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope)
 // gets the exponents to base 2: first + fx * slope.
 template <int P, class Saw>
-inline V exponentials(const Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
+inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
   const V fx = load(block.fx);
   V total[P] = {}, shift = walk.largest;
   if (P == 1 && !walk.smooth) {
@@ -225,12 +233,26 @@ inline V exponentials(const Walk& walk, const Block& block, V* e, V* sums, const
     sums[0] = total[0];
     return shift;
   }
+  const float right = walk.up.x.step, down = walk.up.y.step;
+  const int place = block.at / PIXELS;
+  const bool anew = block.row % PIXELS == 0 || walk.rows[place] + 1 != block.row;  // rows without labels are left out
+  if (P > 1) walk.rows[place] = block.row;
   for (int k = 0; k < walk.K; k++, e += P) {
     const Cell& c = walk.cells[k];
+    Power& power = walk.powers[place * walk.K + k];
     const V first = LOG2E * (c.a + block.fy * c.down - shift), slope = LOG2E * (c.right + block.fy * c.both);
-    V now = exp2(first + fx * slope);
-    const V m = P > 1 ? exp2_minus_1(walk.up.x.step * slope) : V{};
     saw(k, first, slope);
+    V now, m{};
+    if (P == 1) {
+      now = exp2(first + fx * slope);
+    } else if (anew) {
+      now = exp2(first + fx * slope), m = exp2_minus_1(right * slope);
+      power.e_down = exp2_minus_1(LOG2E * down * (c.down + fx * c.both));
+      power.m_down = exp2_minus_1(LOG2E * down * right * c.both);
+    } else {
+      now = power.e + power.e * power.e_down, m = power.m + (power.m + 1) * power.m_down;
+    }
+    if (P > 1) power.e = now, power.m = m;
     for (int p = 0; p < P; p++) {
       e[p] = now;
       total[p] += now;

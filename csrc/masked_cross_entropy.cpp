@@ -5,10 +5,11 @@
 // cross_entropy: logits (N,K,h,w) float32 or bfloat16, any strides, and those bytes to the sum of the losses and the
 // gradient of that sum (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
 //
-// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve all PIXELS pixels: e = 2^A
-// and m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. The shift that keeps
-// exponentials in range is the cell's largest corner; where a logit falls too far within a cell, or a corner is not
-// finite, `exact` computes pixel by pixel as ATen does.
+// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve PIXELS pixels: e = 2^A and
+// m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. A and B are linear from row
+// to row, so e and m are brought to the next row in the same way, and computed anew every PIXELS rows. The shift that
+// keeps exponentials in range is the cell's largest corner; where a logit falls too far within a cell, or a corner is
+// not finite, `exact` computes pixel by pixel as ATen does.
 //
 // The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Losses are
 // summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
