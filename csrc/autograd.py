@@ -5,24 +5,29 @@ from torch.autograd.function import once_differentiable
 
 def register(library="seg_ops"):
     """To be called once, when the operators torch.ops.<library>.* are loaded."""
-    @torch.library.register_fake(f"{library}::masked_cross_entropy")
-    def _(logits, *_):
-        return (logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64),
-                logits.new_empty(logits.shape, dtype=torch.float32))
+    @torch.library.register_fake(f"{library}::label_map")
+    def _(target, *_):
+        return target.new_empty(target.shape, dtype=torch.uint8), target.new_empty(3, dtype=torch.int64)
+
+    @torch.library.register_fake(f"{library}::cross_entropy")
+    def _(logits, labels, with_grad):
+        return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape if with_grad else 0))
 
     def keep_gradient(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
         ctx.dtype = inputs[0].dtype
-        ctx.save_for_backward(output[2])
+        ctx.save_for_backward(output[1])
 
     @once_differentiable
-    def scale_gradient(ctx, upstream, *_):
-        return (ctx.saved_tensors[0] * upstream).to(ctx.dtype), *[None] * 8
+    def scale_gradient(ctx, upstream, _):
+        return upstream if upstream is None else (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None
 
-    torch.library.register_autograd(f"{library}::masked_cross_entropy", scale_gradient, setup_context=keep_gradient)
+    torch.library.register_autograd(f"{library}::cross_entropy", scale_gradient, setup_context=keep_gradient)
 
     @torch.library.register_fake(f"{library}::upsample_softmax")
     def _(logits, valid, height, width, dtype):
-        return logits.new_empty((*logits.shape[:2], height, width), dtype=dtype)
+        return logits.new_empty((len(logits), height, width, logits.shape[1]), dtype=dtype)
 
     @torch.library.register_fake(f"{library}::upsample_softmax_backward")
     def _(grad, logits, valid):
@@ -34,7 +39,7 @@ def register(library="seg_ops"):
     @once_differentiable
     def to_low_resolution(ctx, grad):
         logits, valid = ctx.saved_tensors
-        down = torch.ops.seg_ops.upsample_softmax_backward(grad, logits, valid)
+        down = torch.ops.seg_ops.upsample_softmax_backward(grad.contiguous(), logits, valid)
         return down.to(logits.dtype), None, None, None, None
 
     torch.library.register_autograd(f"{library}::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
@@ -43,5 +48,4 @@ def register(library="seg_ops"):
     def _(logits, height, width):
         return logits.new_empty((len(logits), height, width), dtype=torch.uint8)
 
-    for name in ("confusion_matrix", "confusion_of_logits"):
-        torch.library.register_fake(f"{library}::{name}", lambda *_: None)
+    torch.library.register_fake(f"{library}::confusion_matrix", lambda *_: None)

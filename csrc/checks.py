@@ -59,12 +59,12 @@ def confusion(prediction, target, num_classes, out):
 
 
 def floating(x, name):
-    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape or x.shape[1] > 255:
+    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape[1:] or x.shape[1] > 255:
         raise ValueError(f"{name} must be (N,K,h,w) floating point with 1 <= K <= 255, got {tuple(x.shape)} {x.dtype}")
 
 
 def integers(x, name, like):
-    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0] or 0 in x.shape:
+    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0] or 0 in x.shape[1:]:
         raise ValueError(f"{name} must be ({like.shape[0]},H,W) uint8 or int64, got {tuple(x.shape)} {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}, the other argument on {like.device}")

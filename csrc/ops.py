@@ -5,9 +5,7 @@ float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the
 is not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the
 first cell of the matrix negative, on which `mean_iou` raises.
 """
-import math
 import os
-import struct
 from functools import cache
 
 import torch
@@ -45,14 +43,14 @@ def _choose(device="cpu"):
 
 
 def _kernel(x, *dtypes):
+    """Whether x, of which nothing is empty, and these dtypes go to the kernels."""
     device = x.device.type
     known = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
-    return in_use(device) == "kernel" and all(d in known for d in dtypes)
+    return 0 not in x.shape and in_use(device) == "kernel" and all(d in known for d in dtypes)
 
 
 def _kernel_resizes(logits, size, *dtypes):
-    # where an axis keeps its size PyTorch does not interpolate along it: an infinite neighbour times 0 would be NaN
-    return all(a != b for a, b in zip(logits.shape[2:], size)) and _kernel(logits, logits.dtype, *dtypes)
+    return logits.shape[2:] != size and _kernel(logits, logits.dtype, *dtypes)
 
 
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
@@ -74,15 +72,21 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     if not _kernel_resizes(logits, size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
-    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
+    if target is None:
+        target, ignore = upsample_argmax(logits, size), -1
+    # from here on one byte a pixel says all: its class, or 255 where it does not count
     confidence = confidence if confidence is None else confidence.float()
-    loss, kept, _ = torch.ops.seg_ops.masked_cross_entropy(logits, target, confidence, valid, _logit(threshold), *size,
-                                                           ignore, divide == "all")
-    return loss, kept
+    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
+    labels, counts = torch.ops.seg_ops.label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
+    kept, everything, bad = counts.unbind()
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad)
+    loss = total / (kept if divide == "kept" else everything).clamp(min=1)
+    return (loss if _can_look(loss) else loss.where(bad == 0, torch.nan)), kept
 
 
 def upsample_softmax(logits, size=None, dtype=None, valid=None):
-    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, by default valid's.
+    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, by default valid's; channels last.
 
     In the active autocast's dtype unless `dtype` is given, else in the logits'. Where valid (N,H,W) bool is False all K
     are 0, and so is their gradient.
@@ -93,7 +97,8 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if not _kernel_resizes(logits, size, dtype):
         return upsample_softmax_reference(logits, size, dtype, valid)
-    return torch.ops.seg_ops.upsample_softmax(logits, valid if valid is None else valid.contiguous(), *size, dtype)
+    valid = valid if valid is None else valid.contiguous()
+    return torch.ops.seg_ops.upsample_softmax(logits, valid, *size, dtype).permute(0, 3, 1, 2)
 
 
 def upsample_argmax(logits, size):
@@ -114,17 +119,13 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
     """
     num_classes = checks.confusion(prediction, target, num_classes, out)
-    on_the_way = prediction.is_floating_point() and prediction.is_cuda and _kernel_resizes(prediction, target.shape[1:])
-    if prediction.is_floating_point() and not on_the_way:
-        prediction = upsample_argmax(prediction, target.shape[1:])  # a byte a pixel
-    if not _kernel(target):
+    logits = prediction.is_floating_point()
+    if not (_kernel_resizes(prediction, target.shape[1:]) if logits else _kernel(target)):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
     matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
-    if on_the_way:
-        torch.ops.seg_ops.confusion_of_logits(prediction.detach(), target.contiguous(), ignore, counts)
-    else:
-        torch.ops.seg_ops.confusion_matrix(prediction.contiguous(), target.contiguous(), num_classes, ignore, counts)
+    prediction = prediction.detach() if logits else prediction.contiguous()
+    torch.ops.seg_ops.confusion_matrix(prediction, target.contiguous(), ignore, counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
 
@@ -234,9 +235,3 @@ def _in_range(x, counts, k, name):
 def _can_look(x):
     """Whether reading a value costs no synchronisation with a device."""
     return x.device.type == "cpu"
-
-
-def _logit(probability):
-    """The x above which sigmoid(x) > probability, which is compared in float32."""
-    p = struct.unpack("f", struct.pack("f", probability))[0]
-    return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
