@@ -1,14 +1,21 @@
 // What cuda_on_cpu.h sees of memory when it is compiled with -fsanitize=thread but without that sanitizer's library:
 // GCC then calls the __tsan_* functions at the end for every access, and they are ours. They find two threads of a
-// launch that touch the same bytes with no barrier between them, one of them writing and not both by atomics, and count
-// the 32-byte sectors of global memory that launches touch. Without the flag nothing is watched.
+// launch that touch the same bytes, one of them writing and not both by atomics, with nothing between them that puts
+// them in order: for threads of a block a barrier; for those of two blocks a __threadfence() of the one that wrote,
+// then an atomic of its block, then one of the other's block on the same address, then a __threadfence() of the other.
+// They count the 32-byte sectors of global memory that launches touch, in all and request by request: what the threads
+// of a warp do with the same instruction for the same time is one request. Without the flag nothing is watched.
 #pragma once
 #ifndef __SANITIZE_THREAD__
 namespace on_cpu {
 inline void watch(const void*, int, bool, bool) {}
 inline void begin_watching() {}
+inline void begin_block() {}
+inline void fence() {}
 }  // namespace on_cpu
 #else
+#include <map>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -18,59 +25,103 @@ struct Byte {
   int writer = -1, write_block = -1, write_epoch = -1;
   int reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
   bool atomic = false;                                // the write was
+  int write_tick = 0;
 };
 inline std::unordered_map<uintptr_t, Byte> bytes;
 inline std::unordered_set<uintptr_t> sectors;
 inline uintptr_t main_stack = 0;
 
+// Time goes on with each fence and atomic of a launch.
+inline int tick = 0;
+inline std::map<std::pair<int, int>, std::vector<int>> fences;  // of (block, thread)
+inline std::map<uintptr_t, std::map<int, int>> arrivals;        // at an address: {block: when}
+struct Seen { int arrival, now; };
+inline std::map<int, Seen> seen;  // blocks whose arrival this one's atomics have seen
+
+// A thread's instruction for the so-and-so-many-th time; and (block, warp, instruction, how often): sectors
+inline std::map<std::pair<int, void*>, int> times;
+inline std::map<std::tuple<int, int, void*, int>, std::unordered_set<uintptr_t>> requests;
+
+UNWATCHED inline int block_number() { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
+UNWATCHED inline void fence() {
+  watching = false;  // what is called here is watched as well
+  fences[{block_number(), running->number}].push_back(++tick);
+  watching = true;
+}
+UNWATCHED inline void begin_block() { seen.clear(), times.clear(); }
+UNWATCHED inline bool fenced(int block, int thread, int after, int before) {
+  for (int when : fences[{block, thread}])
+    if (when > after && when < before) return true;
+  return false;
+}
+// Whether what a thread of another block wrote at `written` is visible to the running thread.
+UNWATCHED inline bool ordered(int block, int thread, int written) {
+  const auto it = seen.find(block);
+  return it != seen.end() && fenced(block, thread, written, it->second.arrival) &&
+         fenced(block_number(), running->number, it->second.now, tick + 1);
+}
+
 UNWATCHED inline bool within(uintptr_t at, const void* begin, size_t size) {
   return at >= uintptr_t(begin) && at < uintptr_t(begin) + size;
 }
-UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic) {
+UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic, void* code) {
   const bool of_host = at > main_stack - (1 << 20) && at < main_stack + (8 << 20);  // arguments of launches
   const bool of_fiber =
       within(at, running->stack.get(), STACK) || within(at, fibers.data(), fibers.size() * sizeof(Fiber));
   if (of_host || of_fiber) return;
   const bool of_block = within(at, shared.data(), shared.size());
-  if (!of_block)
-    for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s);
-  const int me = running->number, block = of_block ? 0 : (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int me = running->number, block = of_block ? 0 : block_number();
+  if (!of_block) {
+    auto& request = requests[{block, me / 32, code, times[{me, code}]++}];
+    for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s), request.insert(s);
+  }
+  if (!of_block && atomic) {
+    auto& here = arrivals[at];
+    for (const auto& [other, when] : here) seen[other] = {when, tick + 1};
+    here[block] = ++tick;
+  }
   for (uintptr_t b = at; b < at + size; b++) {
     Byte& byte = bytes[b];
     const bool after_write =
-        byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
+        byte.writer >= 0 && (byte.write_block != block ? !ordered(byte.write_block, byte.writer, byte.write_tick)
+                                                       : byte.write_epoch == epoch && byte.writer != me);
     const bool after_read =
         byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
     if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
       fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
            (after_write ? "wrote" : "read"));
-    if (write) byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic;
+    if (write)
+      byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic, byte.write_tick = tick;
     else byte.reader = byte.read_block == block && byte.read_epoch == epoch && byte.reader != me ? -2 : me,
          byte.read_block = block, byte.read_epoch = epoch;
   }
 }
-UNWATCHED inline void watch(const void* address, int size, bool write, bool atomic) {
+UNWATCHED inline void watch(const void* address, int size, bool write, bool atomic, void* code = nullptr) {
   if (!watching) return;
   watching = false;  // what `look` calls is watched as well
-  look(uintptr_t(address), size, write, atomic);
+  look(uintptr_t(address), size, write, atomic, code);
   watching = true;
 }
 // A launch begins.
 UNWATCHED inline void begin_watching() {
   int here;
-  bytes.clear(), main_stack = uintptr_t(&here);
+  bytes.clear(), fences.clear(), arrivals.clear(), main_stack = uintptr_t(&here);
 }
 }  // namespace on_cpu
 
-#define WATCH(n) \
-  WEAK void __tsan_read##n(void* at) { on_cpu::watch(at, n, false, false); } \
-  WEAK void __tsan_write##n(void* at) { on_cpu::watch(at, n, true, false); } \
-  WEAK void __tsan_unaligned_read##n(void* at) { on_cpu::watch(at, n, false, false); } \
-  WEAK void __tsan_unaligned_write##n(void* at) { on_cpu::watch(at, n, true, false); }
-WATCH(1) WATCH(2) WATCH(4) WATCH(8) WATCH(16)
+#define WATCH(name, n, write) \
+  WEAK void __tsan_##name##n(void* at) { on_cpu::watch(at, n, write, false, __builtin_return_address(0)); }
+#define WATCH_ALL(n) \
+  WATCH(read, n, false) WATCH(write, n, true) WATCH(unaligned_read, n, false) WATCH(unaligned_write, n, true)
+WATCH_ALL(1) WATCH_ALL(2) WATCH_ALL(4) WATCH_ALL(8) WATCH_ALL(16)
+#undef WATCH_ALL
 #undef WATCH
-WEAK void __tsan_read_range(void* at, long size) { on_cpu::watch(at, size, false, false); }
-WEAK void __tsan_write_range(void* at, long size) { on_cpu::watch(at, size, true, false); }
+WEAK void __tsan_read_range(void* at, long size) {
+  on_cpu::watch(at, size, false, false, __builtin_return_address(0));
+}
+WEAK void __tsan_write_range(void* at, long size) {
+  on_cpu::watch(at, size, true, false, __builtin_return_address(0));
+}
 WEAK void __tsan_init() {}
 WEAK void __tsan_func_entry(void*) {}
 WEAK void __tsan_func_exit() {}
@@ -79,9 +130,11 @@ WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) {  // the host's
 }
 WEAK void __tsan_vptr_update(void*, void*) {}
 WEAK void __tsan_vptr_read(void*) {}
-// How many sectors the launches since the last call have touched.
-WEAK long cuda_on_cpu_sectors() {
+// How many sectors the launches since the last call have touched; *all: the same, summed over requests.
+WEAK long cuda_on_cpu_sectors(long* all) {
   const long count = on_cpu::sectors.size();
-  return on_cpu::sectors.clear(), count;
+  *all = 0;
+  for (const auto& [_, request] : on_cpu::requests) *all += request.size();
+  return on_cpu::sectors.clear(), on_cpu::requests.clear(), count;
 }
 #endif
