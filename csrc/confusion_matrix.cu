@@ -1,27 +1,15 @@
 // Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed on the
 // way; and the argmax alone.
 //
-// In: ids and labels (N,H,W) uint8 or int64; logits (N,K,h,w) float32, float16 or bfloat16, any strides. Each block counts in
-// shared memory (in the result itself where K x K does not fit) and adds what is not zero by 64-bit atomics; sums of integers
-// do not depend on their order. Ids: blocks of 256 threads take pixels one after the other. Logits: a block has 16 cells side by
-// side (8 for many classes), 4 threads each, with 2 x 8 pixels at once. Never stored: upsampled logits, and for the matrix no
-// prediction. An id that is no class takes 2^44 from the first cell, on which ops.mean_iou raises; nothing is read or written out
-// of bounds for it.
+// In: ids and labels (N,H,W) uint8 or int64; logits (N,K,h,w) float32, float16 or bfloat16, any strides. Ids: blocks of 256
+// threads take pixels one after the other. Logits: a block has 16 cells side by side (8 for many classes), 4 threads each,
+// with 2 x 8 pixels at once. Never stored: upsampled logits, and for the matrix no prediction. A block counts in shared memory
+// (in the result where K x K does not fit) and adds what is not zero by 64-bit atomics; sums of integers do not depend on
+// their order. An id that is no class takes 2^44 from the first cell, on which ops.mean_iou raises; nothing is read or
+// written out of bounds for it.
 #include "cells.cuh"
 
 namespace {
-using Count = unsigned long long;
-
-struct Labels {
-  const void* data;
-  bool wide;  // int64
-
-  explicit Labels(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
-  __device__ int64_t at(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
-  }
-};
-
 // A block's counts.
 struct Counts {
   Count* out;      // (K,K)
@@ -41,8 +29,8 @@ struct Counts {
     for (int i = threadIdx.x; mine && i < K * K; i += blockDim.x) mine[i] = 0;
     __syncthreads();
   }
-  // The cell of a pixel, -1 where it does not count. What is no class takes 2^44 from the first cell, once however often: counts
-  // do not reach these bits.
+  // The cell of a pixel, -1 where it does not count. What is no class takes 2^44 from the first cell, once however often:
+  // counts do not reach these bits.
   __device__ int cell(int64_t truth, int64_t guess) const {
     if (truth == ignore) return -1;
     if (truth >= 0 && truth < K && guess >= 0 && guess < K) return truth * K + guess;
@@ -61,7 +49,7 @@ struct Counts {
   }
 };
 
-__global__ void __launch_bounds__(256) count_ids(Labels guess, Labels truth, int64_t pixels, Counts counts) {
+__global__ void __launch_bounds__(256) count_ids(Ids guess, Ids truth, int64_t pixels, Counts counts) {
   counts.begin(shared_memory<unsigned>());
   for (int64_t start = int64_t(blockIdx.x) * blockDim.x; start < pixels; start += int64_t(gridDim.x) * blockDim.x) {
     const int64_t i = start + threadIdx.x;
@@ -72,7 +60,7 @@ __global__ void __launch_bounds__(256) count_ids(Labels guess, Labels truth, int
   counts.end();
 }
 
-__global__ void __launch_bounds__(64) count_argmax(Cells all, Labels truth, Counts counts) {
+__global__ void __launch_bounds__(64) count_argmax(Cells all, Ids truth, Counts counts) {
   const Tile tile(all);
   counts.begin(tile.sums);  // behind the corners
   each_patch(all, tile, [&](const auto& patch) {
@@ -107,11 +95,11 @@ void confusion_matrix(Tensor prediction, Tensor target, int64_t ignore, Tensor o
   if (prediction.dim() == 4) {
     const Counts counts(out, ignore, Cells(prediction, target.size(1), target.size(2), CORNERS).shared);
     const Cells all(prediction, target.size(1), target.size(2), CORNERS, counts.bytes);
-    launch(count_argmax, all.blocks(), all.own * THREADS, all.shared, all, Labels(target), counts);
+    launch(count_argmax, all.blocks(), all.own * THREADS, all.shared, all, Ids(target), counts);
   } else {
     const Counts counts(out, ignore);
     const int64_t pixels = target.numel(), blocks = std::clamp<int64_t>(pixels / 4096, 1, 1056);
-    launch(count_ids, blocks, 256, counts.bytes, Labels(prediction), Labels(target), pixels, counts);
+    launch(count_ids, blocks, 256, counts.bytes, Ids(prediction), Ids(target), pixels, counts);
   }
 }
 

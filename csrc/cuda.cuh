@@ -67,6 +67,19 @@ struct Launcher {
 };
 #endif
 
+using Count = unsigned long long;  // as atomicAdd takes it
+
+// Class ids or labels, uint8 or int64, as they lie in memory.
+struct Ids {
+  const void* data;
+  bool wide;
+
+  explicit Ids(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
+  __device__ int64_t at(int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
+  }
+};
+
 // Call f(pointer) with the type of a floating-point tensor.
 template <class F>
 void with_type(const Tensor& t, const F& f) {
