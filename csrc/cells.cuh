@@ -1,14 +1,15 @@
 // Bilinear interpolation by cells, align_corners=True, for the CUDA kernels.
 //
-// Four neighbouring low-resolution points span a cell. A block takes up to 16 cells side by side in a row of cells of one
-// picture, and keeps their points in shared memory; the grid's x axis holds all blocks. In a cell a class's logit is
-// a + fx*b + fy*(c + fx*d), so that along a line of 8 pixels one exponential and a polynomial do: from one pixel to the
-// next e += e * m with m = exp(step) - 1, which costs half an ulp. The largest corner of a cell is subtracted first. Where a
-// logit falls too far within a cell, or a corner is not finite, its warp computes pixels one by one by ATen's formula.
+// Four neighbouring low-resolution points span a cell. A block takes up to 16 cells side by side in a row of cells of
+// one picture, and keeps their points in shared memory; the grid's x axis holds all blocks. In a cell a class's logit
+// is a + fx*b + fy*(c + fx*d), so that along a line of 8 pixels one exponential and a polynomial do: from one pixel
+// to the next e += e * m with m = exp(step) - 1, which costs half an ulp. The largest corner of a cell is subtracted
+// first. Where a logit falls too far within a cell, or a corner is not finite, its warp computes pixels one by one by
+// ATen's formula.
 //
-// A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. These sums are
-// stored, and a second kernel makes of them the gradients of the points, each of which has up to four cells around it. So no
-// sum needs an atomic, and all have a fixed order.
+// A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. These sums
+// are stored, and a second kernel makes of them the gradients of the points, each of which has up to four cells
+// around it. So no sum needs an atomic, and all have a fixed order.
 #pragma once
 #include "cuda.cuh"
 #include "exponentials.h"
@@ -27,9 +28,9 @@ struct Points {
   }
 };
 
-// One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's outputs
-// belong to the cell before it, at fraction 1. Where the size stays each point is a cell of its own and its own neighbour, as
-// in PyTorch: the point beside it, which may be infinite, is not even multiplied by 0.
+// One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's
+// outputs belong to the cell before it, at fraction 1. Where the size stays each point is a cell of its own and its
+// own neighbour, as in PyTorch: the point beside it, which may be infinite, is not even multiplied by 0.
 struct Axis {
   int n, m;
   float step, outputs;  // distance of two outputs, in cells; outputs in a cell, about
@@ -51,8 +52,8 @@ struct Axis {
   }
 };
 
-// As ATen interpolates finite numbers; and any: to it the last point, here at fraction 1, is a cell of its own at fraction 0,
-// where infinity is NaN.
+// As ATen interpolates finite numbers; and any: to it the last point, here at fraction 1, is a cell of its own at
+// fraction 0, where infinity is NaN.
 __device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
 __device__ inline float blend(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
 __device__ inline float bilinear(float4 c, float fx, float fy) {
@@ -77,9 +78,9 @@ __device__ inline T sum_lanes(T* v) {
   for (int distance = COUNT; distance < GROUP; distance *= 2) v[0] += __shfl_xor_sync(ALL, v[0], distance);
   return v[0];
 }
-__device__ inline float max_lanes(float value, int lanes) {
-  for (int distance = 1; distance < lanes; distance *= 2) value = fmaxf(value, __shfl_xor_sync(ALL, value, distance));
-  return value;
+__device__ inline float max_lanes(float v, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) v = fmaxf(v, __shfl_xor_sync(ALL, v, distance));
+  return v;
 }
 
 enum Kinds { CORNERS = 0, POWERS = 1, SUMS = 2, BENDS = 4 };  // what a block keeps of its cells: see Tile
@@ -177,8 +178,8 @@ struct Tile {
   }
 };
 
-// A thread's pixels in its cell, C columns and R rows from (y,x): pixel i is in column i / R, row i % R. R is 1 where the
-// warp's cells are not smooth.
+// A thread's pixels in its cell, C columns and R rows from (y,x): pixel i is in column i / R, row i % R. R is 1 where
+// the warp's cells are not smooth.
 template <int C, int R>
 struct Patch {
   static constexpr int COLUMNS = C, ROWS = R, PIXELS = C * R;
@@ -241,7 +242,8 @@ struct Patch {
   }
 };
 
-// visit(patch) for every patch of a thread; all threads of a warp make the same visits, so that these may hold shuffles.
+// visit(patch) for every patch of a thread; all threads of a warp make the same visits, so that these may hold
+// shuffles.
 template <int C, int R, class Visit>
 __device__ void each_patch_of(const Cells& all, const Tile& tile, const Visit& visit) {
   const int cell = tile.first + tile.cell, top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
@@ -256,10 +258,11 @@ __device__ void each_patch(const Cells& all, const Tile& tile, const Visit& visi
   else each_patch_of<1, 1>(all, tile, visit);
 }
 
-// Cells' sums (N,K,rows,columns) to their points' gradients (N,K,h,w), a row of points a warp; and the sum of all losses, if
-// there are any.
-static __global__ void __launch_bounds__(256) to_points(const float4* sums, int rows, int columns, float* grad, int h, int w,
-                                                        unsigned lines, const float* losses, int64_t count, float* total) {
+// Cells' sums (N,K,rows,columns) to their points' gradients (N,K,h,w), a row of points a warp; and the sum of all
+// losses, if there are any.
+static __global__ void __launch_bounds__(256) to_points(const float4* sums, int rows, int columns, float* grad, int h,
+                                                        int w, unsigned lines, const float* losses, int64_t count,
+                                                        float* total) {
   const unsigned lane = threadIdx.x % 32, warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   for (unsigned line = warp; line < lines; line += gridDim.x * (blockDim.x / 32)) {
     const int y = line % h;
@@ -280,12 +283,14 @@ static __global__ void __launch_bounds__(256) to_points(const float4* sums, int 
   if (lane == 0) *total = sum;
 }
 
-// A gradient (N,K,h,w) and the sums over cells that it is made of, both empty where it is not wanted; losses of all warps.
+// A gradient (N,K,h,w) and the sums over cells that it is made of, both empty where it is not wanted; losses of all
+// warps.
 struct Results {
   Tensor grad, sums, losses, total;
 
   Results(const Tensor& logits, const Cells& all, bool with_grad, int64_t warps)
-      : grad(floats(logits, 0)), sums(floats(logits, with_grad ? 4 * logits.size(0) * all.K * all.y.cells() * all.x.cells() : 0)),
+      : grad(floats(logits, 0)),
+        sums(floats(logits, with_grad ? 4 * logits.size(0) * all.K * all.y.cells() * all.x.cells() : 0)),
         losses(floats(logits, warps)), total(torch::stable::new_empty(logits, {}, ScalarType::Float)) {
     if (with_grad) grad = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
   }

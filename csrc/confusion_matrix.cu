@@ -1,12 +1,12 @@
-// Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed on the
-// way; and the argmax alone.
+// Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed
+// on the way; and the argmax alone.
 //
-// In: ids and labels (N,H,W) uint8 or int64; logits (N,K,h,w) float32, float16 or bfloat16, any strides. Ids: blocks of 256
-// threads take pixels one after the other. Logits: a block has 16 cells side by side (8 for many classes), 4 threads each,
-// with 2 x 8 pixels at once. Never stored: upsampled logits, and for the matrix no prediction. A block counts in shared memory
-// (in the result where K x K does not fit) and adds what is not zero by 64-bit atomics; sums of integers do not depend on
-// their order. An id that is no class takes 2^44 from the first cell, on which ops.mean_iou raises; nothing is read or
-// written out of bounds for it.
+// In: ids and labels (N,H,W) uint8 or int64; logits (N,K,h,w) float32, float16 or bfloat16, any strides. Ids: blocks
+// of 256 threads take pixels one after the other. Logits: a block has 16 cells side by side (8 for many classes), 4
+// threads each, with 2 x 8 pixels at once. Never stored: upsampled logits, and for the matrix no prediction. A block
+// counts in shared memory (in the result where K x K does not fit) and adds what is not zero by 64-bit atomics; sums
+// of integers do not depend on their order. An id that is no class takes 2^44 from the first cell, on which
+// ops.mean_iou raises; nothing is read or written out of bounds for it.
 #include "cells.cuh"
 
 namespace {
@@ -29,8 +29,8 @@ struct Counts {
     for (int i = threadIdx.x; mine && i < K * K; i += blockDim.x) mine[i] = 0;
     __syncthreads();
   }
-  // The cell of a pixel, -1 where it does not count. What is no class takes 2^44 from the first cell, once however often:
-  // counts do not reach these bits.
+  // The cell of a pixel, -1 where it does not count. What is no class takes 2^44 from the first cell, once however
+  // often: counts do not reach these bits.
   __device__ int cell(int64_t truth, int64_t guess) const {
     if (truth == ignore) return -1;
     if (truth >= 0 && truth < K && guess >= 0 && guess < K) return truth * K + guess;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(256) count_ids(Ids guess, Ids truth, int64_t p
   for (int64_t start = int64_t(blockIdx.x) * blockDim.x; start < pixels; start += int64_t(gridDim.x) * blockDim.x) {
     const int64_t i = start + threadIdx.x;
     const int cell = i < pixels ? counts.cell(truth.at(i), guess.at(i)) : -1;
-    const bool alike = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // labels come in runs: one addition for a warp
+    const bool alike = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // runs of labels: one addition for a warp
     if (!alike || threadIdx.x % 32 == 0) counts.add(cell, alike ? 32 : 1);
   }
   counts.end();

@@ -1,5 +1,5 @@
-// What the CUDA kernels share on the host: launching them, where and on which stream. tests/cuda_on_cpu.h takes the place
-// of the part that needs nvcc.
+// What the CUDA kernels share on the host: launching them, where and on which stream. tests/cuda_on_cpu.h takes the
+// place of the part that needs nvcc.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,13 +1,15 @@
-// Cross entropy of bilinearly upsampled logits over the pixels that count, and its gradient at the low resolution; and the
-// map that says in a byte a pixel which of them count, and with which label.
+// Cross entropy of bilinearly upsampled logits over the pixels that count, and its gradient at the low resolution;
+// and the map that says in a byte a pixel which of them count, and with which label.
 //
-// label_map: target (N,H,W), confidence (N,1,a,b), mask (N,H,W) -> labels (N,H,W), 255 where a pixel does not count, and
-// three counts. A warp takes whole rows of pixels. The counts are integers: the order of their sums does not matter.
+// label_map: target (N,H,W), confidence (N,1,a,b), mask (N,H,W) -> labels (N,H,W), 255 where a pixel does not count,
+// and three counts. A warp takes whole rows of pixels. The counts are integers: the order of their sums does not
+// matter.
 //
-// cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16, any strides, and that map -> the sum of the pixels' cross
-// entropies, and its gradient (N,K,h,w) in float32. Never stored: anything of size N x K x H x W. A block has 16 cells side
-// by side (8 for many classes) and 4 threads for each; a thread has 2 x 8 pixels at once, and goes over the classes twice,
-// for the softmax's denominators and for the gradient. All sums have a fixed order: the same bits from run to run.
+// cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16, any strides, and that map -> the sum of the pixels'
+// cross entropies, and its gradient (N,K,h,w) in float32. Never stored: anything of size N x K x H x W. A block has
+// 16 cells side by side (8 for many classes) and 4 threads for each; a thread has 2 x 8 pixels at once, and goes over
+// the classes twice, for the softmax's denominators and for the gradient. All sums have a fixed order: the same bits
+// from run to run.
 #include "cells.cuh"
 
 namespace {
@@ -31,7 +33,8 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
   unsigned own[3] = {};
   if (threadIdx.x < 3) sums[threadIdx.x] = 0;
   __syncthreads();
-  for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < map.rows; row += gridDim.x * (blockDim.x / 32)) {
+  const unsigned warps = gridDim.x * (blockDim.x / 32);
+  for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < map.rows; row += warps) {
     const int y = row % ay.m, i = ay.cell(y);
     const float* const top = map.confidence + (int64_t(row / ay.m) * ay.n + i) * ax.n;
     const float* const bottom = top + int64_t(ay.next(i) - i) * ax.n;
@@ -71,7 +74,8 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
 }
 
 template <bool WITH_GRAD>
-__global__ void __launch_bounds__(64, 8) cells_cross_entropy(Cells all, const uint8_t* labels, float4* sums, float* losses) {
+__global__ void __launch_bounds__(64, 8) cells_cross_entropy(Cells all, const uint8_t* labels, float4* sums,
+                                                             float* losses) {
   const Tile tile(all);
   float loss = 0;
   each_patch(all, tile, [&](auto patch) {

@@ -1,20 +1,21 @@
 // Class probabilities of bilinearly upsampled logits, and the gradient straight to the low resolution.
 //
-// In: logits (N,K,h,w) float32, float16 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out: (N,H,W,K),
-// channels last, float32, float16 or bfloat16. Never stored: the upsampled logits; backward computes the probabilities again.
+// In: logits (N,K,h,w) float32, float16 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out:
+// (N,H,W,K), channels last, float32, float16 or bfloat16. Never stored: the upsampled logits; backward computes the
+// probabilities again.
 //
-// A block has 16 cells side by side (8 for many classes), which its four warps share. A warp takes 8 pixels of a row of a
-// cell at once, a class in each lane: a pixel's classes lie side by side in memory, and a class's gradient needs no sum over
-// threads. It goes over the classes twice, for the softmax's denominators and for the results; up to 32 are still there the
-// second time. All sums have a fixed order: the same bits from run to run.
+// A block has 16 cells side by side (8 for many classes), which its four warps share. A warp takes 8 pixels of a row
+// of a cell at once, a class in each lane: a pixel's classes lie side by side in memory, and a class's gradient needs
+// no sum over threads. It goes over the classes twice, for the softmax's denominators and for the results; up to 32
+// are still there the second time. All sums have a fixed order: the same bits from run to run.
 #include "cells.cuh"
 
 namespace {
-// P pixels at once, 1 where the warp's cells are not smooth. Forward writes `probs` (N,H,W,K), backward reads their gradient
-// there: that of logit k is p_k * (g_k - sum of p_j * g_j).
+// P pixels at once, 1 where the warp's cells are not smooth. Forward writes `probs` (N,H,W,K), backward reads their
+// gradient there: that of logit k is p_k * (g_k - sum of p_j * g_j).
 template <bool BACKWARD, int P, class T>
 __device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid, T* probs) {
-  const int K = tile.K, lane = threadIdx.x % 32, last = (K - 1) / 32 * 32 + lane;  // the lane's last class, K or more if none
+  const int K = tile.K, lane = threadIdx.x % 32, last = (K - 1) / 32 * 32 + lane;  // its last class; there may be none
   const int top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
   const int begin = threadIdx.x / 32 * (32 / tile.lanes);  // the first cell whose corners the warp has looked at
   for (int cell = begin; cell < begin + 32 / tile.lanes; cell++)
@@ -24,13 +25,14 @@ __device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid
         const unsigned there = P < end - x ? (1u << P) - 1 : (1u << (end - x)) - 1;  // bit p: pixel p is there
         const unsigned wanted = __ballot_sync(ALL, there >> lane & 1 && (!valid || valid[pixel + lane]));
         if (BACKWARD && !wanted) continue;
+        const float4* const corners = tile.corners + cell * tile.pitch;
         const float fy = all.y.frac(y), fx = all.x.frac(x);
         float shift = -INFINITY, e[P], g[P], sums[P] = {}, dots[P] = {}, share[P], dot[P];
-        for (int k = lane; k < K && P == 1; k += 32) shift = fmaxf(shift, bilinear(tile.corners[cell * tile.pitch + k], fx, fy));
+        for (int k = lane; k < K && P == 1; k += 32) shift = fmaxf(shift, bilinear(corners[k], fx, fy));
         if (P == 1) shift = max_lanes(shift, 32);
         // e = exp(logit - shift) of class k, 0 where there is no class or a NaN might not be wanted; g = the gradient
         auto read = [&](int k) {
-          const float4 c = tile.corners[cell * tile.pitch + min(k, K - 1)];
+          const float4 c = corners[min(k, K - 1)];
           const float slope = c.y + fy * c.w, m = exp2_minus_1(all.x.step * slope);
           float now = P == 1 ? exp2f(LOG2E * (bilinear(c, fx, fy) - shift)) : fast_exp2(c.x + fy * c.z + fx * slope);
           if (k >= K || (P == 1 && !wanted)) now = 0;
@@ -82,11 +84,12 @@ __global__ void __launch_bounds__(128, 5) probabilities(Cells all, const bool* v
 }
 
 template <bool BACKWARD>
-void run(const Launcher& launch, const Cells& all, const std::optional<Tensor>& valid, const Tensor& probs, float4* sums) {
+void run(const Launcher& launch, const Cells& all, const std::optional<Tensor>& valid, const Tensor& probs,
+         float4* sums) {
   with_type(probs, [&](auto* data) {
     using T = std::decay_t<decltype(*data)>;
-    launch(probabilities<BACKWARD, T>, all.blocks(), 128, all.shared, all, valid ? valid->const_data_ptr<bool>() : nullptr,
-           data, sums);
+    launch(probabilities<BACKWARD, T>, all.blocks(), 128, all.shared, all,
+           valid ? valid->const_data_ptr<bool>() : nullptr, data, sums);
   });
 }
 

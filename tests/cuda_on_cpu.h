@@ -7,7 +7,7 @@
 // block reach is an error, as is a shuffle without a lane of its mask.
 //
 // cuda_on_cpu_watch.h finds races by looking at memory, and counts what is touched. Nothing here says anything of the
-// GPU's speed.
+// GPU's memory model or speed.
 #pragma once
 #define CUDA_ON_CPU
 #include <setjmp.h>
@@ -224,13 +224,9 @@ UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
 }  // namespace on_cpu
 
 template <class T>
-UNWATCHED T atomicAdd(T* at, T value) {
-  on_cpu::watch(at, sizeof(T), true, true);
-  return (*at += value) - value;
-}
+UNWATCHED void atomicAdd(T* at, T value) { on_cpu::watch(at, sizeof(T), true, true), *at += value; }
 template <class T>
 UNWATCHED void atomicOr(T* at, T value) { on_cpu::watch(at, sizeof(T), true, true), *at |= value; }
-UNWATCHED inline void __threadfence() { on_cpu::fence(); }
 
 #define threadIdx (on_cpu::running->index)
 #define __syncthreads() on_cpu::wait("barrier", __LINE__, 0, 0)

@@ -1,17 +1,14 @@
 // What cuda_on_cpu.h sees of memory when it is compiled with -fsanitize=thread but without that sanitizer's library:
 // GCC then calls the __tsan_* functions at the end for every access, and they are ours. They find two threads of a
-// launch that touch the same bytes, one of them writing and not both by atomics, with nothing between them that puts
-// them in order: for threads of a block a barrier; for those of two blocks a __threadfence() of the one that wrote,
-// then an atomic of its block, then one of the other's block on the same address, then a __threadfence() of the other.
-// They count the 32-byte sectors of global memory that launches touch, in all and request by request: what the threads
-// of a warp do with the same instruction for the same time is one request. Without the flag nothing is watched.
+// launch that touch the same bytes with no barrier between them, one of them writing and not both by atomics. They
+// count the 32-byte sectors of global memory that launches touch, in all and by requests: a request is what the threads
+// of a warp do when they come to an instruction for the first, second, third time. Without the flag nothing is watched.
 #pragma once
 #ifndef __SANITIZE_THREAD__
 namespace on_cpu {
 inline void watch(const void*, int, bool, bool) {}
 inline void begin_watching() {}
 inline void begin_block() {}
-inline void fence() {}
 }  // namespace on_cpu
 #else
 #include <map>
@@ -25,42 +22,17 @@ struct Byte {
   int writer = -1, write_block = -1, write_epoch = -1;
   int reader = -1, read_block = -1, read_epoch = -1;  // reader -2: several
   bool atomic = false;                                // the write was
-  int write_tick = 0;
 };
 inline std::unordered_map<uintptr_t, Byte> bytes;
 inline std::unordered_set<uintptr_t> sectors;
 inline uintptr_t main_stack = 0;
 
-// Time goes on with each fence and atomic of a launch.
-inline int tick = 0;
-inline std::map<std::pair<int, int>, std::vector<int>> fences;  // of (block, thread)
-inline std::map<uintptr_t, std::map<int, int>> arrivals;        // at an address: {block: when}
-struct Seen { int arrival, now; };
-inline std::map<int, Seen> seen;  // blocks whose arrival this one's atomics have seen
-
-// A thread's instruction for the so-and-so-many-th time; and (block, warp, instruction, how often): sectors
+// How often a thread of the block has come to an instruction; sectors of (block, warp, instruction, how often).
 inline std::map<std::pair<int, void*>, int> times;
 inline std::map<std::tuple<int, int, void*, int>, std::unordered_set<uintptr_t>> requests;
 
 UNWATCHED inline int block_number() { return (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x; }
-UNWATCHED inline void fence() {
-  watching = false;  // what is called here is watched as well
-  fences[{block_number(), running->number}].push_back(++tick);
-  watching = true;
-}
-UNWATCHED inline void begin_block() { seen.clear(), times.clear(); }
-UNWATCHED inline bool fenced(int block, int thread, int after, int before) {
-  for (int when : fences[{block, thread}])
-    if (when > after && when < before) return true;
-  return false;
-}
-// Whether what a thread of another block wrote at `written` is visible to the running thread.
-UNWATCHED inline bool ordered(int block, int thread, int written) {
-  const auto it = seen.find(block);
-  return it != seen.end() && fenced(block, thread, written, it->second.arrival) &&
-         fenced(block_number(), running->number, it->second.now, tick + 1);
-}
-
+UNWATCHED inline void begin_block() { times.clear(); }
 UNWATCHED inline bool within(uintptr_t at, const void* begin, size_t size) {
   return at >= uintptr_t(begin) && at < uintptr_t(begin) + size;
 }
@@ -75,23 +47,16 @@ UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic, void
     auto& request = requests[{block, me / 32, code, times[{me, code}]++}];
     for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) sectors.insert(s), request.insert(s);
   }
-  if (!of_block && atomic) {
-    auto& here = arrivals[at];
-    for (const auto& [other, when] : here) seen[other] = {when, tick + 1};
-    here[block] = ++tick;
-  }
   for (uintptr_t b = at; b < at + size; b++) {
     Byte& byte = bytes[b];
     const bool after_write =
-        byte.writer >= 0 && (byte.write_block != block ? !ordered(byte.write_block, byte.writer, byte.write_tick)
-                                                       : byte.write_epoch == epoch && byte.writer != me);
+        byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
     const bool after_read =
         byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
     if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
       fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
            (after_write ? "wrote" : "read"));
-    if (write)
-      byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic, byte.write_tick = tick;
+    if (write) byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic;
     else byte.reader = byte.read_block == block && byte.read_epoch == epoch && byte.reader != me ? -2 : me,
          byte.read_block = block, byte.read_epoch = epoch;
   }
@@ -105,7 +70,7 @@ UNWATCHED inline void watch(const void* address, int size, bool write, bool atom
 // A launch begins.
 UNWATCHED inline void begin_watching() {
   int here;
-  bytes.clear(), fences.clear(), arrivals.clear(), main_stack = uintptr_t(&here);
+  bytes.clear(), main_stack = uintptr_t(&here);
 }
 }  // namespace on_cpu
 
@@ -130,11 +95,20 @@ WEAK int __tsan_atomic32_fetch_add(int* at, int value, int) {  // the host's
 }
 WEAK void __tsan_vptr_update(void*, void*) {}
 WEAK void __tsan_vptr_read(void*) {}
-// How many sectors the launches since the last call have touched; *all: the same, summed over requests.
-WEAK long cuda_on_cpu_sectors(long* all) {
+// How many sectors the launches since the last call have touched.
+WEAK long cuda_on_cpu_sectors() {
   const long count = on_cpu::sectors.size();
-  *all = 0;
-  for (const auto& [_, request] : on_cpu::requests) *all += request.size();
   return on_cpu::sectors.clear(), on_cpu::requests.clear(), count;
+}
+// How many of one tensor's a request has touched, in the mean over those that touched any.
+WEAK double cuda_on_cpu_request(const char* begin, long size) {
+  double requests = 0, touched = 0;
+  for (const auto& [_, request] : on_cpu::requests) {
+    const long inside = std::count_if(request.begin(), request.end(), [&](uintptr_t sector) {
+      return on_cpu::within(sector * 32, begin - 31, size + 31);
+    });
+    requests += inside > 0, touched += inside;
+  }
+  return touched / requests;
 }
 #endif
