@@ -179,7 +179,8 @@ def test_label_map(kernels, confident, size):
     logits = torch.randn(3, 1, *confident, generator=g)
     infinite = torch.where(logits > 0, torch.inf, -torch.inf)
     logits[0, 0, 0, 0] = torch.nan
-    for labels, ignore in ((target, -1), (target, 1 << 40), (target.to(torch.uint8), 254), (target.to(torch.uint8), -1)):
+    short = target.to(torch.uint8)
+    for labels, ignore in ((target, -1), (target, 1 << 40), (short, 254), (short, -1)):
         for mask in (None, valid):
             for confidence, threshold in ((None, 0.9), (logits, 0.3), (logits, 0.0), (logits, 1.0), (infinite, 0.5)):
                 known = labels.long() != ignore
