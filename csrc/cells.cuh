@@ -165,8 +165,8 @@ struct Tile {
     largest = max_lanes(largest, lanes), floor = max_lanes(floor, lanes);
     down = max_lanes(down, lanes), right = max_lanes(right, lanes);
     const float fall = fmaxf(all.y.step * down, all.x.step * right);
-    smooth = all.kinds ? is_smooth(largest, floor, fmaxf(down, right), fall, broken) : broken == 0;
-    smooth = __all_sync(ALL, smooth && broken == 0);
+    const bool own = all.kinds ? is_smooth(largest, floor, fmaxf(down, right), fall, broken) : broken == 0;
+    smooth = __all_sync(ALL, own);
     const float pixel = all.y.step * fminf(all.x.step, 1);  // where it is more no cell has two columns
     for (int k = threadIdx.x % lanes; k < K && all.kinds; k += lanes) {
       const float4 c = corners[at(k)];

@@ -37,9 +37,10 @@ __device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid
           float now = P == 1 ? exp2f(LOG2E * (bilinear(c, fx, fy) - shift)) : fast_exp2(c.x + fy * c.z + fx * slope);
           if (k >= K || (P == 1 && !wanted)) now = 0;
           const T* from = probs + pixel * K + k;
+          const unsigned mine = k < K ? wanted : 0;
           for (int p = 0; p < P; p++, from += K) {
             e[p] = now, now += now * m;
-            if (BACKWARD) g[p] = k < K && wanted >> p & 1 ? float(*from) : 0.f;
+            if (BACKWARD) g[p] = mine >> p & 1 ? float(*from) : 0.f;
           }
         };
 #pragma unroll 1
