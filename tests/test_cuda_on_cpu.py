@@ -117,6 +117,16 @@ def test_shapes_of_the_cpu(kernels, shape, dtype, test):
     test(shape, dtype)
 
 
+def falls_from_pixel_to_pixel(axis):
+    """By 10 along one axis, from class to class by 30 at most: an exponential that has lost its digits still counts."""
+    shape = (1, 4, 3, 8, 9, 22) if axis == 3 else (1, 4, 8, 3, 22, 9)
+    logits, target, *_ = test_kernels.inputs(*shape, scale=0.1)
+    for i in range(8):
+        near = logits.select(axis, i)  # (1,4,3)
+        near += torch.tensor([(0, -30, -28, -29), (-30, -20, -22, -21)][i % 2], device=near.device)[:, None]
+    test_kernels.check_steep(logits, target, shape[4:])
+
+
 # the same that tests/test_cuda.py runs on a GPU
 EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63, 1025, 9000) for most in (1, 50)]),
          # more blocks than one sums up at a time
@@ -131,8 +141,10 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63
                                          for size in ((33, 33), (33, 5), (5, 33))]),
          (test_kernels.test_steep_logits, [()]),
          (test_kernels.test_steep_along_one_axis, [(2,), (3,)]),
+         (falls_from_pixel_to_pixel, [(2,), (3,)]),
          (test_kernels.test_confidence_that_does_not_count, [()])]
-QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class, test_kernels.test_steep_logits)
+QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class, test_kernels.test_steep_logits,
+         falls_from_pixel_to_pixel)
 EDGES = [pytest.param(test, args, id=f"{test.__name__}-{args}", marks=quick if test in QUICK else ())
          for test, several in EDGES for args in several]
 
