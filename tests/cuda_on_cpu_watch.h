@@ -53,7 +53,7 @@ UNWATCHED inline void look(uintptr_t at, int size, bool write, bool atomic, void
         byte.writer >= 0 && (byte.write_block != block || (byte.write_epoch == epoch && byte.writer != me));
     const bool after_read =
         byte.reader != -1 && (byte.read_block != block || (byte.read_epoch == epoch && byte.reader != me));
-    if ((after_write && !(atomic && byte.atomic)) || (write && after_read && !atomic))
+    if ((after_write && !(atomic && byte.atomic)) || (write && after_read))
       fail(std::string("race: thread ") + std::to_string(me) + (write ? " writes" : " reads") + " what another one " +
            (after_write ? "wrote" : "read"));
     if (write) byte.writer = me, byte.write_block = block, byte.write_epoch = epoch, byte.atomic = atomic;
