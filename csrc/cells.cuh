@@ -1,22 +1,44 @@
-// Bilinear interpolation by columns of cells, align_corners=True, for the CUDA kernels.
+// Bilinear interpolation by cells, align_corners=True, for the CUDA kernels.
 //
-// Four neighbouring low-resolution points span a cell. A block has a row of cells side by side of one picture, and LANES threads
-// for each: thread i of a cell has the columns i, i + LANES, ... of its pixels, so that a warp reads and writes pixels side by
-// side where a cell has 8. Down a column in a cell a class's logit is linear, so one exponential and a polynomial serve ROWS
-// pixels: from one to the next e += e * m, m = exp(step) - 1, which costs half an ulp. The shift that keeps exponentials in range
-// is the cell's largest corner; where a logit falls too far within a cell, or a corner is not finite, pixels are computed one by
-// one by ATen's formula.
+// Four neighbouring low-resolution points span a cell. A block takes up to 16 cells side by side in a row of cells of
+// one picture, and keeps their points in shared memory; the grid's x axis holds all blocks. In a cell a class's logit
+// is a + fx*b + fy*(c + fx*d), so that along a line of 8 pixels one exponential and a polynomial do: from one pixel
+// to the next e += e * m with m = exp(step) - 1, which costs half an ulp. The largest corner of a cell is subtracted
+// first. Where a logit falls too far within a cell, or a corner is not finite, its warp computes pixels one by one by
+// ATen's formula.
+//
+// A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. These sums
+// are stored, and a second kernel makes of them the gradients of the points, each of which has up to four cells
+// around it. So no sum needs an atomic, and all have a fixed order.
 #pragma once
-#include "tile.cuh"
+#include "cuda.cuh"
+#include "exponentials.h"
 
-// One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's outputs belong to
-// the cell before it, at fraction 1.
+constexpr int THREADS = 4, COLUMNS = 2, ROWS = 8;  // threads of a cell; pixels that each has at once in smooth cells
+constexpr unsigned ALL = 0xffffffffu;              // lanes of a warp
+
+// Logits (N,K,h,w) as they lie in memory.
+struct Points {
+  const void* data;
+  ScalarType type;
+  int64_t sizes[4], strides[4];
+
+  explicit Points(const Tensor& t) : data(t.data_ptr()), type(t.scalar_type()) {
+    for (int i = 0; i < 4; i++) sizes[i] = t.size(i), strides[i] = t.stride(i);
+  }
+};
+
+// One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's
+// outputs belong to the cell before it, at fraction 1. Where the size stays each point is a cell of its own and its
+// own neighbour, as in PyTorch: the point beside it, which may be infinite, is not even multiplied by 0.
 struct Axis {
   int n, m;
   float step, outputs;  // distance of two outputs, in cells; outputs in a cell, about
 
-  Axis(int n, int m) : n(n), m(m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), outputs(step > 0 ? 1 / step : m) {}
-  __host__ __device__ int cells() const { return n > 1 ? n - 1 : 1; }
+  Axis(int64_t n, int64_t m)
+      : n(n), m(m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), outputs(step > 0 ? 1 / step : m) {}
+  __host__ __device__ int cells() const { return n == m ? n : n > 1 ? n - 1 : 1; }
+  __device__ int next(int x) const { return n == m ? x : min(x + 1, n - 1); }
   __device__ int cell(int o) const { return min(int(__fmul_rn(step, o)), cells() - 1); }
   __device__ float frac(int o) const { return fminf(__fmul_rn(step, o) - cell(o), 1.f); }
   // The first output of cell x, m where there is none at or behind it.
@@ -30,10 +52,13 @@ struct Axis {
   }
 };
 
-// As ATen interpolates finite numbers.
+// As ATen interpolates finite numbers; and any: to it the last point, here at fraction 1, is a cell of its own at
+// fraction 0, where infinity is NaN.
 __device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
-// As it interpolates any: to it the last point, here at fraction 1, is a cell of its own at fraction 0, where infinity is NaN.
-__device__ inline float interpolate(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
+__device__ inline float blend(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
+__device__ inline float bilinear(float4 c, float fx, float fy) {
+  return blend(blend(c.x, c.y, fx), blend(c.z, c.w, fx), fy);
+}
 
 // 2^x - 1 for |x| < 126, also where x is close to 0, relative error 3 * 2^-24
 __device__ inline float exp2_minus_1(float x) {
@@ -42,123 +67,241 @@ __device__ inline float exp2_minus_1(float x) {
   return power * (r * exp2_polynomial(r)) + (power - 1);
 }
 
-// A thread's pixels, ROWS of them down a column in its cell.
-struct Column {
-  const Tile& tile;
-  float fx, fy[ROWS];   // where in the cell they lie
-  float start;          // the first one's fy, in rows of pixels
-  unsigned needed;      // bit r: exponentials of the r-th pixel are wanted
-  float shift[ROWS];    // what `exps` subtracts where the cell is not smooth
+// Sums over each `GROUP` lanes of a warp, in one order: a lane gets that of v[lane % COUNT]. All lanes call it.
+template <int COUNT, int GROUP, class T>
+__device__ inline T sum_lanes(T* v) {
+  for (int half = COUNT / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) {
+      const bool upper = threadIdx.x & half;
+      v[i] = (upper ? v[i + half] : v[i]) + __shfl_xor_sync(ALL, upper ? v[i] : v[i + half], half);
+    }
+  for (int distance = COUNT; distance < GROUP; distance *= 2) v[0] += __shfl_xor_sync(ALL, v[0], distance);
+  return v[0];
+}
+__device__ inline float max_lanes(float v, int lanes) {
+  for (int distance = 1; distance < lanes; distance *= 2) v = fmaxf(v, __shfl_xor_sync(ALL, v, distance));
+  return v;
+}
 
-  // To be called before `exps`.
-  __device__ void need(unsigned rows) {
-    needed = rows;
-    for (int r = 0; r < ROWS; r++) shift[r] = -INFINITY;
-    for (int k = 0; k < tile.K && !tile.smooth; k++)
-      for (int r = 0; r < ROWS; r++) shift[r] = fmaxf(shift[r], logit(k, r));
+enum Kinds { CORNERS = 0, POWERS = 1, SUMS = 2, BENDS = 4 };  // what a block keeps of its cells: see Tile
+
+// The cells of all pictures, and how blocks share them.
+struct Cells {
+  Points logits;
+  Axis y, x;
+  int kinds, K, own, across;  // classes; cells of a block; blocks in a row of cells
+  size_t shared;              // bytes of a block
+
+  // `more`: bytes that the kernel wants behind the tile.
+  Cells(const Tensor& t, int64_t height, int64_t width, int kinds, size_t more = 0)
+      : logits(t), y(t.size(2), height), x(t.size(3), width), kinds(kinds), K(t.size(1)), own(16) {
+    const size_t each = sizeof(float) * (4 + (kinds & SUMS ? 4 : 0) + (kinds & BENDS ? 1 : 0)) * pitch();
+    if (each * own + more > SHARED) own = 8;
+    shared = each * own + more, across = (x.cells() + own - 1) / own;
   }
-  // By ATen's formula.
-  __device__ float logit(int k, int r) const {
-    const float4 c = tile.corners[tile.at(k)];
-    return interpolate(interpolate(c.x, c.y, fx), interpolate(c.z, c.w, fx), fy[r]);
+  int64_t blocks() const { return logits.sizes[0] * y.cells() * across; }
+  __host__ __device__ int pitch() const { return K | 1; }  // odd: neighbouring cells lie in other banks
+};
+
+// A block's cells in shared memory, and which of them is a thread's own.
+struct Tile {
+  const int K, cells, pitch;
+  const int row, first;   // row of cells; the block's first cell in it
+  const int64_t n;        // picture
+  const int lanes, cell;  // threads of a cell; the thread's cell in the block
+  // (cells, pitch):
+  float4* const corners;  // a class's logits: top left, top right, bottom left, bottom right; or, where all cells of a
+                          // warp are smooth, and POWERS are wanted, a to d above, to base 2
+  float4* const sums;     // of a gradient over a cell's pixels: plain, times fx, times fy, times both
+  float* const bends;     // 2^(d of one pixel to the right and down) - 1: 1 + m grows by it from a column to the next
+  bool smooth;            // whether exponentials in the warp's cells go by recurrence; if not, some may not be finite
+
+  // Reads the block's points and sets sums to 0; ends with a barrier.
+  __device__ explicit Tile(const Cells& all)
+      : K(all.K), cells(all.own), pitch(all.pitch()), row(blockIdx.x / all.across % all.y.cells()),
+        first(blockIdx.x % all.across * cells), n(blockIdx.x / all.across / all.y.cells()), lanes(blockDim.x / cells),
+        cell(threadIdx.x / lanes), corners(shared_memory<float4>()), sums(corners + cells * pitch),
+        bends(reinterpret_cast<float*>(all.kinds & SUMS ? sums + cells * pitch : sums)) {
+    if (all.logits.type == ScalarType::Float) load<float>(all);
+    else if (all.logits.type == ScalarType::Half) load<Half>(all);
+    else load<BFloat16>(all);
+    __syncthreads();
+    survey(all);
+    __syncthreads();
   }
-  // The exponent to base 2 of class k in the first pixel, and what it grows by from one to the next, where the cell is smooth.
-  __device__ float2 exponents(int k) const {
-    const float4 p = tile.powers[tile.at(k)];
-    const float slope = p.z + fx * p.w;
-    return make_float2(p.x + fx * p.y + start * slope, slope);
+  __device__ int at(int k) const { return cell * pitch + k; }
+
+  // Behind a barrier, to all cells' sums (N,K,rows,columns).
+  __device__ void store(float4* to, const Cells& all) const {
+    const int x = first + threadIdx.x % cells;
+    for (int k = threadIdx.x / cells; k < K && x < all.x.cells(); k += lanes)
+      to[((n * K + k) * all.y.cells() + row) * all.x.cells() + x] = sums[threadIdx.x % cells * pitch + k];
   }
-  // logit - shift of class k
-  __device__ float below(int k, int r) const {
-    if (!tile.smooth) return logit(k, r) - shift[r];
-    const float2 p = exponents(k);
-    return LN2 * (p.x + r * p.y);
-  }
-  // e[r] = exp(logit - shift) of class k; finite where the pixel is not needed.
-  __device__ void exps(int k, float* e) const {
-    if (tile.smooth) {
-      const float2 p = exponents(k);
-      const float m = exp2_minus_1(p.y);
-      float now = fast_exp2(p.x);
-      for (int r = 0; r < ROWS; r++) {
-        e[r] = now;
-        now += now * m;
-      }
-    } else {
-      for (int r = 0; r < ROWS; r++) e[r] = needed >> r & 1 ? exp2f(LOG2E * (logit(k, r) - shift[r])) : 0;
+
+ private:
+  template <class T>
+  __device__ void load(const Cells& all) const {
+    const Points& from = all.logits;
+    const int x = min(first + int(threadIdx.x) % cells, all.x.n - 1);
+    const int64_t left = x * from.strides[3], right = all.x.next(x) * from.strides[3];
+    const T* top = static_cast<const T*>(from.data) + n * from.strides[0] + row * from.strides[2];
+    const T* bottom = top + (all.y.next(row) - row) * from.strides[2];
+    for (int64_t k = threadIdx.x / cells; k < K; k += lanes) {
+      const T *t = top + k * from.strides[1], *b = bottom + k * from.strides[1];
+      corners[threadIdx.x % cells * pitch + k] = make_float4(t[left], t[right], b[left], b[right]);
     }
   }
-  // all[r] = sum of `exps` over the classes
-  __device__ void denominators(float* all) const {
-    float e[ROWS];
-    for (int r = 0; r < ROWS; r++) all[r] = 0;
+  // The cell's threads share its classes.
+  __device__ void survey(const Cells& all) {
+    float largest = -INFINITY, floor = -INFINITY, down = 0, right = 0, broken = 0;
+    for (int k = threadIdx.x % lanes; k < K; k += lanes) {
+      const float4 c = corners[at(k)];
+      largest = fmaxf(largest, fmaxf(fmaxf(c.x, c.y), fmaxf(c.z, c.w)));
+      floor = fmaxf(floor, fminf(fminf(c.x, c.y), fminf(c.z, c.w)));
+      down = fmaxf(down, fmaxf(fabsf(c.z - c.x), fabsf(c.w - c.y)));
+      right = fmaxf(right, fmaxf(fabsf(c.y - c.x), fabsf(c.w - c.z)));
+      broken += (c.x + c.y + c.z + c.w) * 0;
+    }
+    largest = max_lanes(largest, lanes), floor = max_lanes(floor, lanes);
+    down = max_lanes(down, lanes), right = max_lanes(right, lanes);
+    const float fall = fmaxf(all.y.step * down, all.x.step * right);
+    const bool own = all.kinds ? is_smooth(largest, floor, fmaxf(down, right), fall, broken) : broken == 0;
+    smooth = __all_sync(ALL, own);
+    const float pixel = all.y.step * fminf(all.x.step, 1);  // where it is more no cell has two columns
+    for (int k = threadIdx.x % lanes; k < K && all.kinds; k += lanes) {
+      const float4 c = corners[at(k)];
+      const float d = LOG2E * (c.w - c.z - (c.y - c.x));
+      if (all.kinds & SUMS) sums[at(k)] = make_float4(0, 0, 0, 0);
+      if (all.kinds & BENDS) bends[at(k)] = exp2_minus_1(pixel * d);
+      if (smooth) corners[at(k)] = make_float4(LOG2E * (c.x - largest), LOG2E * (c.y - c.x), LOG2E * (c.z - c.x), d);
+    }
+  }
+};
+
+// A thread's pixels in its cell, C columns and R rows from (y,x): pixel i is in column i / R, row i % R. R is 1 where
+// the warp's cells are not smooth.
+template <int C, int R>
+struct Patch {
+  static constexpr int COLUMNS = C, ROWS = R, PIXELS = C * R;
+  const Cells& all;
+  const Tile& tile;
+  const int y, x, rows, columns;  // the first pixel, and how many there are: no columns in a thread that has none left
+  float fy, fx[C];                // where in the cell they lie
+  float shift;                    // where R is 1: what `exps` subtracts, in place of the largest corner
+
+  __device__ Patch(const Cells& all, const Tile& tile, int y, int x, int rows, int columns)
+      : all(all), tile(tile), y(y), x(x), rows(rows), columns(columns), fy(all.y.frac(y)), shift(-INFINITY) {
+    for (int c = 0; c < C; c++) fx[c] = all.x.frac(x + c);
+  }
+  __device__ bool has(int i) const { return i / R < columns && i % R < rows; }
+  __device__ int64_t pixel(int i) const { return (tile.n * all.y.m + y + i % R) * all.x.m + x + i / R; }  // in (N,H,W)
+  // logit - shift of class k in pixel i
+  __device__ float below(int k, int i) const {
+    const float4 p = tile.corners[tile.at(k)];
+    if (R == 1) return bilinear(p, fx[0], fy) - shift;
+    const float f = fx[i / R];
+    return LN2 * (p.x + f * p.y + (fy + i % R * all.y.step) * (p.z + f * p.w));
+  }
+  // e[i] = exp(logit - shift) of class k in pixel i
+  __device__ void exps(int k, float* e) const {
+    if (R == 1) {
+      e[0] = exp2f(LOG2E * below(k, 0));
+      return;
+    }
+    const float4 p = tile.corners[tile.at(k)];
+    const float bend = tile.bends[tile.at(k)];
+    float m = exp2_minus_1(all.y.step * (p.z + fx[0] * p.w));
+    for (int c = 0; c < C; c++) {
+      float now = fast_exp2(p.x + fx[c] * p.y + fy * (p.z + fx[c] * p.w));
+      for (int r = 0; r < R; r++) e[c * R + r] = now, now += now * m;
+      m += m * bend + bend;
+    }
+  }
+  // all[i]: sum of `exps` over the classes
+  __device__ void denominators(float* all) {
+    float e[PIXELS];
+    for (int i = 0; i < PIXELS; i++) all[i] = 0;
+    for (int k = 0; k < tile.K && R == 1; k++) shift = fmaxf(shift, bilinear(tile.corners[tile.at(k)], fx[0], fy));
     for (int k = 0; k < tile.K; k++) {
       exps(k, e);
-      for (int r = 0; r < ROWS; r++) all[r] += e[r];
+      for (int i = 0; i < PIXELS; i++) all[i] += e[i];
     }
   }
   // The class of the largest logit of each pixel, the lowest on a tie, the first NaN where there is one.
   __device__ void argmax(int* arg) const {
-    float best[ROWS];
-    for (int r = 0; r < ROWS; r++) best[r] = -INFINITY, arg[r] = 0;
-    for (int k = 0; k < tile.K && tile.smooth; k++) {
-      const float4 c = tile.corners[tile.at(k)];
-      const float top = mix(c.x, c.y, fx), bottom = mix(c.z, c.w, fx);
-      for (int r = 0; r < ROWS; r++) {
-        const float now = mix(top, bottom, fy[r]);
-        if (now > best[r]) best[r] = now, arg[r] = k;
+    float best[PIXELS];
+    for (int i = 0; i < PIXELS; i++) best[i] = -INFINITY, arg[i] = 0;
+    for (int k = 0; k < tile.K; k++) {
+      const float4 p = tile.corners[tile.at(k)];
+      for (int i = 0; i < PIXELS; i++) {
+        const float f = fx[i / R], down = all.y.frac(y + i % R);
+        const float now = R == 1 ? bilinear(p, f, down) : mix(mix(p.x, p.y, f), mix(p.z, p.w, f), down);
+        if (now > best[i] || (R == 1 && now != now && best[i] == best[i])) best[i] = now, arg[i] = k;
       }
     }
-    for (int k = 0; k < tile.K && !tile.smooth; k++)
-      for (int r = 0; r < ROWS; r++) {
-        const float now = logit(k, r);
-        if (now > best[r] || (now != now && best[r] == best[r])) best[r] = now, arg[r] = k;
-      }
   }
 };
 
-// Walks a thread over its columns and rows: visit(column, x, y, rows) for every ROWS pixels down from (y,x), of which `rows` are
-// there, 0 in a thread that has none left: all threads of a warp make the same visits, so that these may hold shuffles.
-struct Walk {
-  Axis y, x;
+// visit(patch) for every patch of a thread; all threads of a warp make the same visits, so that these may hold
+// shuffles.
+template <int C, int R, class Visit>
+__device__ void each_patch_of(const Cells& all, const Tile& tile, const Visit& visit) {
+  const int cell = tile.first + tile.cell, top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
+  const int left = all.x.first(cell), right = all.x.first(cell + 1);  // both W outside of the picture
+  for (int x = left + threadIdx.x % THREADS * C; __any_sync(ALL, x < right); x += THREADS * C)
+    for (int y = top; y < bottom; y += R)
+      visit(Patch<C, R>(all, tile, y, x, min(bottom - y, R), min(max(right - x, 0), C)));
+}
+template <class Visit>
+__device__ void each_patch(const Cells& all, const Tile& tile, const Visit& visit) {
+  if (tile.smooth) each_patch_of<COLUMNS, ROWS>(all, tile, visit);
+  else each_patch_of<1, 1>(all, tile, visit);
+}
 
-  template <class Visit>
-  __device__ void operator()(const Tile& tile, const Visit& visit) const {
-    const int cell = tile.first + int(threadIdx.x) / LANES, begin = y.first(tile.row), end = y.first(tile.row + 1);
-    const bool inside = cell >= 0 && cell < x.cells();
-    const int right = inside ? x.first(cell + 1) : 0;
-    Column column{tile};
-    for (int at = (inside ? x.first(cell) : 0) + threadIdx.x % LANES; __any_sync(ALL, at < right); at += LANES)
-      for (int row = begin; row < end; row += ROWS) {
-        column.fx = at < right ? x.frac(at) : 0;
-        for (int r = 0; r < ROWS; r++) column.fy[r] = fminf(__fmul_rn(y.step, min(row + r, end - 1)) - tile.row, 1.f);
-        column.start = y.step > 0 ? column.fy[0] * y.outputs : 0;
-        visit(column, at, row, at < right ? min(end - row, ROWS) : 0);
-      }
+// Cells' sums (N,K,rows,columns) to their points' gradients (N,K,h,w), a row of points a warp; and the sum of all
+// losses, if there are any.
+static __global__ void __launch_bounds__(256) to_points(const float4* sums, int rows, int columns, float* grad, int h,
+                                                        int w, unsigned lines, const float* losses, int64_t count,
+                                                        float* total) {
+  const unsigned lane = threadIdx.x % 32, warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  for (unsigned line = warp; line < lines; line += gridDim.x * (blockDim.x / 32)) {
+    const int y = line % h;
+    auto cell = [&](int y, int x) {
+      const bool is = y >= 0 && y < rows && x >= 0 && x < columns;
+      return is ? sums[(int64_t(line / h) * rows + y) * columns + x] : make_float4(0, 0, 0, 0);
+    };
+    for (int x = lane; x < w; x += 32) {
+      const float4 a = cell(y - 1, x - 1), b = cell(y - 1, x), c = cell(y, x - 1), d = cell(y, x);
+      grad[int64_t(line) * w + x] = a.w + (b.z - b.w) + (c.y - c.w) + (d.x - d.y - d.z + d.w);
+    }
   }
-};
+  if (warp || !total) return;
+  double sum = 0;
+#pragma unroll 16
+  for (int64_t i = lane; i < count; i += 32) sum += losses[i];
+  sum = sum_lanes<1, 32>(&sum);
+  if (lane == 0) *total = sum;
+}
 
-// The blocks for all cells: 16 cells in each, or fewer where they and `more` bytes do not fit into its shared memory.
-struct Grid {
-  Kinds kinds;
-  int cells;
-  dim3 blocks;
-  size_t shared;
+// A gradient (N,K,h,w) and the sums over cells that it is made of, both empty where it is not wanted; losses of all
+// warps.
+struct Results {
+  Tensor grad, sums, losses, total;
 
-  Grid(const Launcher& launch, const Tensor& logits, const Walk& walk, Kinds kinds, size_t more = 0) : kinds(kinds), cells(16) {
-    auto bytes = [&] { return Tile::bytes(logits.size(1), cells, kinds) + more; };
-    if (bytes() > SHARED) cells = 8;
-    if (bytes() > launch.most_shared) cells = 4;
-    shared = bytes();
-    const int own = kinds == SUMS ? cells - 1 : cells, across = kinds == SUMS ? logits.size(3) : walk.x.cells();
-    blocks = dim3((across + own - 1) / own, walk.y.cells(), logits.size(0));
+  Results(const Tensor& logits, const Cells& all, bool with_grad, int64_t warps)
+      : grad(floats(logits, 0)),
+        sums(floats(logits, with_grad ? 4 * logits.size(0) * all.K * all.y.cells() * all.x.cells() : 0)),
+        losses(floats(logits, warps)), total(torch::stable::new_empty(logits, {}, ScalarType::Float)) {
+    if (with_grad) grad = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
   }
-  int count() const { return blocks.x * blocks.y * blocks.z; }
-
-  // kernel(problem, round), in two rounds where gradients are summed
-  template <class Problem>
-  void operator()(const Launcher& launch, void (*kernel)(Problem, int), const Problem& problem) const {
-    for (unsigned round = 0, rounds = kinds == SUMS ? 2 : 1; round < rounds && round < blocks.y; round++)
-      launch(kernel, dim3(blocks.x, (blocks.y + rounds - 1 - round) / rounds, blocks.z), cells * LANES, shared, problem, int(round));
+  static Tensor floats(const Tensor& like, int64_t count) {
+    return torch::stable::new_empty(like, {count}, ScalarType::Float);
+  }
+  float4* cells() const { return static_cast<float4*>(sums.mutable_data_ptr()); }
+  void finish(const Launcher& launch, const Cells& all) const {
+    const unsigned lines = grad.numel() / all.x.n;
+    launch(to_points, std::clamp(lines / 8, 1u, 4096u), 256, 0, cells(), all.y.cells(), all.x.cells(),
+           grad.mutable_data_ptr<float>(), all.y.n, all.x.n, lines, losses.const_data_ptr<float>(), losses.numel(),
+           losses.numel() ? total.mutable_data_ptr<float>() : nullptr);
   }
 };

@@ -1,5 +1,5 @@
-// What the CUDA kernels share on the host: launching them, where and on which stream. tests/cuda_on_cpu.h takes the place of
-// the part that needs nvcc.
+// What the CUDA kernels share on the host: launching them, where and on which stream. tests/cuda_on_cpu.h takes the
+// place of the part that needs nvcc.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -51,22 +52,33 @@ constexpr size_t SHARED = 48 << 10;  // bytes a block has on every GPU without a
 struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
-  size_t most_shared;  // bytes a block can have
 
   explicit Launcher(const Tensor& t) : guard(t.get_device_index()) {
-    stream = static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(t.get_device_index()).nativeHandle());
-    int most = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index()));
-    most_shared = most;
+    const auto current = torch::stable::accelerator::getCurrentStream(t.get_device_index());
+    stream = static_cast<cudaStream_t>(current.nativeHandle());
   }
   template <class... Params, class... Args>
-  void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Args... args) const {
-    if (shared > SHARED) STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-    kernel<<<grid, threads, shared, stream>>>(args...);
+  void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, Args... args) const {
+    if (shared > SHARED)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+    kernel<<<unsigned(blocks), threads, shared, stream>>>(args...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 };
 #endif
+
+using Count = unsigned long long;  // as atomicAdd takes it
+
+// Class ids or labels, uint8 or int64, as they lie in memory.
+struct Ids {
+  const void* data;
+  bool wide;
+
+  explicit Ids(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
+  __device__ int64_t at(int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
+  }
+};
 
 // Call f(pointer) with the type of a floating-point tensor.
 template <class F>

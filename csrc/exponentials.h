@@ -20,7 +20,8 @@ ON_BOTH inline F exp2_polynomial(F r) {
 
 // Whether a cell's exponentials may go from pixel to pixel by e += e * m, with its largest corner for a shift: all is
 // finite, and what underflows, or loses digits on the way, does not matter. `floor` is what the best class has in any
-// pixel at least, `steepest` the largest fall from corner to corner and `fall` from pixel to pixel, `broken` 0 or NaN.
+// pixel at least, `steepest` the largest fall from corner to corner and `fall` from pixel to pixel, `broken` 0 or
+// NaN.
 template <class F>
 ON_BOTH inline auto is_smooth(F largest, F floor, F steepest, F fall, F broken) {
   // a fall by 4 costs e^4 roundings in the next pixel

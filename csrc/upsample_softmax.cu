@@ -1,107 +1,113 @@
 // Class probabilities of bilinearly upsampled logits, and the gradient straight to the low resolution.
 //
-// In: logits (N,K,h,w) float32, float16 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out: (N,K,H,W) float32,
-// float16 or bfloat16. Never stored: the upsampled logits; backward computes the probabilities again.
+// In: logits (N,K,h,w) float32, float16 or bfloat16, any strides; a mask (N,H,W) of pixels that are zero. Out:
+// (N,H,W,K), channels last, float32, float16 or bfloat16. Never stored: the upsampled logits; backward computes the
+// probabilities again.
 //
-// Grid, blocks and threads are those of masked_cross_entropy.cu; in forward no cell is computed twice, and all rows of cells
-// are one launch. Bound by memory: the probabilities, or their gradient, which backward reads twice (the second time from a
-// cache: a block's is (K, 8, 128) numbers). All sums have a fixed order: the same bits from run to run.
+// A block has 16 cells side by side (8 for many classes), which its four warps share. A warp takes 8 pixels of a row
+// of a cell at once, a class in each lane: a pixel's classes lie side by side in memory, and a class's gradient needs
+// no sum over threads. It goes over the classes twice, for the softmax's denominators and for the results; up to 32
+// are still there the second time. All sums have a fixed order: the same bits from run to run.
 #include "cells.cuh"
 
 namespace {
-template <class P>
-struct Problem {
-  Points logits;
-  Walk walk;
-  const bool* valid;   // (N,H,W) or null
-  P* probs;            // (N,K,H,W); backward: their gradient
-  int64_t strides[4];  // of them
-  float* grad;         // (N,K,h,w)
-
-  // Where class 0 of a pixel is.
-  __device__ P* pixel(int64_t n, int y, int x) const { return probs + n * strides[0] + y * strides[2] + x * strides[3]; }
-  // one[r] = 1 / the softmax's denominator, 0 where there is no pixel or it is not valid
-  __device__ void shares(const Tile& tile, Column& column, int x, int y, int rows, float* one) const {
-    unsigned needed = 0;
-    for (int r = 0; r < rows; r++)
-      needed |= unsigned(!valid || valid[(tile.n * walk.y.m + y + r) * walk.x.m + x]) << r;
-    column.need(needed);
-    column.denominators(one);
-    for (int r = 0; r < ROWS; r++) one[r] = needed >> r & 1 ? reciprocal(one[r]) : 0;
-  }
-};
-
-template <class P>
-__global__ void __launch_bounds__(128, 4) probabilities(Problem<P> problem, int) {
-  const Tile tile(problem.logits, problem.walk.y.step, POWERS, 0);
-  problem.walk(tile, [&](Column& column, int x, int y, int rows) {
-    float e[ROWS], one[ROWS];
-    problem.shares(tile, column, x, y, rows, one);
-    P* to = problem.pixel(tile.n, y, x);
-    for (int k = 0; k < tile.K; k++, to += problem.strides[1]) {
-      column.exps(k, e);
-      for (int r = 0; r < ROWS; r++)
-        if (r < rows) to[r * problem.strides[2]] = P(e[r] * one[r]);
-    }
-  });
+// P pixels at once, 1 where the warp's cells are not smooth. Forward writes `probs` (N,H,W,K), backward reads their
+// gradient there: that of logit k is p_k * (g_k - sum of p_j * g_j).
+template <bool BACKWARD, int P, class T>
+__device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid, T* probs) {
+  const int K = tile.K, lane = threadIdx.x % 32, last = (K - 1) / 32 * 32 + lane;  // its last class; there may be none
+  const int top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
+  const int begin = threadIdx.x / 32 * (32 / tile.lanes);  // the first cell whose corners the warp has looked at
+  for (int cell = begin; cell < begin + 32 / tile.lanes; cell++)
+    for (int x = all.x.first(tile.first + cell), end = all.x.first(tile.first + cell + 1); x < end; x += P)
+      for (int y = top; y < bottom; y++) {
+        const int64_t pixel = (tile.n * all.y.m + y) * all.x.m + x;
+        const unsigned there = P < end - x ? (1u << P) - 1 : (1u << (end - x)) - 1;  // bit p: pixel p is there
+        const unsigned wanted = __ballot_sync(ALL, there >> lane & 1 && (!valid || valid[pixel + lane]));
+        if (BACKWARD && !wanted) continue;
+        const float4* const corners = tile.corners + cell * tile.pitch;
+        const float fy = all.y.frac(y), fx = all.x.frac(x);
+        float shift = -INFINITY, e[P], g[P], sums[P] = {}, dots[P] = {}, share[P], dot[P];
+        for (int k = lane; k < K && P == 1; k += 32) shift = fmaxf(shift, bilinear(corners[k], fx, fy));
+        if (P == 1) shift = max_lanes(shift, 32);
+        // e = exp(logit - shift) of class k, 0 where there is no class or a NaN might not be wanted; g = the gradient
+        auto read = [&](int k) {
+          const float4 c = corners[min(k, K - 1)];
+          const float slope = c.y + fy * c.w, m = exp2_minus_1(all.x.step * slope);
+          float now = P == 1 ? exp2f(LOG2E * (bilinear(c, fx, fy) - shift)) : fast_exp2(c.x + fy * c.z + fx * slope);
+          if (k >= K || (P == 1 && !wanted)) now = 0;
+          const T* from = probs + pixel * K + k;
+          const unsigned mine = k < K ? wanted : 0;
+          for (int p = 0; p < P; p++, from += K) {
+            e[p] = now, now += now * m;
+            if (BACKWARD) g[p] = mine >> p & 1 ? float(*from) : 0.f;
+          }
+        };
+#pragma unroll 1
+        for (int k = lane; k <= last; k += 32) {
+          read(k);
+          for (int p = 0; p < P; p++) {
+            sums[p] += e[p];
+            if (BACKWARD) dots[p] += e[p] * g[p];
+          }
+        }
+        const float one = reciprocal(sum_lanes<P, 32>(sums)), mean = BACKWARD ? one * sum_lanes<P, 32>(dots) : 0;
+        for (int p = 0; p < P; p++) {
+          share[p] = __shfl_sync(ALL, wanted >> lane % P & 1 ? one : 0, p);
+          if (BACKWARD) dot[p] = __shfl_sync(ALL, mean, p);
+        }
+#pragma unroll 1
+        for (int k = last; k >= 0; k -= 32) {
+          if (k < last) read(k);
+          if (k >= K) continue;
+          T* to = probs + pixel * K + k;
+          float sum = 0, columns = 0;  // columns: times the column; what is in column p is added p times
+          for (int p = 0; p < P && !BACKWARD; p++, to += K)
+            if (there >> p & 1) *to = T(e[p] * share[p]);
+          for (int p = P - 1; p >= 0 && BACKWARD; p--) {
+            sum += e[p] * share[p] * (g[p] - dot[p]);
+            if (p) columns += sum;
+          }
+          const float right = fx * sum + all.x.step * columns;
+          float4& s = tile.sums[cell * tile.pitch + k];
+          if (BACKWARD) s = make_float4(s.x + sum, s.y + right, s.z + fy * sum, s.w + fy * right);
+        }
+      }
 }
 
-// grad of logit k: p_k * (g_k - sum of p_j * g_j)
-template <class P>
-__global__ void __launch_bounds__(128, 4) probabilities_backward(Problem<P> problem, int round) {
-  const Tile tile(problem.logits, problem.walk.y.step, SUMS, round);
-  problem.walk(tile, [&](Column& column, int x, int y, int rows) {
-    float e[ROWS], one[ROWS], dot[ROWS] = {};
-    problem.shares(tile, column, x, y, rows, one);
-    const P* from = problem.pixel(tile.n, y, x);
-    auto upstream = [&](int k, int r) {
-      return column.needed >> r & 1 ? float(from[k * problem.strides[1] + r * problem.strides[2]]) : 0.f;
-    };
-    for (int k = 0; k < tile.K; k++) {
-      column.exps(k, e);
-      for (int r = 0; r < ROWS; r++) dot[r] += e[r] * one[r] * upstream(k, r);
-    }
-    for (int k = 0; k < tile.K; k++) {
-      float a = 0, b = 0;
-      column.exps(k, e);
-      for (int r = 0; r < ROWS; r++) {
-        const float g = e[r] * one[r] * (upstream(k, r) - dot[r]);
-        a += g, b += column.fy[r] * g;
-      }
-      tile.add(k, column.fx, a, b);
-    }
-  });
+template <bool BACKWARD, class T>
+__global__ void __launch_bounds__(128, 5) probabilities(Cells all, const bool* valid, T* probs, float4* sums) {
+  const Tile tile(all);
+  if (tile.smooth) each_pixel<BACKWARD, 8>(all, tile, valid, probs);
+  else each_pixel<BACKWARD, 1>(all, tile, valid, probs);
   __syncthreads();
-  tile.write(problem.grad, problem.logits.sizes);
+  if (BACKWARD) tile.store(sums, all);
+}
+
+template <bool BACKWARD>
+void run(const Launcher& launch, const Cells& all, const std::optional<Tensor>& valid, const Tensor& probs,
+         float4* sums) {
+  with_type(probs, [&](auto* data) {
+    using T = std::decay_t<decltype(*data)>;
+    launch(probabilities<BACKWARD, T>, all.blocks(), 128, all.shared, all,
+           valid ? valid->const_data_ptr<bool>() : nullptr, data, sums);
+  });
 }
 
 Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t height, int64_t width, ScalarType dtype) {
-  const int64_t K = logits.size(1);
-  const Launcher launch(logits);
-  Tensor out = torch::stable::new_empty(logits, {logits.size(0), K, height, width}, dtype);
-  const Walk walk{Axis(logits.size(2), height), Axis(logits.size(3), width)};
-  const Grid grid(launch, logits, walk, POWERS);
-  with_type(out, [&](auto* probs) {
-    using P = std::decay_t<decltype(*probs)>;
-    grid(launch, probabilities<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, probs,
-                              {K * height * width, height * width, width, 1}, nullptr});
-  });
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0), height, width, logits.size(1)}, dtype);
+  run<false>(Launcher(logits), Cells(logits, height, width, POWERS), valid, out, nullptr);
   return out;
 }
 
-// grad (N,K,H,W) float32, float16 or bfloat16, any strides -> (N,K,h,w) float32
+// grad (N,H,W,K) contiguous, float32, float16 or bfloat16 -> (N,K,h,w) float32
 Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tensor> valid) {
   const Launcher launch(logits);
-  Tensor out = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
-  const Walk walk{Axis(logits.size(2), grad.size(2)), Axis(logits.size(3), grad.size(3))};
-  const Grid grid(launch, logits, walk, SUMS);
-  with_type(grad, [&](auto* upstream) {
-    using P = std::decay_t<decltype(*upstream)>;
-    grid(launch, probabilities_backward<P>, {Points(logits), walk, valid ? valid->const_data_ptr<bool>() : nullptr, upstream,
-                                             {grad.stride(0), grad.stride(1), grad.stride(2), grad.stride(3)},
-                                             out.mutable_data_ptr<float>()});
-  });
-  return out;
+  const Cells all(logits, grad.size(1), grad.size(2), POWERS | SUMS);
+  const Results results(logits, all, true, 0);
+  run<true>(launch, all, valid, grad, results.cells());
+  results.finish(launch, all);
+  return results.grad;
 }
 }  // namespace
 

@@ -1,10 +1,10 @@
 // Runs CUDA kernels on the CPU: `g++ -x c++ -include tests/cuda_on_cpu.h kernel.cu`. For tests only.
 //
 // A CUDA thread is a fiber; one runs until it waits for others (barrier, shuffle, ballot). Who goes on next is drawn
-// from cuda_on_cpu_seed(n): each block puts its warps in a random order of priority, so that one runs ahead to a
-// barrier while another has not begun, which finds barriers that are missing before a read or after one. Shared memory
-// is poisoned with NaN before each block. A barrier that not all threads of a block reach is an error, as is a shuffle
-// without a lane of its mask.
+// from cuda_on_cpu_seed(n): blocks run one after the other in a random order, and each puts its warps in a random order
+// of priority, so that one runs ahead to a barrier while another has not begun, which finds barriers that are missing
+// before a read or after one. Shared memory is poisoned with NaN before each block. A barrier that not all threads of a
+// block reach is an error, as is a shuffle without a lane of its mask.
 //
 // cuda_on_cpu_watch.h finds races by looking at memory, and counts what is touched. Nothing here says anything of the
 // GPU's memory model or speed.
@@ -100,11 +100,13 @@ UNWATCHED inline void wait(const char* what, int line, unsigned mask, uint64_t v
   watching = true;
 }
 UNWATCHED inline void enter() {
-  watching = true;
-  body();
-  watching = false;
-  running->done = true;
-  leave();
+  for (;;) {  // block after block
+    watching = true;
+    body();
+    watching = false;
+    running->done = true;
+    leave();
+  }
 }
 // Let the lanes of a warp go on that all wait at one place and have exchanged their values; -> whether there were any.
 UNWATCHED inline bool exchange(Fiber* warp, int lanes) {
@@ -136,8 +138,9 @@ UNWATCHED inline void run_block(int threads) {
   for (size_t i = 0; i + 4 <= shared.size(); i += 4) std::memcpy(&shared[i], &poison, 4);
   for (int i = 0; i < threads; i++) {
     Fiber& f = fibers[i];
-    f.number = i, f.done = f.begun = false, f.waits = nullptr;
+    f.number = i, f.done = false, f.waits = nullptr;
     f.index = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    if (f.begun) continue;
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = STACK, f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
@@ -209,10 +212,13 @@ UNWATCHED void launch(dim3 grid, int threads, size_t shared_bytes, const F& f) {
   begin_watching();
   for (unsigned i : order) {
     blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), epoch++;
+    begin_block();
     run_block(threads);
     if (!error.empty()) break;
   }
-  if (!error.empty()) throw std::runtime_error("cuda_on_cpu: " + error);
+  if (error.empty()) return;
+  fibers.clear();  // they stopped half way
+  throw std::runtime_error("cuda_on_cpu: " + error);
 }
 
 }  // namespace on_cpu
@@ -228,6 +234,7 @@ UNWATCHED void atomicOr(T* at, T value) { on_cpu::watch(at, sizeof(T), true, tru
 #define __shfl_xor_sync(mask, value, x) on_cpu::shuffle("shuffle", __LINE__, mask, value, on_cpu::running->number ^ (x))
 #define __ballot_sync(mask, value) on_cpu::ballot(__LINE__, mask, value)
 #define __any_sync(mask, value) (on_cpu::ballot(__LINE__, mask, value) != 0)
+#define __all_sync(mask, value) (on_cpu::ballot(__LINE__, mask, value) == (mask))
 template <class T>
 T* shared_memory() { return reinterpret_cast<T*>(on_cpu::shared.data()); }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -249,11 +256,10 @@ using std::min;
 // The launch of cuda.cuh, on one device without streams.
 namespace torch::stable { class Tensor; }
 struct Launcher {
-  size_t most_shared = 99 << 10;
   explicit Launcher(const torch::stable::Tensor&) {}
   template <class... Params, class... Args>
-  UNWATCHED void operator()(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Args... args) const {
-    on_cpu::launch(grid, threads, shared, [&] { kernel(args...); });
+  UNWATCHED void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, Args... args) const {
+    on_cpu::launch(dim3(blocks), threads, shared, [&] { kernel(args...); });
   }
 };
 

@@ -1,5 +1,5 @@
-// Kernels with a mistake each, which tests/cuda_on_cpu.h has to find: PLANT says which, 0 is none. Exit status 1: wrong result or
-// an error reported.
+// Kernels with a mistake each, which tests/cuda_on_cpu.h has to find: PLANT says which, 0 is none. Exit status 1:
+// wrong result or an error reported.
 #ifndef PLANT
 #define PLANT 0
 #endif
@@ -28,13 +28,15 @@ int main() {
     unsigned expected = 0;
     cuda_on_cpu_seed(seed);
     try {
-      on_cpu::launch(dim3(BLOCKS), THREADS, THREADS * sizeof(float), [&] { reverse(values.data(), reversed.data(), positive.data(), TILES); });
+      on_cpu::launch(dim3(BLOCKS), THREADS, THREADS * sizeof(float),
+                     [&] { reverse(values.data(), reversed.data(), positive.data(), TILES); });
     } catch (const std::runtime_error& e) {
       return std::puts(e.what()), 1;
     }
     for (int i = 0; i < ALL; i++) {
       expected += values[i] > 0;
-      if (reversed[i] != values[i / THREADS * THREADS + THREADS - 1 - i % THREADS]) return std::printf("wrong with seed %d\n", seed), 1;
+      if (reversed[i] != values[i / THREADS * THREADS + THREADS - 1 - i % THREADS])
+        return std::printf("wrong with seed %d\n", seed), 1;
     }
     if (positive[0] != expected) return std::printf("%u counted, not %u\n", positive[0], expected), 1;
   }

@@ -2,7 +2,7 @@
 import pytest
 import test_kernels
 import torch
-from test_cuda_on_cpu import EDGES, OF_SHAPES
+from test_cuda_on_cpu import EDGES, OF_SHAPES, check_many_pictures
 
 from csrc import ops
 
@@ -54,6 +54,10 @@ def test_offsets_beyond_32_bits():
     logits, *_ = test_kernels.inputs(7, k, 33, 33, side, side)  # 2.2e9 probabilities, in bfloat16 4.5 GB
     probs = ops.upsample_softmax(logits, (side, side), torch.bfloat16)
     assert torch.equal(probs[-1:], ops.upsample_softmax(logits[-1:], (side, side), torch.bfloat16))
+
+
+def test_more_pictures_than_a_grid_has_in_z():
+    check_many_pictures(torch.ops.seg_ops)
 
 
 def test_another_stream():

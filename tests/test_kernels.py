@@ -261,6 +261,18 @@ def test_steep_along_one_axis(axis):
 
 
 @quick
+@pytest.mark.parametrize("axis", [2, 3])
+def test_falls_from_pixel_to_pixel(axis):
+    """By 10 along one axis, from class to class by 30 at most: an exponential that has lost its digits still counts."""
+    shape = (1, 4, 3, 8, 9, 22) if axis == 3 else (1, 4, 8, 3, 22, 9)
+    logits, target, *_ = inputs(*shape, scale=0.1)
+    for i in range(8):
+        near = logits.select(axis, i)  # (1,4,3)
+        near += torch.tensor([(0, -30, -28, -29), (-30, -20, -22, -21)][i % 2], device=near.device)[:, None]
+    check_steep(logits, target, shape[4:])
+
+
+@quick
 def test_confidence_that_does_not_count():
     logits, *_ = inputs(1, 4, 3, 3, 17, 17)
     for value, threshold, counts in [(float("nan"), 0.0, False), (0.0, 0.5, False), (1e-3, 0.5, True),
@@ -298,15 +310,15 @@ def test_no_pictures():
 
 @quick
 @pytest.mark.parametrize("size", [(5, 17), (17, 5)])
-def test_an_axis_that_keeps_its_size_stays_with_the_kernels(size, monkeypatch):
+def test_an_axis_that_keeps_its_size_stays_with_the_kernels(size):
     logits, target, *_ = inputs(2, 3, 5, 5, *size)
     calls = [lambda: both_ways(ops.masked_cross_entropy, logits, target),
              lambda: both_ways(ops.upsample_softmax, logits, size, upstream=noise(2, 3, *size)),
              lambda: [ops.upsample_argmax(logits, size)], lambda: [ops.confusion_matrix(logits, target)]]
     want = [call() for call in calls]
-    for name in ("masked_cross_entropy", "upsample_softmax", "upsample_argmax", "confusion_matrix"):
-        monkeypatch.setattr(ops, f"{name}_reference", None)
-    assert all(torch.equal(a, b) for call, one in zip(calls, want) for a, b in zip(call(), one))
+    names = "masked_cross_entropy", "upsample_softmax", "upsample_argmax", "confusion_matrix"
+    with mock.patch.multiple(ops, **{f"{name}_reference": None for name in names}):
+        assert all(torch.equal(a, b) for call, one in zip(calls, want) for a, b in zip(call(), one))
 
 
 @quick
