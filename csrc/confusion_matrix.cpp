@@ -4,9 +4,7 @@
 // In: ids and labels (N,H,W) uint8 or int64, contiguous; logits (N,K,h,w) float32 or bfloat16, any strides. Each thread
 // counts all pairs of bytes, also those that are ignored or out of range, which the end of a count sees in its table:
 // nothing is checked pixel by pixel. Labels come in runs, and a run of equal pairs is one addition. Sums of integers do
-// not depend on their order. Never stored: the upsampled logits, and for the matrix more of the argmax than a row of
-// cells.
-#include <memory>
+// not depend on their order. Never stored: the upsampled logits; their argmax is a byte a pixel.
 #include <mutex>
 
 #include "cells.h"
@@ -90,7 +88,6 @@ struct Ids {
   bool wide;  // int64
 
   explicit Ids(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
-  explicit Ids(const uint8_t* bytes) : data(bytes), wide(false) {}
   int64_t at(int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
   }
@@ -108,9 +105,7 @@ struct Ids {
   }
 };
 
-// `prediction` may be logits, whose argmax is always a class.
-[[noreturn]] void complain(const Tensor& prediction, const Ids& truth, int64_t pixels, int64_t K, int64_t ignore) {
-  const Ids guess(prediction);
+[[noreturn]] void complain(const Ids& guess, const Ids& truth, int64_t pixels, int64_t K, int64_t ignore) {
   for (const Ids* ids : {&truth, &guess})
     for (int64_t i = 0; i < pixels; i++)
       if (truth.at(i) != ignore && (ids->at(i) < 0 || ids->at(i) >= K))
@@ -120,90 +115,43 @@ struct Ids {
   throw std::logic_error("no id is out of range");
 }
 
-// What all threads counted.
-struct Total {
-  const Ids truth;
-  const int64_t K, ignore;
-  std::mutex lock;
-  std::vector<int64_t> counts;  // (K,K)
-  bool bad = false;             // whether an id was no class
-
-  Total(const Tensor& target, int64_t K, int64_t ignore) : truth(target), K(K), ignore(ignore), counts(K * K) {}
-};
-
-// What one thread counts, added to the total at its end.
-struct Part {
-  Total& total;
-  Counter seen;
-  bool bad_truth = false, bad_guess = false;
-
-  explicit Part(Total& total) : total(total), seen(total.K) {}
-  ~Part() {
-    std::lock_guard<std::mutex> guard(total.lock);
-    total.bad |= bad_truth | seen.add_to(total.counts.data(), total.truth.wide ? 255 : total.ignore);
-  }
-  // The pixels truth[begin] ... of n, and guess[first] ...
-  void add(const Ids& guess, int64_t first, int64_t begin, int64_t n) {
-    uint8_t guess_bytes[CHUNK], truth_bytes[CHUNK];
-    for (int64_t i = 0; i < n; i += CHUNK) {
-      const int some = std::min<int64_t>(n - i, CHUNK);
-      const uint8_t* t = total.truth.bytes(begin + i, some, total.ignore, truth_bytes, bad_truth);
-      seen.add(guess.bytes(first + i, some, -1, guess_bytes, bad_guess), t, some);
+// A block's most probable classes to their places in the output row.
+template <int P>
+void argmax(const Walk& walk, const Block& block, uint8_t* row) {
+  V largest[P], fx[P];
+  I ids[P] = {}, words[2] = {};  // words: four ids each
+  for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), fx[p] = load(block.fx + p * LANES);
+  for (int k = 0; k < walk.K; k++) {
+    const Cell& c = walk.cells[k];
+    const V a = c.a + block.fy * c.down, right = c.right + block.fy * c.both;
+    for (int p = 0; p < P; p++) {
+      const V logit = P > 1 || walk.smooth ? a + fx[p] * right : exact(walk.quads[k], block.fy, fx[p]);
+      I larger = logit > largest[p];
+      if (P == 1) larger |= (logit != logit) & (largest[p] == largest[p]);
+      largest[p] = larger ? logit : largest[p];
+      ids[p] = larger ? k - I{} : ids[p];
     }
   }
-};
-
-// The argmax of rows `first` ... of cells: ids of the output rows in it.
-struct Argmax {
-  Walk walk;
-  const Upsampling& up;
-
-  explicit Argmax(const Upsampling& up) : walk(up), up(up) {}
-
-  // Those of row `cell` of cells of picture n: to (rows,W).
-  void operator()(int64_t n, int64_t cell, uint8_t* to) {
-    walk(n, cell, [&](auto P, const Block& block) {
-      put<P>(block, to + (block.row - up.y.first[cell]) * int64_t(up.x.m));
-    }, [](int) {});
+  for (int p = 0; p < P; p++) words[p / 4] |= ids[p] << p % 4 * 8;
+  int32_t halves[2][LANES];
+  std::memcpy(halves, words, sizeof halves);
+  for (int l = 0; l < LANES; l++) {
+    const int n = block.count(l, P);
+    uint8_t bytes[PIXELS], *to = row + block.column(l);
+    std::memcpy(bytes, &halves[0][l], 4), std::memcpy(bytes + 4, &halves[1][l], 4);
+    if (n == PIXELS) std::memcpy(to, bytes, PIXELS);
+    else for (int i = 0; i < n; i++) to[i] = bytes[i];
   }
-
- private:
-  template <int P>
-  void put(const Block& block, uint8_t* row) const {
-    V largest[P], fx[P];
-    I ids[P] = {}, words[2] = {};  // words: four ids each
-    for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), fx[p] = load(block.fx + p * LANES);
-    for (int k = 0; k < walk.K; k++) {
-      const Cell& c = walk.cells[k];
-      const V a = c.a + block.fy * c.down, right = c.right + block.fy * c.both;
-      for (int p = 0; p < P; p++) {
-        const V logit = P > 1 || walk.smooth ? a + fx[p] * right : exact(walk.quads[k], block.fy, fx[p]);
-        I larger = logit > largest[p];
-        if (P == 1) larger |= (logit != logit) & (largest[p] == largest[p]);
-        largest[p] = larger ? logit : largest[p];
-        ids[p] = larger ? k - I{} : ids[p];
-      }
-    }
-    for (int p = 0; p < P; p++) words[p / 4] |= ids[p] << p % 4 * 8;
-    int32_t halves[2][LANES];
-    std::memcpy(halves, words, sizeof halves);
-    for (int l = 0; l < LANES; l++) {
-      const int n = block.count(l, P);
-      uint8_t bytes[PIXELS], *to = row + block.column(l);
-      std::memcpy(bytes, &halves[0][l], 4), std::memcpy(bytes + 4, &halves[1][l], 4);
-      if (n == PIXELS) std::memcpy(to, bytes, PIXELS);
-      else for (int i = 0; i < n; i++) to[i] = bytes[i];
-    }
-  }
-};
+}
 
 Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), height, width}, ScalarType::Byte);
   uint8_t* ids = out.mutable_data_ptr<uint8_t>();
   const Upsampling up(logits, height, width);
   each_row(logits.size(0), up.y.n, 1, [&] {
-    return [&, argmax = Argmax(up)](int64_t n, int64_t cell) mutable {
-      argmax(n, cell, ids + (n * height + up.y.first[cell]) * width);
+    return [&, walk = Walk(up)](int64_t n, int64_t cell) mutable {
+      walk(n, cell, [&](auto P, const Block& block) { argmax<P>(walk, block, ids + (n * height + block.row) * width); },
+           [](int) {});
     };
   });
   return out;
@@ -211,27 +159,27 @@ Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
 
 // Adds to `out` (K,K). prediction: ids (N,H,W), or logits (N,K,h,w). Throws std::invalid_argument on what is no class.
 void confusion_matrix(Tensor prediction, Tensor target, int64_t ignore, Tensor out) {
-  const int64_t K = out.size(0), pixels = target.numel();
-  Total total(target, K, ignore);
-  if (prediction.dim() == 4) {
-    const Upsampling up(prediction, target.size(1), target.size(2));
-    each_row(prediction.size(0), up.y.n, 1, [&] {
-      return [&, argmax = Argmax(up), ids = std::vector<uint8_t>(), part = std::make_unique<Part>(total)](
-                 int64_t n, int64_t cell) mutable {
-        const int64_t begin = (n * up.y.m + up.y.first[cell]) * up.x.m;
-        ids.resize(up.y.count(cell) * int64_t(up.x.m));
-        argmax(n, cell, ids.data());
-        part->add(Ids(ids.data()), 0, begin, ids.size());
-      };
-    });
-  } else {
-    torch::stable::parallel_for(0, pixels, 1 << 15, [&](int64_t begin, int64_t end) {
-      Part(total).add(Ids(prediction), begin, begin, end - begin);
-    });
-  }
-  if (total.bad) complain(prediction, total.truth, pixels, K, ignore);
+  if (prediction.dim() == 4) prediction = upsample_argmax(prediction, target.size(1), target.size(2));
+  const Ids guess(prediction), truth(target);
+  const int64_t K = out.size(0), pixels = target.numel(), ignored_row = truth.wide ? 255 : ignore;
+  std::mutex lock;
+  std::vector<int64_t> total(K * K);
+  bool bad = false;
+  torch::stable::parallel_for(0, pixels, 1 << 15, [&](int64_t begin, int64_t end) {
+    Counter seen(K);
+    uint8_t guess_bytes[CHUNK], truth_bytes[CHUNK];
+    bool bad_truth = false, bad_guess = false;
+    for (int64_t i = begin; i < end; i += CHUNK) {
+      const int n = std::min<int64_t>(end - i, CHUNK);
+      const uint8_t* t = truth.bytes(i, n, ignore, truth_bytes, bad_truth);
+      seen.add(guess.bytes(i, n, -1, guess_bytes, bad_guess), t, n);
+    }
+    std::lock_guard<std::mutex> guard(lock);
+    bad |= bad_truth | seen.add_to(total.data(), ignored_row);
+  });
+  if (bad) complain(guess, truth, pixels, K, ignore);
   int64_t* counts = out.mutable_data_ptr<int64_t>();
-  for (int64_t i = 0; i < K * K; i++) counts[i] += total.counts[i];
+  for (int64_t i = 0; i < K * K; i++) counts[i] += total[i];
 }
 }  // namespace
 

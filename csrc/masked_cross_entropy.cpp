@@ -60,20 +60,20 @@ struct Confidence {
   // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1 + x.m.
   void mask(int64_t n, int row, uint8_t* __restrict to, float* __restrict line) const {
     const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
-    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + x.n : p;
+    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + y.next * x.n : p;
     const float *fx = x.frac.data(), fy = y.frac[row];
     float* __restrict here = line + x.n + 1;
     for (int i = 0; i < x.n; i++) line[i] = (1 - fy) * p[i] + fy * q[i];
     line[x.n] = line[x.n - 1];
     for (int i = 0; i < x.n; i++)
-      for (int o = x.first[i]; o < x.first[i + 1]; o++) here[o] = (1 - fx[o]) * line[i] + fx[o] * line[i + 1];
+      for (int o = x.first[i]; o < x.first[i + 1]; o++) here[o] = (1 - fx[o]) * line[i] + fx[o] * line[i + x.next];
     // nothing is interpolated where the size is its own: 0 times infinity would be NaN
     const float* const compared = y.next || x.next ? here : p;
     for (int o = 0; o < x.m; o++) to[o] = compared[o] > cutoff ? to[o] : NONE;
   }
 };
 
-// (labels, counts): see schemas.cpp. Throws std::invalid_argument on a label that is no class.
+// (labels, counts): see autograd.py. Throws std::invalid_argument on a label that is no class.
 std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
                                      double threshold, int64_t K, int64_t ignore) {
   const int64_t height = target.size(1), width = target.size(2);
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
   std::optional<Confidence> sure;
   if (confidence) sure.emplace(*confidence, threshold, height, width);
   uint8_t* out = labels.mutable_data_ptr<uint8_t>();
-  int64_t *total = counts.mutable_data_ptr<int64_t>();
+  int64_t* total = counts.mutable_data_ptr<int64_t>();
   const void* given = target.data_ptr();
   const bool wide = target.scalar_type() == ScalarType::Long;
   std::mutex lock;
@@ -225,7 +225,7 @@ struct Job {
   }
 };
 
-// (total, grad): see schemas.cpp.
+// (total, grad): see autograd.py.
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
   const Upsampling up(logits, labels.size(1), labels.size(2));
   Tensor total = torch::stable::new_empty(logits, {}, ScalarType::Float);

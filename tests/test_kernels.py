@@ -374,7 +374,8 @@ def drawn(seed):
     target = torch.randint(0, k, (n, *(-(-side // block) for side in size)), generator=g)
     target = target.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :size[0], :size[1]].contiguous()
     target[torch.rand(target.shape, generator=g) < rng.choice([0, 0.05, 0.9])] = 255
-    confidence = torch.randn(n, 1, *rng.choice([(1, 1), (3, 2), tuple(size)]), generator=g)
+    confidence = torch.randn(n, 1, *rng.choice([(1, 1), (3, 2), (size[0], 2), (3, size[1]), size]), generator=g)
+    confidence = rng.choice([confidence, confidence, torch.where(confidence > 0, torch.inf, -torch.inf)])
     kw = dict(confidence=rng.choice([None, confidence]), threshold=rng.choice([0, 0.2, 0.5, 0.9]),
               valid=rng.choice([None, torch.rand(n, *size, generator=g) < 0.7]), divide=rng.choice(["kept", "all"]))
     return logits.to(rng.choice([torch.float32, torch.bfloat16])), target.to(rng.choice([torch.uint8, torch.int64])), kw
