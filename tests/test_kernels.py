@@ -273,6 +273,15 @@ def test_falls_from_pixel_to_pixel(axis):
 
 
 @quick
+@pytest.mark.parametrize("axis", [2, 3])
+def test_all_classes_fall(axis):
+    """By 50 from point to point, little from pixel to pixel: at one end all exponentials are tiny, and so is their sum."""
+    logits, target, *_ = inputs(1, 4, 3, 3, 65, 65, scale=0.1)
+    logits.select(axis, 1).add_(50)
+    check_steep(logits, target, (65, 65))
+
+
+@quick
 def test_confidence_that_does_not_count():
     logits, *_ = inputs(1, 4, 3, 3, 17, 17)
     for value, threshold, counts in [(float("nan"), 0.0, False), (0.0, 0.5, False), (1e-3, 0.5, True),
