@@ -235,7 +235,7 @@ inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& 
   }
   const float right = walk.up.x.step, down = walk.up.y.step;
   const int place = block.at / PIXELS;
-  const bool anew = block.row % PIXELS == 0 || walk.rows[place] + 1 != block.row;  // rows without labels are left out
+  const bool anew = walk.rows[place] + 1 != block.row;  // also behind rows without labels, which are left out
   if (P > 1) walk.rows[place] = block.row;
   for (int k = 0; k < walk.K; k++, e += P) {
     const Cell& c = walk.cells[k];

@@ -1,6 +1,9 @@
 """The C++ operators against the float64 reference: at most twice the float32 one's error, on every kind of input."""
+import ctypes
 import itertools
 import random
+import re
+import subprocess
 import types
 from unittest import mock
 
@@ -8,8 +11,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from conftest import ROOT
 
-from csrc import bench, ops
+from csrc import bench, build, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="the kernels are not in use")
 
@@ -18,7 +22,7 @@ quick = pytest.mark.quick
 SHAPES = [(2, 21, 41, 41, 321, 321), (1, 3, 1, 1, 7, 5), (2, 2, 4, 4, 4, 4), (1, 5, 7, 9, 33, 50),
           (1, 255, 5, 6, 33, 41), (1, 7, 9, 9, 5, 3), (1, 19, 3, 70, 17, 553), (1, 6, 2, 3, 3, 40),
           (3, 11, 9, 9, 129, 129), (1, 2, 1, 9, 1, 9), (1, 9, 5, 1, 9, 1), (1, 5, 3, 10, 9, 127), (1, 5, 3, 5, 9, 63),
-          (2, 5, 3, 3, 9, 31), (1, 4, 3, 4, 9, 4)]
+          (2, 5, 3, 3, 9, 31), (1, 4, 3, 4, 9, 4), (1, 5, 2, 3, 700, 33)]
 SHAPES = [pytest.param(s, marks=quick) if i in (3, 5, 6, 8, 11, 12, 13) else s for i, s in enumerate(SHAPES)]
 DEVICE = "cpu"  # where the operators run; tests/test_cuda.py changes it
 
@@ -275,7 +279,7 @@ def test_falls_from_pixel_to_pixel(axis):
 @quick
 @pytest.mark.parametrize("axis", [2, 3])
 def test_all_classes_fall(axis):
-    """By 50 from point to point, little from pixel to pixel: at one end all exponentials are tiny, and so is their sum."""
+    """By 50 from point to point, little from pixel to pixel: at one end all exponentials, and their sum, are tiny."""
     logits, target, *_ = inputs(1, 4, 3, 3, 65, 65, scale=0.1)
     logits.select(axis, 1).add_(50)
     check_steep(logits, target, (65, 65))
@@ -424,6 +428,24 @@ def test_drawn(first):
             assert torch.equal(ops.confusion_matrix(ids, target, logits.shape[1]), matrix)
         except AssertionError as e:
             raise AssertionError(f"drawn({seed})") from e
+
+
+def test_the_naive_kernel(tmp_path):
+    """The one in csrc/LOG.md that a reader starts from."""
+    code = re.search("```cpp\n(.*?)```", (ROOT / "csrc/LOG.md").read_text(), re.S)[1]
+    headers = "".join(f"#include <{name}>\n" for name in ("algorithm", "cmath", "cstdint", "vector"))
+    (tmp_path / "naive.cpp").write_text(headers + code)
+    flags = "-O1", "-shared", "-fPIC", "-o", tmp_path / "naive.so"
+    subprocess.run([*build.cxx().split(), *flags, tmp_path / "naive.cpp"], check=True)
+    naive = ctypes.CDLL(tmp_path / "naive.so").cross_entropy
+    naive.restype = ctypes.c_double
+    for shape in ((1, 5, 7, 9, 33, 50), (1, 3, 1, 1, 7, 5), (1, 7, 9, 9, 5, 3)):
+        logits, target, *_ = inputs(*shape)
+        grad = torch.zeros_like(logits)
+        loss = naive(*(ctypes.c_void_p(x.data_ptr()) for x in (logits, target, grad)), *shape[1:])
+        total, want = torch.ops.seg_ops.cross_entropy(logits, target, True)
+        assert loss == pytest.approx(total.item(), rel=1e-5)
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
 
 
 @quick
