@@ -132,6 +132,7 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63
          (test_kernels.test_falls_from_pixel_to_pixel, [(2,), (3,)]),
          (test_kernels.test_all_classes_fall, [(2,), (3,)]),
          (test_kernels.test_confidence_that_does_not_count, [()]),
+         (test_kernels.test_another_label_ignored, [(2,), (300,)]),
          (test_kernels.test_infinite_confidence, [()]),
          (test_kernels.test_an_axis_that_keeps_its_size_stays_with_the_kernels, [((5, 17),), ((17, 5),)])]
 QUICK = (test_kernels.test_layouts, test_kernels.test_ties_go_to_the_lowest_class, test_kernels.test_steep_logits,
