@@ -1,21 +1,20 @@
 // Bilinear interpolation by cells, align_corners=True, for the CUDA kernels.
 //
-// Four neighbouring low-resolution points span a cell. A block takes up to 16 cells side by side in a row of cells of
-// one picture, and keeps their points in shared memory; the grid's x axis holds all blocks. In a cell a class's logit
-// is a + fx*b + fy*(c + fx*d), so that along a line of 8 pixels one exponential and a polynomial do: from one pixel
-// to the next e += e * m with m = exp(step) - 1, which costs half an ulp. The largest corner of a cell is subtracted
-// first. Where a logit falls too far within a cell, or a corner is not finite, its warp computes pixels one by one by
-// ATen's formula.
+// Four neighbouring low-resolution points span a cell. A block takes 8 cells side by side of a picture and keeps their
+// points in shared memory; the grid's x axis holds all blocks. In a cell a class's logit is a + fx*b + fy*(c + fx*d),
+// so that down a column of 8 pixels one exponential and a polynomial do: e += e * m from pixel to pixel, with
+// m = exp(step) - 1, which costs half an ulp. The largest corner of a cell is subtracted first. Where a logit falls too
+// far within a cell, or a corner is not finite, its warp computes pixels one by one by ATen's formula.
 //
-// A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. These sums
-// are stored, and a second kernel makes of them the gradients of the points, each of which has up to four cells
-// around it. So no sum needs an atomic, and all have a fixed order.
+// A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. A second
+// kernel makes of these sums the gradients of the points, each of which has up to four cells around it. So no sum
+// needs an atomic, and all have a fixed order.
 #pragma once
 #include "cuda.cuh"
 #include "exponentials.h"
 
-constexpr int THREADS = 4, COLUMNS = 2, ROWS = 8;  // threads of a cell; pixels that each has at once in smooth cells
-constexpr unsigned ALL = 0xffffffffu;              // lanes of a warp
+constexpr int CELLS = 8, THREADS = 4;  // cells of a block; a cell's threads, where a warp has all eight
+constexpr unsigned ALL = 0xffffffffu;  // lanes of a warp
 
 // Logits (N,K,h,w) as they lie in memory.
 struct Points {
@@ -29,22 +28,20 @@ struct Points {
 };
 
 // One axis: n low-resolution points, m output positions, in float32 as ATen computes them; but the last point's
-// outputs belong to the cell before it, at fraction 1. Where the size stays each point is a cell of its own and its
-// own neighbour, as in PyTorch: the point beside it, which may be infinite, is not even multiplied by 0.
+// outputs belong to the cell before it, at fraction 1.
 struct Axis {
   int n, m;
+  int next;             // from a point to its neighbour; 0 where the axis keeps its size, and every point is alone
   float step, outputs;  // distance of two outputs, in cells; outputs in a cell, about
 
   Axis(int64_t n, int64_t m)
-      : n(n), m(m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), outputs(step > 0 ? 1 / step : m) {}
-  __host__ __device__ int cells() const { return n == m ? n : n > 1 ? n - 1 : 1; }
-  __device__ int next(int x) const { return n == m ? x : min(x + 1, n - 1); }
+      : n(n), m(m), next(n != m && n > 1), step(m > 1 ? float(n - 1) / (m - 1) : 0.f),
+        outputs(step > 0 ? 1 / step : m) {}
+  __host__ __device__ int cells() const { return n - next; }
   __device__ int cell(int o) const { return min(int(__fmul_rn(step, o)), cells() - 1); }
   __device__ float frac(int o) const { return fminf(__fmul_rn(step, o) - cell(o), 1.f); }
   // The first output of cell x, m where there is none at or behind it.
   __device__ int first(int x) const {
-    if (x <= 0 || step == 0) return x <= 0 ? 0 : m;
-    if (x >= cells()) return m;
     int o = min(int(x * outputs), m);
     while (o > 0 && cell(o - 1) >= x) o--;
     while (o < m && cell(o) < x) o++;
@@ -52,10 +49,12 @@ struct Axis {
   }
 };
 
-// As ATen interpolates finite numbers; and any: to it the last point, here at fraction 1, is a cell of its own at
-// fraction 0, where infinity is NaN.
-__device__ inline float mix(float a, float b, float f) { return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b)); }
-__device__ inline float blend(float a, float b, float f) { return f == 1 ? mix(b, b, 0) : mix(a, b, f); }
+// As ATen interpolates; to it the last point, here at fraction 1, is a cell of its own at fraction 0: an infinite
+// neighbour is not even multiplied by 0.
+__device__ inline float blend(float a, float b, float f) {
+  if (f == 1) a = b, f = 0;
+  return __fadd_rn(__fmul_rn(1 - f, a), __fmul_rn(f, b));
+}
 __device__ inline float bilinear(float4 c, float fx, float fy) {
   return blend(blend(c.x, c.y, fx), blend(c.z, c.w, fx), fy);
 }
@@ -83,76 +82,50 @@ __device__ inline float max_lanes(float v, int lanes) {
   return v;
 }
 
-enum Kinds { CORNERS = 0, POWERS = 1, SUMS = 2, BENDS = 4 };  // what a block keeps of its cells: see Tile
-
 // The cells of all pictures, and how blocks share them.
 struct Cells {
   Points logits;
   Axis y, x;
-  int kinds, K, own, across;  // classes; cells of a block; blocks in a row of cells
-  size_t shared;              // bytes of a block
+  int K, across;  // classes; blocks in a row of cells
+  size_t shared;  // bytes of a block
 
-  // `more`: bytes that the kernel wants behind the tile.
-  Cells(const Tensor& t, int64_t height, int64_t width, int kinds, size_t more = 0)
-      : logits(t), y(t.size(2), height), x(t.size(3), width), kinds(kinds), K(t.size(1)), own(16) {
-    const size_t each = sizeof(float) * (4 + (kinds & SUMS ? 4 : 0) + (kinds & BENDS ? 1 : 0)) * pitch();
-    if (each * own + more > SHARED) own = 8;
-    shared = each * own + more, across = (x.cells() + own - 1) / own;
-  }
+  // `floats`: how many the kernel keeps of a class and cell: all of Tile's, or 4, the corners alone.
+  Cells(const Tensor& t, int64_t height, int64_t width, int floats = 9)
+      : logits(t), y(t.size(2), height), x(t.size(3), width), K(t.size(1)), across((x.cells() + CELLS - 1) / CELLS),
+        shared(sizeof(float) * floats * CELLS * pitch()) {}
   int64_t blocks() const { return logits.sizes[0] * y.cells() * across; }
   __host__ __device__ int pitch() const { return K | 1; }  // odd: neighbouring cells lie in other banks
 };
 
 // A block's cells in shared memory, and which of them is a thread's own.
 struct Tile {
-  const int K, cells, pitch;
+  const int K, pitch;
   const int row, first;   // row of cells; the block's first cell in it
   const int64_t n;        // picture
   const int lanes, cell;  // threads of a cell; the thread's cell in the block
-  // (cells, pitch):
-  float4* const corners;  // a class's logits: top left, top right, bottom left, bottom right; or, where all cells of a
-                          // warp are smooth, and POWERS are wanted, a to d above, to base 2
+  // (CELLS, pitch):
+  float4* const corners;  // a class's logits: top left, top right, bottom left, bottom right; once `smooth` is true, a
+                          // to d above, to base 2
   float4* const sums;     // of a gradient over a cell's pixels: plain, times fx, times fy, times both
   float* const bends;     // 2^(d of one pixel to the right and down) - 1: 1 + m grows by it from a column to the next
-  bool smooth;            // whether exponentials in the warp's cells go by recurrence; if not, some may not be finite
+  bool smooth = false;    // whether exponentials in the warp's cells go by recurrence; if not, some may not be finite
 
-  // Reads the block's points and sets sums to 0; ends with a barrier.
+  // Reads the corners; ends with a barrier.
   __device__ explicit Tile(const Cells& all)
-      : K(all.K), cells(all.own), pitch(all.pitch()), row(blockIdx.x / all.across % all.y.cells()),
-        first(blockIdx.x % all.across * cells), n(blockIdx.x / all.across / all.y.cells()), lanes(blockDim.x / cells),
-        cell(threadIdx.x / lanes), corners(shared_memory<float4>()), sums(corners + cells * pitch),
-        bends(reinterpret_cast<float*>(all.kinds & SUMS ? sums + cells * pitch : sums)) {
+      : K(all.K), pitch(all.pitch()), row(blockIdx.x / all.across % all.y.cells()),
+        first(blockIdx.x % all.across * CELLS), n(blockIdx.x / all.across / all.y.cells()), lanes(blockDim.x / CELLS),
+        cell(threadIdx.x / lanes), corners(shared_memory<float4>()), sums(corners + CELLS * pitch),
+        bends(reinterpret_cast<float*>(sums + CELLS * pitch)) {
     if (all.logits.type == ScalarType::Float) load<float>(all);
     else if (all.logits.type == ScalarType::Half) load<Half>(all);
     else load<BFloat16>(all);
     __syncthreads();
-    survey(all);
-    __syncthreads();
   }
   __device__ int at(int k) const { return cell * pitch + k; }
 
-  // Behind a barrier, to all cells' sums (N,K,rows,columns).
-  __device__ void store(float4* to, const Cells& all) const {
-    const int x = first + threadIdx.x % cells;
-    for (int k = threadIdx.x / cells; k < K && x < all.x.cells(); k += lanes)
-      to[((n * K + k) * all.y.cells() + row) * all.x.cells() + x] = sums[threadIdx.x % cells * pitch + k];
-  }
-
- private:
-  template <class T>
-  __device__ void load(const Cells& all) const {
-    const Points& from = all.logits;
-    const int x = min(first + int(threadIdx.x) % cells, all.x.n - 1);
-    const int64_t left = x * from.strides[3], right = all.x.next(x) * from.strides[3];
-    const T* top = static_cast<const T*>(from.data) + n * from.strides[0] + row * from.strides[2];
-    const T* bottom = top + (all.y.next(row) - row) * from.strides[2];
-    for (int64_t k = threadIdx.x / cells; k < K; k += lanes) {
-      const T *t = top + k * from.strides[1], *b = bottom + k * from.strides[1];
-      corners[threadIdx.x % cells * pitch + k] = make_float4(t[left], t[right], b[left], b[right]);
-    }
-  }
-  // The cell's threads share its classes.
-  __device__ void survey(const Cells& all) {
+  // For exponentials and gradients: sets all but the corners, and these where smooth. A cell's threads share its
+  // classes. Ends with a barrier.
+  __device__ void prepare(const Cells& all) {
     float largest = -INFINITY, floor = -INFINITY, down = 0, right = 0, broken = 0;
     for (int k = threadIdx.x % lanes; k < K; k += lanes) {
       const float4 c = corners[at(k)];
@@ -165,21 +138,40 @@ struct Tile {
     largest = max_lanes(largest, lanes), floor = max_lanes(floor, lanes);
     down = max_lanes(down, lanes), right = max_lanes(right, lanes);
     const float fall = fmaxf(all.y.step * down, all.x.step * right);
-    const bool own = all.kinds ? is_smooth(largest, floor, fmaxf(down, right), fall, broken) : broken == 0;
-    smooth = __all_sync(ALL, own);
+    smooth = __all_sync(ALL, is_smooth(largest, floor, fmaxf(down, right), fall, broken));
     const float pixel = all.y.step * fminf(all.x.step, 1);  // where it is more no cell has two columns
-    for (int k = threadIdx.x % lanes; k < K && all.kinds; k += lanes) {
+    for (int k = threadIdx.x % lanes; k < K; k += lanes) {
       const float4 c = corners[at(k)];
       const float d = LOG2E * (c.w - c.z - (c.y - c.x));
-      if (all.kinds & SUMS) sums[at(k)] = make_float4(0, 0, 0, 0);
-      if (all.kinds & BENDS) bends[at(k)] = exp2_minus_1(pixel * d);
+      sums[at(k)] = make_float4(0, 0, 0, 0), bends[at(k)] = exp2_minus_1(pixel * d);
       if (smooth) corners[at(k)] = make_float4(LOG2E * (c.x - largest), LOG2E * (c.y - c.x), LOG2E * (c.z - c.x), d);
+    }
+    __syncthreads();
+  }
+  // After a barrier, to all cells' sums (N,K,rows,columns).
+  __device__ void store(float4* to, const Cells& all) const {
+    __syncthreads();
+    const int x = first + threadIdx.x % CELLS;
+    for (int k = threadIdx.x / CELLS; k < K && x < all.x.cells(); k += lanes)
+      to[((n * K + k) * all.y.cells() + row) * all.x.cells() + x] = sums[threadIdx.x % CELLS * pitch + k];
+  }
+
+ private:
+  template <class T>
+  __device__ void load(const Cells& all) const {
+    const int64_t* const strides = all.logits.strides;
+    const int x = min(first + int(threadIdx.x) % CELLS, all.x.cells() - 1);
+    const int64_t right = all.x.next * strides[3], down = all.y.next * strides[2];
+    const T* from = static_cast<const T*>(all.logits.data) + n * strides[0] + row * strides[2] + x * strides[3];
+    for (int64_t k = threadIdx.x / CELLS; k < K; k += lanes) {
+      const T* c = from + k * strides[1];
+      corners[threadIdx.x % CELLS * pitch + k] = make_float4(c[0], c[right], c[down], c[down + right]);
     }
   }
 };
 
-// A thread's pixels in its cell, C columns and R rows from (y,x): pixel i is in column i / R, row i % R. R is 1 where
-// the warp's cells are not smooth.
+// A thread's pixels in its cell, C columns and R rows from (y,x): pixel i is in column i / R, row i % R. For
+// exponentials it is one where the warp's cells are not smooth, and only there.
 template <int C, int R>
 struct Patch {
   static constexpr int COLUMNS = C, ROWS = R, PIXELS = C * R;
@@ -187,7 +179,7 @@ struct Patch {
   const Tile& tile;
   const int y, x, rows, columns;  // the first pixel, and how many there are: no columns in a thread that has none left
   float fy, fx[C];                // where in the cell they lie
-  float shift;                    // where R is 1: what `exps` subtracts, in place of the largest corner
+  float shift;                    // of one pixel: what `exps` subtracts, in place of the largest corner
 
   __device__ Patch(const Cells& all, const Tile& tile, int y, int x, int rows, int columns)
       : all(all), tile(tile), y(y), x(x), rows(rows), columns(columns), fy(all.y.frac(y)), shift(-INFINITY) {
@@ -198,13 +190,13 @@ struct Patch {
   // logit - shift of class k in pixel i
   __device__ float below(int k, int i) const {
     const float4 p = tile.corners[tile.at(k)];
-    if (R == 1) return bilinear(p, fx[0], fy) - shift;
+    if (PIXELS == 1) return bilinear(p, fx[0], fy) - shift;
     const float f = fx[i / R];
     return LN2 * (p.x + f * p.y + (fy + i % R * all.y.step) * (p.z + f * p.w));
   }
   // e[i] = exp(logit - shift) of class k in pixel i
   __device__ void exps(int k, float* e) const {
-    if (R == 1) {
+    if (PIXELS == 1) {
       e[0] = exp2f(LOG2E * below(k, 0));
       return;
     }
@@ -221,41 +213,24 @@ struct Patch {
   __device__ void denominators(float* all) {
     float e[PIXELS];
     for (int i = 0; i < PIXELS; i++) all[i] = 0;
-    for (int k = 0; k < tile.K && R == 1; k++) shift = fmaxf(shift, bilinear(tile.corners[tile.at(k)], fx[0], fy));
+    for (int k = 0; k < tile.K && PIXELS == 1; k++)
+      shift = fmaxf(shift, bilinear(tile.corners[tile.at(k)], fx[0], fy));
     for (int k = 0; k < tile.K; k++) {
       exps(k, e);
       for (int i = 0; i < PIXELS; i++) all[i] += e[i];
     }
   }
-  // The class of the largest logit of each pixel, the lowest on a tie, the first NaN where there is one.
-  __device__ void argmax(int* arg) const {
-    float best[PIXELS];
-    for (int i = 0; i < PIXELS; i++) best[i] = -INFINITY, arg[i] = 0;
-    for (int k = 0; k < tile.K; k++) {
-      const float4 p = tile.corners[tile.at(k)];
-      for (int i = 0; i < PIXELS; i++) {
-        const float f = fx[i / R], down = all.y.frac(y + i % R);
-        const float now = R == 1 ? bilinear(p, f, down) : mix(mix(p.x, p.y, f), mix(p.z, p.w, f), down);
-        if (now > best[i] || (R == 1 && now != now && best[i] == best[i])) best[i] = now, arg[i] = k;
-      }
-    }
-  }
 };
 
-// visit(patch) for every patch of a thread; all threads of a warp make the same visits, so that these may hold
-// shuffles.
+// visit(patch) for every patch of a thread, THREADS a cell; all threads of a warp make the same visits, so that these
+// may hold shuffles.
 template <int C, int R, class Visit>
-__device__ void each_patch_of(const Cells& all, const Tile& tile, const Visit& visit) {
+__device__ void each_patch(const Cells& all, const Tile& tile, const Visit& visit) {
   const int cell = tile.first + tile.cell, top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
   const int left = all.x.first(cell), right = all.x.first(cell + 1);  // both W outside of the picture
   for (int x = left + threadIdx.x % THREADS * C; __any_sync(ALL, x < right); x += THREADS * C)
     for (int y = top; y < bottom; y += R)
       visit(Patch<C, R>(all, tile, y, x, min(bottom - y, R), min(max(right - x, 0), C)));
-}
-template <class Visit>
-__device__ void each_patch(const Cells& all, const Tile& tile, const Visit& visit) {
-  if (tile.smooth) each_patch_of<COLUMNS, ROWS>(all, tile, visit);
-  else each_patch_of<1, 1>(all, tile, visit);
 }
 
 // Cells' sums (N,K,rows,columns) to their points' gradients (N,K,h,w), a row of points a warp; and the sum of all
@@ -283,15 +258,15 @@ static __global__ void __launch_bounds__(256) to_points(const float4* sums, int 
   if (lane == 0) *total = sum;
 }
 
-// A gradient (N,K,h,w) and the sums over cells that it is made of, both empty where it is not wanted; losses of all
-// warps.
+// What the kernels write, and `finish` makes of it: a gradient (N,K,h,w) of sums over cells, both empty where it is
+// not wanted; the total of `count` losses.
 struct Results {
   Tensor grad, sums, losses, total;
 
-  Results(const Tensor& logits, const Cells& all, bool with_grad, int64_t warps)
+  Results(const Tensor& logits, const Cells& all, bool with_grad, int64_t count)
       : grad(floats(logits, 0)),
-        sums(floats(logits, with_grad ? 4 * logits.size(0) * all.K * all.y.cells() * all.x.cells() : 0)),
-        losses(floats(logits, warps)), total(torch::stable::new_empty(logits, {}, ScalarType::Float)) {
+        sums(floats(logits, with_grad * 4 * logits.size(0) * all.K * all.y.cells() * all.x.cells())),
+        losses(floats(logits, count)), total(torch::stable::new_empty(logits, {}, ScalarType::Float)) {
     if (with_grad) grad = torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float);
   }
   static Tensor floats(const Tensor& like, int64_t count) {

@@ -6,10 +6,10 @@
 // matter.
 //
 // cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16, any strides, and that map -> the sum of the pixels'
-// cross entropies, and its gradient (N,K,h,w) in float32. Never stored: anything of size N x K x H x W. A block has
-// 16 cells side by side (8 for many classes) and 4 threads for each; a thread has 2 x 8 pixels at once, and goes over
-// the classes twice, for the softmax's denominators and for the gradient. All sums have a fixed order: the same bits
-// from run to run.
+// cross entropies, and its gradient (N,K,h,w) in float32. Never stored: anything of size N x K x H x W. A block,
+// one warp, has 8 cells side by side and 4 threads for each; a thread has 2 x 8 pixels at once, and goes over the
+// classes twice, for the softmax's denominators and for the gradient. All sums have a fixed order: the same bits from
+// run to run.
 #include "cells.cuh"
 
 namespace {
@@ -37,14 +37,14 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
   for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < map.rows; row += warps) {
     const int y = row % ay.m, i = ay.cell(y);
     const float* const top = map.confidence + (int64_t(row / ay.m) * ay.n + i) * ax.n;
-    const float* const bottom = top + int64_t(ay.next(i) - i) * ax.n;
+    const float* const bottom = top + int64_t(ay.next) * ax.n;
     for (int x = threadIdx.x % 32; x < ax.m; x += 32) {
       const int64_t pixel = int64_t(row) * ax.m + x, label = map.target.at(pixel);
       const bool known = label != map.ignore, bad = known && (label < 0 || label >= map.classes);
       const bool counts = known && (!map.valid || map.valid[pixel]);
       bool kept = counts;
       if (counts && map.confidence) {
-        const int j = ax.cell(x), k = ax.next(j);
+        const int j = ax.cell(x), k = j + ax.next;
         const float4 c = make_float4(top[j], top[k], bottom[j], bottom[k]);
         kept = (resizes ? bilinear(c, ax.frac(x), ay.frac(y)) : c.x) > map.least;  // 0 * infinity would be NaN
       }
@@ -74,11 +74,12 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
 }
 
 template <bool WITH_GRAD>
-__global__ void __launch_bounds__(64, 8) cells_cross_entropy(Cells all, const uint8_t* labels, float4* sums,
-                                                             float* losses) {
-  const Tile tile(all);
+__global__ void __launch_bounds__(32, 16) cells_cross_entropy(Cells all, const uint8_t* labels, float4* sums,
+                                                              float* losses) {
+  Tile tile(all);
+  tile.prepare(all);
   float loss = 0;
-  each_patch(all, tile, [&](auto patch) {
+  auto visit = [&](auto patch) {
     using Pixels = decltype(patch);
     constexpr int PIXELS = Pixels::PIXELS, ROWS = Pixels::ROWS;
     int label[PIXELS], lowest = 255, highest = 0;
@@ -114,19 +115,19 @@ __global__ void __launch_bounds__(64, 8) cells_cross_entropy(Cells all, const ui
       else add_up([&](int i) { return share(i) - (label[i] == k); });
       reinterpret_cast<float*>(&tile.sums[tile.at(k)])[threadIdx.x % THREADS] += sum_lanes<THREADS, THREADS>(sum);
     }
-  });
+  };
+  if (tile.smooth) each_patch<2, 8>(all, tile, visit);
+  else each_patch<1, 1>(all, tile, visit);
   loss = sum_lanes<1, 32>(&loss);
-  if (threadIdx.x % 32 == 0) losses[int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32] = loss;
-  __syncthreads();
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
   if (WITH_GRAD) tile.store(sums, all);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
   const Launcher launch(logits);
-  const Cells all(logits, labels.size(1), labels.size(2), POWERS | BENDS | (with_grad ? SUMS : 0));
-  const int threads = all.own * THREADS;
-  const Results results(logits, all, with_grad, all.blocks() * threads / 32);
-  launch(with_grad ? cells_cross_entropy<true> : cells_cross_entropy<false>, all.blocks(), threads, all.shared, all,
+  const Cells all(logits, labels.size(1), labels.size(2));
+  const Results results(logits, all, with_grad, all.blocks());
+  launch(with_grad ? cells_cross_entropy<true> : cells_cross_entropy<false>, all.blocks(), 32, all.shared, all,
          labels.const_data_ptr<uint8_t>(), results.cells(), results.losses.mutable_data_ptr<float>());
   results.finish(launch, all);
   return {results.total, results.grad};

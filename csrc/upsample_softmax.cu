@@ -4,10 +4,10 @@
 // (N,H,W,K), channels last, float32, float16 or bfloat16. Never stored: the upsampled logits; backward computes the
 // probabilities again.
 //
-// A block has 16 cells side by side (8 for many classes), which its four warps share. A warp takes 8 pixels of a row
-// of a cell at once, a class in each lane: a pixel's classes lie side by side in memory, and a class's gradient needs
-// no sum over threads. It goes over the classes twice, for the softmax's denominators and for the results; up to 32
-// are still there the second time. All sums have a fixed order: the same bits from run to run.
+// A block has 8 cells side by side, two for each of its four warps. A warp takes 8 pixels of a row of a cell at once,
+// a class in each lane: a pixel's classes lie side by side in memory, and a class's gradient needs no sum over threads.
+// It goes over the classes twice, for the softmax's denominators and for the results; up to 32 are still there the
+// second time. All sums have a fixed order: the same bits from run to run.
 #include "cells.cuh"
 
 namespace {
@@ -77,10 +77,10 @@ __device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid
 
 template <bool BACKWARD, class T>
 __global__ void __launch_bounds__(128, 5) probabilities(Cells all, const bool* valid, T* probs, float4* sums) {
-  const Tile tile(all);
+  Tile tile(all);
+  tile.prepare(all);
   if (tile.smooth) each_pixel<BACKWARD, 8>(all, tile, valid, probs);
   else each_pixel<BACKWARD, 1>(all, tile, valid, probs);
-  __syncthreads();
   if (BACKWARD) tile.store(sums, all);
 }
 
@@ -96,14 +96,14 @@ void run(const Launcher& launch, const Cells& all, const std::optional<Tensor>& 
 
 Tensor upsample_softmax(Tensor logits, std::optional<Tensor> valid, int64_t height, int64_t width, ScalarType dtype) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), height, width, logits.size(1)}, dtype);
-  run<false>(Launcher(logits), Cells(logits, height, width, POWERS), valid, out, nullptr);
+  run<false>(Launcher(logits), Cells(logits, height, width), valid, out, nullptr);
   return out;
 }
 
 // grad (N,H,W,K) contiguous, float32, float16 or bfloat16 -> (N,K,h,w) float32
 Tensor upsample_softmax_backward(Tensor grad, Tensor logits, std::optional<Tensor> valid) {
   const Launcher launch(logits);
-  const Cells all(logits, grad.size(1), grad.size(2), POWERS | SUMS);
+  const Cells all(logits, grad.size(1), grad.size(2));
   const Results results(logits, all, true, 0);
   run<true>(launch, all, valid, grad, results.cells());
   results.finish(launch, all);
