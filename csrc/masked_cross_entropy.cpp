@@ -8,8 +8,8 @@
 // Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve PIXELS pixels: e = 2^A and
 // m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. A and B are linear from row
 // to row, so e and m are brought to the next row in the same way. The shift that keeps exponentials in range is the
-// cell's largest corner; where a logit falls too far within a cell, or a corner is not finite, `exact` computes pixel by
-// pixel as ATen does.
+// cell's largest corner; where a logit falls too far within a cell, or a corner is not finite, `exact` computes pixel
+// by pixel as ATen does.
 //
 // The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Losses are
 // summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
