@@ -126,12 +126,13 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
     """
     num_classes = checks.confusion(prediction, target, num_classes, out)
-    logits = prediction.is_floating_point()
-    if not (_kernel_resizes(prediction, target.shape[1:]) if logits else _kernel(target)):
+    if prediction.is_floating_point() and not _kernel_resizes(prediction, target.shape[1:]):
+        prediction = upsample_argmax(prediction, target.shape[1:])
+    if not _kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
     matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
-    prediction = prediction.detach() if logits else prediction.contiguous()
+    prediction = prediction.detach() if prediction.is_floating_point() else prediction.contiguous()
     _call(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, counts)
     return matrix if counts is matrix else matrix.add_(counts)
 
