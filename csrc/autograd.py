@@ -5,8 +5,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 SCHEMAS = {  # ops.py says what they compute
-    # labels (N,H,W) uint8, 255 where a pixel does not count; counts: kept, everything, bad (which the CPU raises)
-    "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, float threshold, int classes, int ignore) -> "
+    # labels (N,H,W) uint8, 255 where a pixel does not count; counts: kept, everything, bad (which the CPU raises);
+    # the threshold is a scalar on the CPU: torch.compile would make a graph for each value of a float
+    "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, Tensor threshold, int K, int ignore) -> "
                  "(Tensor labels, Tensor counts)",
     # sums over the labels that count; grad (N,K,h,w) float32 is empty without with_grad
     "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad) -> (Tensor total, Tensor grad)",

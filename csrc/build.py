@@ -146,8 +146,8 @@ def build(place, device="cpu"):
         began = time.monotonic()
         try:
             make(place, device)
-        except (RuntimeError, OSError) as e:
-            errors = [line for line in str(e).splitlines() if "error" in line] or str(e).splitlines()
+        except (RuntimeError, OSError, subprocess.SubprocessError) as e:
+            errors = [line for line in str(e).splitlines() if "error" in line] or repr(e).splitlines()
             raise RuntimeError(f"the build in {place} failed: {errors[0]}") from None
         (place / "ready").write_text(str((place / f"{NAMES[device]}.so").stat().st_size))
         global note
@@ -160,7 +160,7 @@ def make(place, device):
     script.write_text(f'#!/bin/sh\nexec {cxx()} "$@"\n')
     script.chmod(0o755)
     # ninja is beside python in an environment that was not activated
-    env = {"CXX": str(script), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
+    env = {"CXX": str(script), "PATH": os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])}
     if device == "cuda":
         env["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())
         runtime = next(INCLUDE[0].parent.glob("lib/libcudart.so*"), None)  # pip's has a version in its name

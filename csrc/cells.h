@@ -202,7 +202,7 @@ struct Walk {
       broken += (a + b + c + d) * 0;  // 0, or NaN
       cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    // with two or three pixels a cell there is no recurrence
+    // with two pixels a cell there is no recurrence
     const V fall = up.x.step > 0.5f ? V{} : max(up.x.step * steepest, up.y.step * steep_down);
     smooth = all(is_smooth(largest, floor, steepest, fall, broken));
     for (int k = 0; k < K && !smooth; k++) quads[k] = quad(k, x);
@@ -281,7 +281,7 @@ struct Gradient {
   Gradient(float* grad, const Upsampling& up)
       : grad(grad), K(up.logits.sizes[1]), h(up.logits.sizes[2]), w(up.logits.sizes[3]), stride(up.lanes.stride),
         sums(K) {
-    for (auto& corner : corners) corner.resize(K * stride + 1);
+    for (auto& corner : corners) corner.resize(K * stride);
   }
   // The cells at x are done.
   void to_corners(int x) {

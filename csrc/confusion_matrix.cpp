@@ -10,9 +10,9 @@
 #include "cells.h"
 
 namespace {
-constexpr int BLOCK = 64, CHUNK = 1024, BYTES = 256;
+constexpr int GROUP = 64, CHUNK = 1024, BYTES = 256;
 
-// Bit i is set where (guess[i], truth[i]) is not (guess[i+1], truth[i+1]), for BLOCK pixels.
+// Bit i is set where (guess[i], truth[i]) is not (guess[i+1], truth[i+1]), for GROUP pixels.
 inline uint64_t run_ends(const uint8_t* guess, const uint8_t* truth) {
 #ifdef __AVX512BW__
   auto differ = [](const uint8_t* ids) -> uint64_t {
@@ -44,21 +44,21 @@ struct Counter {
   }
 
   void add(const uint8_t* guess, const uint8_t* truth, int64_t pixels) {
-    for (; pixels > BLOCK; pixels -= BLOCK, guess += BLOCK, truth += BLOCK) {
+    for (; pixels > GROUP; pixels -= GROUP, guess += GROUP, truth += GROUP) {
       const uint64_t ends = run_ends(guess, truth);
-      if (__builtin_popcountll(ends) <= BLOCK / 3) {
-        add_runs(guess, truth, ends | uint64_t(1) << (BLOCK - 1));
+      if (__builtin_popcountll(ends) <= GROUP / 3) {
+        add_runs(guess, truth, ends | uint64_t(1) << (GROUP - 1));
         continue;
       }
-      int cells[BLOCK];
-      for (int i = 0; i < BLOCK; i++) cells[i] = cell(guess[i], truth[i]);
+      int cells[GROUP];
+      for (int i = 0; i < GROUP; i++) cells[i] = cell(guess[i], truth[i]);
       uint32_t* table[4];
       for (int i = 0; i < 4; i++) table[i] = &counts[i % tables * size];
-      for (int i = 0; i < BLOCK; i += 4)
+      for (int i = 0; i < GROUP; i += 4)
         for (int j = 0; j < 4; j++) table[j][cells[i + j]]++;
     }
-    // the last 1 to BLOCK pixels: `run_ends` reads one more than it looks at
-    uint8_t g[BLOCK + 1] = {}, t[BLOCK + 1] = {};
+    // the last 1 to GROUP pixels: `run_ends` reads one more than it looks at
+    uint8_t g[GROUP + 1] = {}, t[GROUP + 1] = {};
     std::copy(guess, guess + pixels, g);
     std::copy(truth, truth + pixels, t);
     const uint64_t last = uint64_t(1) << (pixels - 1);

@@ -1,5 +1,9 @@
 // What the exponentials of CPU and GPU share. F is a float or a vector of them.
 #pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+
 #ifdef __CUDACC__
 #define ON_BOTH __host__ __device__
 #else
@@ -26,5 +30,11 @@ template <class F>
 ON_BOTH inline auto is_smooth(F largest, F floor, F steepest, F fall, F broken) {
   // a fall by 4 costs e^4 roundings in the next pixel
   return (largest - floor + steepest < 64) & (largest - floor < 40) & (fall < 4) & (broken == 0);
+}
+
+// The c above which sigmoid(c) > threshold (a float32 scalar on the CPU): no sigmoid rounds to it.
+inline float logit(const torch::stable::Tensor& threshold) {
+  const double p = *threshold.const_data_ptr<float>();
+  return p > 0 && p < 1 ? std::log(p / (1 - p)) : std::copysign(INFINITY, p - 0.5);
 }
 #undef ON_BOTH

@@ -49,14 +49,11 @@ int64_t count(const uint8_t* labels, int64_t n) {
 // Confidences (N,1,a,b) and what they must be above, once upsampled.
 struct Confidence {
   const float* data;
-  float cutoff;
+  const float cutoff;
   Axis y, x;
 
-  Confidence(const Tensor& t, double threshold, int64_t height, int64_t width)
-      : data(t.const_data_ptr<float>()), y(t.size(2), height), x(t.size(3), width) {
-    const float p = threshold;  // sigmoid(c) > p is compared as c > logit(p): no sigmoid rounds to the threshold
-    cutoff = p > 0 && p < 1 ? std::log(p / (1.0 - p)) : std::copysign(INFINITY, p - 0.5);
-  }
+  Confidence(const Tensor& t, const Tensor& threshold, int64_t height, int64_t width)
+      : data(t.const_data_ptr<float>()), cutoff(logit(threshold)), y(t.size(2), height), x(t.size(3), width) {}
   // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1 + x.m.
   void mask(int64_t n, int row, uint8_t* __restrict to, float* __restrict line) const {
     const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
@@ -75,7 +72,7 @@ struct Confidence {
 
 // (labels, counts): see autograd.py. Throws std::invalid_argument on a label that is no class.
 std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
-                                     double threshold, int64_t K, int64_t ignore) {
+                                     Tensor threshold, int64_t K, int64_t ignore) {
   const int64_t height = target.size(1), width = target.size(2);
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
@@ -187,6 +184,7 @@ struct Job {
         loss += LOG2E * (a[0] * (c.a + block.fy * c.down - shift) + b[0] * (c.right + block.fy * c.both));
         store(own, V{}), store(own_x, V{});
       }
+      if (!with_grad) continue;
       for (int p = 0; p < P; p++) a[p % 2] += one[p] * e[k * P + p], b[p % 2] += x[p] * e[k * P + p];
       gradient.sums[k].add(a[0] + a[1], b[0] + b[1], block.fy);
     }

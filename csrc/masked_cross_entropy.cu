@@ -18,9 +18,9 @@ struct Map {
   const float* confidence;  // (N,1,a,b) or null
   const bool* valid;        // (N,H,W) or null
   Axis y, x;                // of the confidence
-  float least;              // a pixel counts where the confidence is above this
+  float cutoff;             // a pixel counts where the confidence is above this
   unsigned rows;            // N * H
-  int classes;
+  int K;
   int64_t ignore;
   uint8_t* labels;  // (N,H,W)
   Count* counts;    // kept, everything, bad
@@ -40,13 +40,13 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
     const float* const bottom = top + int64_t(ay.next) * ax.n;
     for (int x = threadIdx.x % 32; x < ax.m; x += 32) {
       const int64_t pixel = int64_t(row) * ax.m + x, label = map.target.at(pixel);
-      const bool known = label != map.ignore, bad = known && (label < 0 || label >= map.classes);
+      const bool known = label != map.ignore, bad = known && (label < 0 || label >= map.K);
       const bool counts = known && (!map.valid || map.valid[pixel]);
       bool kept = counts;
       if (counts && map.confidence) {
         const int j = ax.cell(x), k = j + ax.next;
         const float4 c = make_float4(top[j], top[k], bottom[j], bottom[k]);
-        kept = (resizes ? bilinear(c, ax.frac(x), ay.frac(y)) : c.x) > map.least;  // 0 * infinity would be NaN
+        kept = (resizes ? bilinear(c, ax.frac(x), ay.frac(y)) : c.x) > map.cutoff;  // 0 * infinity would be NaN
       }
       map.labels[pixel] = kept && !bad ? label : 255;
       own[0] += kept, own[1] += counts, own[2] += bad;
@@ -58,16 +58,14 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
 }
 
 std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
-                                     double threshold, int64_t classes, int64_t ignore) {
+                                     Tensor threshold, int64_t K, int64_t ignore) {
   const Launcher launch(target);
   const int64_t height = target.size(1), width = target.size(2), rows = target.size(0) * height;
-  const double p = float(threshold);
-  const double least = p > 0 && p < 1 ? std::log(p / (1 - p)) : std::copysign(INFINITY, p - 0.5);
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
   const Map map{Ids(target), confidence ? confidence->const_data_ptr<float>() : nullptr,
                 valid ? valid->const_data_ptr<bool>() : nullptr, Axis(confidence ? confidence->size(2) : 1, height),
-                Axis(confidence ? confidence->size(3) : 1, width), float(least), unsigned(rows), int(classes), ignore,
+                Axis(confidence ? confidence->size(3) : 1, width), logit(threshold), unsigned(rows), int(K), ignore,
                 labels.mutable_data_ptr<uint8_t>(), reinterpret_cast<Count*>(counts.mutable_data_ptr<int64_t>())};
   launch(map_labels, std::clamp<int64_t>(rows / 8, 1, 1056), 256, 3 * sizeof(unsigned), map);
   return {labels, counts};

@@ -84,7 +84,8 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     # from here on one byte a pixel says all: its class, or 255 where it does not count
     confidence = confidence if confidence is None else confidence.float()
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
-    labels, counts = _call(torch.ops.seg_ops.label_map, target, confidence, valid, threshold, logits.shape[1], ignore)
+    limit = torch.ones(()) * threshold
+    labels, counts = _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, logits.shape[1], ignore)
     kept, everything, bad = counts.unbind()
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad)
@@ -166,7 +167,7 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
         labels = upsampled.argmax(1)  # (N,H,W)
         counts = torch.ones_like(labels, dtype=torch.bool)
     else:
-        counts = target != ignore
+        counts = target.long() != ignore  # as bytes 300 would be 44
         labels, bad = _in_range(target, counts, k, "target")
     if valid is not None:
         counts = counts & valid
@@ -203,7 +204,7 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
     if prediction.is_floating_point():
         prediction = upsample_argmax_reference(prediction, target.shape[1:])
     cells = num_classes * num_classes
-    counts = target != ignore
+    counts = target.long() != ignore
     truth, bad = _in_range(target, counts, num_classes, "target")
     guess, bad_guess = _in_range(prediction, counts, num_classes, "prediction")
     cell = (truth * num_classes + guess).where(counts, truth.new_full((), cells))  # one more cell for what is ignored

@@ -78,7 +78,7 @@ inline void store(uint16_t* p, V v, int n) {
   std::memcpy(p, &half, n * sizeof *p);
 #endif
 }
-inline V splat(float x) { return x - V{}; }  // 0 - x would lose the sign of zero
+inline V splat(float x) { return x - V{}; }  // x + V{} would lose the sign of zero
 inline V max(V a, V b) { return a > b ? a : b; }
 inline V min(V a, V b) { return a < b ? a : b; }
 inline V abs(V a) { return max(a, -a); }

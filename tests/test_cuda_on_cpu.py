@@ -193,7 +193,8 @@ def test_label_map(kernels, confident, size):
                 kept = counts
                 if confidence is not None:
                     kept = counts & (ops._upsample(confidence.double(), size).sigmoid()[:, 0] > threshold)
-                found, (sure, everything, wrong) = kernels.label_map(labels, confidence, mask, threshold, 5, ignore)
+                found, (sure, everything, wrong) = kernels.label_map(labels, confidence, mask, torch.tensor(threshold),
+                                                                     5, ignore)
                 assert torch.equal(found, labels.where(kept & ~bad, 255).to(torch.uint8))
                 assert (sure, everything, wrong) == (kept.sum(), counts.sum(), bad.sum())
 
@@ -206,7 +207,7 @@ def test_more_pictures_than_a_grid_has_in_z(built):
 def check_many_pictures(operators, n=65_537):
     """Every one of them gives the same."""
     logits, target, confidence, _ = (x[:1].expand(n, *x.shape[1:]) for x in test_kernels.inputs(1, 2, 2, 1, 3, 2))
-    labels, counts = operators.label_map(target.contiguous(), confidence.contiguous(), None, 0.5, 2, 255)
+    labels, counts = operators.label_map(target.contiguous(), confidence.contiguous(), None, torch.tensor(0.5), 2, 255)
     total, grad = operators.cross_entropy(logits, labels, True)
     probs = operators.upsample_softmax(logits, None, 3, 2, torch.float32)
     out = torch.zeros(2, 2, dtype=torch.int64, device=labels.device)
@@ -235,9 +236,9 @@ def test_no_races_and_few_sectors():
         touched[name] = lib.cuda_on_cpu_sectors(), fewest
 
     lib.cuda_on_cpu_sectors()
-    ids, _ = op.label_map(target, None, None, 0, k, 255)
+    ids, _ = op.label_map(target, None, None, torch.tensor(0.3), k, 255)
     sectors("label_map", 2 * labels)
-    op.label_map(target, confidence, valid, 0.3, k, 255)
+    op.label_map(target, confidence, valid, torch.tensor(0.3), k, 255)
     sectors("label_map with all", 3 * labels)
     op.cross_entropy(logits, ids, False)
     sectors("cross_entropy", low + labels)
