@@ -14,7 +14,7 @@
 #include "exponentials.h"
 
 constexpr int CELLS = 8, THREADS = 4;  // cells of a block; a cell's threads, where a warp has all eight
-constexpr unsigned ALL = 0xffffffffu;  // lanes of a warp
+constexpr unsigned ALL = 0xffffffffu;  // threads of a warp
 
 // Logits (N,K,h,w) as they lie in memory.
 struct Points {
@@ -66,7 +66,7 @@ __device__ inline float exp2_minus_1(float x) {
   return power * (r * exp2_polynomial(r)) + (power - 1);
 }
 
-// Sums over each `GROUP` lanes of a warp, in one order: a lane gets that of v[lane % COUNT]. All lanes call it.
+// Sums over each `GROUP` threads of a warp, in one order: a lane gets that of v[lane % COUNT]. All threads call it.
 template <int COUNT, int GROUP, class T>
 __device__ inline T sum_lanes(T* v) {
   for (int half = COUNT / 2; half; half /= 2)
@@ -77,8 +77,8 @@ __device__ inline T sum_lanes(T* v) {
   for (int distance = COUNT; distance < GROUP; distance *= 2) v[0] += __shfl_xor_sync(ALL, v[0], distance);
   return v[0];
 }
-__device__ inline float max_lanes(float v, int lanes) {
-  for (int distance = 1; distance < lanes; distance *= 2) v = fmaxf(v, __shfl_xor_sync(ALL, v, distance));
+__device__ inline float max_lanes(float v, int threads) {
+  for (int distance = 1; distance < threads; distance *= 2) v = fmaxf(v, __shfl_xor_sync(ALL, v, distance));
   return v;
 }
 
@@ -102,7 +102,7 @@ struct Tile {
   const int K, pitch;
   const int row, first;   // row of cells; the block's first cell in it
   const int64_t n;        // picture
-  const int lanes, cell;  // threads of a cell; the thread's cell in the block
+  const int threads, cell;  // threads of a cell; the thread's cell in the block
   // (CELLS, pitch):
   float4* const corners;  // a class's logits: top left, top right, bottom left, bottom right; once `smooth` is true, a
                           // to d above, to base 2
@@ -113,8 +113,8 @@ struct Tile {
   // Reads the corners; ends with a barrier.
   __device__ explicit Tile(const Cells& all)
       : K(all.K), pitch(all.pitch()), row(blockIdx.x / all.across % all.y.cells()),
-        first(blockIdx.x % all.across * CELLS), n(blockIdx.x / all.across / all.y.cells()), lanes(blockDim.x / CELLS),
-        cell(threadIdx.x / lanes), corners(shared_memory<float4>()), sums(corners + CELLS * pitch),
+        first(blockIdx.x % all.across * CELLS), n(blockIdx.x / all.across / all.y.cells()), threads(blockDim.x / CELLS),
+        cell(threadIdx.x / threads), corners(shared_memory<float4>()), sums(corners + CELLS * pitch),
         bends(reinterpret_cast<float*>(sums + CELLS * pitch)) {
     if (all.logits.type == ScalarType::Float) load<float>(all);
     else if (all.logits.type == ScalarType::Half) load<Half>(all);
@@ -127,7 +127,7 @@ struct Tile {
   // classes. Ends with a barrier.
   __device__ void prepare(const Cells& all) {
     float largest = -INFINITY, floor = -INFINITY, down = 0, right = 0, broken = 0;
-    for (int k = threadIdx.x % lanes; k < K; k += lanes) {
+    for (int k = threadIdx.x % threads; k < K; k += threads) {
       const float4 c = corners[at(k)];
       largest = fmaxf(largest, fmaxf(fmaxf(c.x, c.y), fmaxf(c.z, c.w)));
       floor = fmaxf(floor, fminf(fminf(c.x, c.y), fminf(c.z, c.w)));
@@ -135,12 +135,12 @@ struct Tile {
       right = fmaxf(right, fmaxf(fabsf(c.y - c.x), fabsf(c.w - c.z)));
       broken += (c.x + c.y + c.z + c.w) * 0;
     }
-    largest = max_lanes(largest, lanes), floor = max_lanes(floor, lanes);
-    down = max_lanes(down, lanes), right = max_lanes(right, lanes);
+    largest = max_lanes(largest, threads), floor = max_lanes(floor, threads);
+    down = max_lanes(down, threads), right = max_lanes(right, threads);
     const float fall = fmaxf(all.y.step * down, all.x.step * right);
     smooth = __all_sync(ALL, is_smooth(largest, floor, fmaxf(down, right), fall, broken));
     const float pixel = all.y.step * fminf(all.x.step, 1);  // where it is more no cell has two columns
-    for (int k = threadIdx.x % lanes; k < K; k += lanes) {
+    for (int k = threadIdx.x % threads; k < K; k += threads) {
       const float4 c = corners[at(k)];
       const float d = LOG2E * (c.w - c.z - (c.y - c.x));
       sums[at(k)] = make_float4(0, 0, 0, 0), bends[at(k)] = exp2_minus_1(pixel * d);
@@ -152,7 +152,7 @@ struct Tile {
   __device__ void store(float4* to, const Cells& all) const {
     __syncthreads();
     const int x = first + threadIdx.x % CELLS;
-    for (int k = threadIdx.x / CELLS; k < K && x < all.x.cells(); k += lanes)
+    for (int k = threadIdx.x / CELLS; k < K && x < all.x.cells(); k += threads)
       to[((n * K + k) * all.y.cells() + row) * all.x.cells() + x] = sums[threadIdx.x % CELLS * pitch + k];
   }
 
@@ -163,7 +163,7 @@ struct Tile {
     const int x = min(first + int(threadIdx.x) % CELLS, all.x.cells() - 1);
     const int64_t right = all.x.next * strides[3], down = all.y.next * strides[2];
     const T* from = static_cast<const T*>(all.logits.data) + n * strides[0] + row * strides[2] + x * strides[3];
-    for (int64_t k = threadIdx.x / CELLS; k < K; k += lanes) {
+    for (int64_t k = threadIdx.x / CELLS; k < K; k += threads) {
       const T* c = from + k * strides[1];
       corners[threadIdx.x % CELLS * pitch + k] = make_float4(c[0], c[right], c[down], c[down + right]);
     }

@@ -17,8 +17,8 @@ template <bool BACKWARD, int P, class T>
 __device__ void each_pixel(const Cells& all, const Tile& tile, const bool* valid, T* probs) {
   const int K = tile.K, lane = threadIdx.x % 32, last = (K - 1) / 32 * 32 + lane;  // its last class; there may be none
   const int top = all.y.first(tile.row), bottom = all.y.first(tile.row + 1);
-  const int begin = threadIdx.x / 32 * (32 / tile.lanes);  // the first cell whose corners the warp has looked at
-  for (int cell = begin; cell < begin + 32 / tile.lanes; cell++)
+  const int begin = threadIdx.x / 32 * (32 / tile.threads);  // the first cell whose corners the warp has looked at
+  for (int cell = begin; cell < begin + 32 / tile.threads; cell++)
     for (int x = all.x.first(tile.first + cell), end = all.x.first(tile.first + cell + 1); x < end; x += P)
       for (int y = top; y < bottom; y++) {
         const int64_t pixel = (tile.n * all.y.m + y) * all.x.m + x;
