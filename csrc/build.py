@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,8 @@ def folder(device="cpu"):
     """Where the binary of a device for these sources, this machine and its compilers is, or will be."""
     flags = [*FLAGS, cpu()] if device == "cpu" else [*CUDA_FLAGS, *architectures()]
     place = cache_folder(NAMES[device], [*flags, platform.system()], sources(device))
-    versions = [version(compiler) for compiler in (cxx(), f"{cuda_home()}/bin/nvcc")[:1 if device == "cpu" else 2]]
+    nvcc = shlex.quote(f"{cuda_home()}/bin/nvcc")
+    versions = [version(compiler) for compiler in (cxx(), nvcc)[:1 if device == "cpu" else 2]]
     ready = next(place.parent.glob(f"{place.name}_*/ready"), None)
     if ready and "" in versions:
         return ready.parent  # where there is no compiler, any one's will do

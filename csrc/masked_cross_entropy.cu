@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
   const unsigned warps = gridDim.x * (blockDim.x / 32);
   for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < map.rows; row += warps) {
     const int y = row % ay.m, i = ay.cell(y);
-    const float* const top = map.confidence + (int64_t(row / ay.m) * ay.n + i) * ax.n;
-    const float* const bottom = top + int64_t(ay.next) * ax.n;
+    const int64_t top = (int64_t(row / ay.m) * ay.n + i) * ax.n, bottom = top + int64_t(ay.next) * ax.n;
     for (int x = threadIdx.x % 32; x < ax.m; x += 32) {
       const int64_t pixel = int64_t(row) * ax.m + x, label = map.target.at(pixel);
       const bool known = label != map.ignore, bad = known && (label < 0 || label >= map.K);
@@ -45,7 +44,8 @@ __global__ void __launch_bounds__(256) map_labels(Map map) {
       bool kept = counts;
       if (counts && map.confidence) {
         const int j = ax.cell(x), k = j + ax.next;
-        const float4 c = make_float4(top[j], top[k], bottom[j], bottom[k]);
+        const float* const p = map.confidence;
+        const float4 c = make_float4(p[top + j], p[top + k], p[bottom + j], p[bottom + k]);
         kept = (resizes ? bilinear(c, ax.frac(x), ay.frac(y)) : c.x) > map.cutoff;  // 0 * infinity would be NaN
       }
       map.labels[pixel] = kept && !bad ? label : 255;
