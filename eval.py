@@ -62,10 +62,11 @@ def evaluate(seg, samples, args, device, write=None):
         for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
             if parallel.heard:
                 break
-            logits = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
-            ops.confusion_matrix(logits, target.to(device), out=matrix)
+            prediction = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
             if write:
-                write(parallel.RANK + i * parallel.WORLD, ops.upsample_argmax(logits, target.shape[1:])[0].cpu())
+                prediction = ops.upsample_argmax(prediction, target.shape[1:])  # (1,H,W) uint8
+                write(parallel.RANK + i * parallel.WORLD, prediction[0].cpu())
+            ops.confusion_matrix(prediction, target.to(device), seg.num_classes, out=matrix)
     except cli.InputError as e:
         if not was_training:
             raise

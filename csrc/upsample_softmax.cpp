@@ -14,12 +14,17 @@ struct Problem : Upsampling {
       : Upsampling(logits, height, width), valid(valid ? valid->const_data_ptr<bool>() : nullptr) {}
   // The first pixel of a block's row.
   int64_t row(int64_t n, const Block& block) const { return (n * y.m + block.row) * x.m; }
-  // there[p]: all bits set in the lanes whose pixel is there and valid
+  // e[k*P + p]: the probabilities of a block's pixels; there[p]: all bits set where a pixel is there and valid, else 0
   template <int P>
-  void look(int64_t row, const Block& block, I* there) const {
-    for (int p = 0; p < P; p++)
+  void probabilities(Walk& walk, const Block& block, int64_t row, I* there, V* e) const {
+    V sums[P];
+    exponentials<P>(walk, block, e, sums, [](int, V, V) {});
+    for (int p = 0; p < P; p++) {
       for (int l = 0; l < LANES; l++)
         there[p][l] = p < block.count(l, P) && (!valid || valid[row + block.column(l) + p]) ? -1 : 0;
+      sums[p] = reciprocal(sums[p]);
+    }
+    for (int i = 0; i < walk.K * P; i++) e[i] = there[i % P] ? e[i] * sums[i % P] : V{};
   }
 };
 
@@ -57,14 +62,9 @@ void forward(const Problem& problem, T* probs) {
   each_row(problem.logits.sizes[0], problem.y.n, 1, [&] {
     return [&, walk = Walk(problem), e = std::vector<V>(K * PIXELS)](int64_t n, int64_t cell) mutable {
       walk(n, cell, [&](auto P, const Block& block) {
-        V sums[P];
         I there[P];
         const int64_t row = problem.row(n, block);
-        exponentials<P>(walk, block, e.data(), sums, [](int, V, V) {});
-        problem.look<P>(row, block, there);
-        for (int p = 0; p < P; p++) sums[p] = reciprocal(sums[p]);
-        for (int k = 0; k < K; k++)
-          for (int p = 0; p < P; p++) e[k * P + p] = there[p] ? e[k * P + p] * sums[p] : V{};
+        problem.probabilities<P>(walk, block, row, there, e.data());
         put<P>(block, K, e.data(), probs + row * K);
       }, [](int) {});
     };
@@ -79,14 +79,13 @@ void backward(const Problem& problem, const T* upstream, float* grad) {
     return [&, walk = Walk(problem), gradient = Gradient(grad, problem), e = std::vector<V>(K * PIXELS),
             g = std::vector<V>(K * PIXELS)](int64_t n, int64_t cell) mutable {
       walk(n, cell, [&](auto P, const Block& block) {
-        V sums[P], dot[P] = {}, fx[P];
+        V dot[P] = {}, fx[P];
         I there[P];
         const int64_t row = problem.row(n, block);
-        exponentials<P>(walk, block, e.data(), sums, [](int, V, V) {});
-        problem.look<P>(row, block, there);
+        problem.probabilities<P>(walk, block, row, there, e.data());
         get<P>(block, K, g.data(), upstream + row * K);
-        for (int p = 0; p < P; p++) sums[p] = reciprocal(sums[p]), fx[p] = load(block.fx + p * LANES);
-        for (int i = 0; i < K * P; i++) dot[i % P] += (e[i] = there[i % P] ? e[i] * sums[i % P] : V{}) * g[i];
+        for (int p = 0; p < P; p++) fx[p] = load(block.fx + p * LANES);
+        for (int i = 0; i < K * P; i++) dot[i % P] += e[i] * g[i];
         for (int k = 0; k < K; k++) {
           V a{}, b{};
           for (int p = 0; p < P; p++) {
