@@ -31,7 +31,7 @@ def settle(args, dataset, labelled):
     known = dataset.defaults | {name: value for name, value in vars(args).items() if value is not None}
     tenth = max(1, known["iters"] // 10)
     known = {"stride": 16 if known["backbone"] == "efficientnet_lite0" else 8, "eval_every": tenth, "save_every": tenth,
-             "semi_start": known["iters"] // 4} | known
+             "semi_start": known["iters"] // 4, "threshold": 0.2 if known.get("trust") is None else 0} | known
     vars(args).update({name: known.get(name) for name in vars(args)})
     if getattr(args, "semi_start_epoch", None) is not None:
         epoch = len(labelled) // args.batch_size if args.drop_last else len(labelled) / args.batch_size  # in steps
@@ -166,37 +166,38 @@ class Run:
         """Whether a checkpoint is due: every --save-every, and where a signal asks to stop."""
         return bool(parallel.stopping()) or step % self.args.save_every == 0
 
-    def save(self, step, miou=None):
-        """Write OUT/last.pt; log and print a score (0..1), keep the best in OUT/best.pt; end where that was asked for.
+    def save(self, step, scores=None):
+        """Write OUT/last.pt; log eval's scores, keep the best in OUT/best.pt; end where that was asked for.
 
         A run that had ended is left as it is. Errors: the InputError that broke an evaluation off.
         """
-        miou = None if miou is None else 100 * miou
         checkpoint = dict.fromkeys(NETS) | {name: part.state_dict() for name, part in self.parts.items()} | {
             "step": step, "args": vars(self.args) | {"palette": self.data.palette}, "classes": list(self.data.classes),
-            "rng": torch.get_rng_state(), "miou": miou}
+            "rng": torch.get_rng_state(), "miou": scores and scores["miou"]}
         if self.first and not self.scored(step):
             replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
-        if miou is not None:
-            self.score(step, miou)
-        if (heard := parallel.stopping()) and (miou is None or step < self.args.iters):
+        if scores:
+            self.score(step, scores)
+        if (heard := parallel.stopping()) and (scores is None or step < self.args.iters):
             if isinstance(heard, InputError):
                 raise heard
             tqdm.write(f"stopped by {heard} after step {step}, which is in {self.out}/last.pt; --resume goes on")
             sys.exit(0)
 
-    def score(self, step, miou):
+    def score(self, step, scores):
+        miou = scores["miou"]
         best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=(-1, 0))
         if self.first and not self.scored(step) and miou > best[0]:
             replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
         if self.rows[-1]["step"] != step:  # --log-every left it out
             self.rows.append({"step": step})
-        self.rows[-1].setdefault("miou", miou)
+        self.rows[-1] = self.rows[-1] | scores | self.rows[-1]  # of a run that had ended: what it has
         if self.first:
             self.write_log()  # last: a run killed before this evaluates again
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*best) if best[1] else ""
-        tqdm.write(f"data {self.data.name}, list val, step {step}{other}\nmIoU {miou:.2f}")
+        more = "".join(f", {name} {value:.1f}" for name, value in scores.items() if name != "miou")
+        tqdm.write(f"data {self.data.name}, list val, step {step}{other}{more}\nmIoU {miou:.2f}")
 
 
 def warnings(rows, args):

@@ -22,6 +22,8 @@ import parallel
 from csrc import ops
 from flags import WHOLE
 
+BINS = 1000  # of how sure D and the net are, 0..1: a threshold in thousandths lies between two
+
 
 def flags():
     p = cli.Parser(__doc__)
@@ -45,34 +47,74 @@ def predict(seg, pictures, args, device):
 
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # sizes vary
-def evaluate(seg, samples, args, device, write=None):
-    """mIoU and per-class IoU (K,), fractions: one confusion matrix over all `samples`, at their labels' own sizes.
+def evaluate(seg, samples, args, device, disc=None, write=None):
+    """Scores in percent, a dict, and per-class IoU (K,), fractions: of all `samples`, at their labels' own sizes.
 
-    Processes share the samples out and sum their matrices: every picture counts once. `write(index, ids)` gets every
-    prediction of this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal or, in a training, a
-    bad file breaks it off.
+    The scores are `miou`, of one confusion matrix, and with a discriminator those of `trust_scores`. Processes share
+    the samples out and sum what they count: every picture counts once. `write(index, ids)` gets every prediction of
+    this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal or, in a training, a bad file
+    breaks it off.
     """
     parallel.broadcast_buffers(seg)
     was_training = seg.training
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
+    judged = torch.zeros(4, 2, BINS, dtype=torch.int64, device=device)
     whole = data.Whole(samples[parallel.RANK::parallel.WORLD], args)
     pairs = cli.progress(data.loader(whole, args.workers, batch_size=1), len(whole), "evaluation")
     try:
         for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
             if parallel.heard:
                 break
-            prediction = predict(seg, picture, args, device)  # (1,K,h/stride,w/stride)
+            prediction, target = predict(seg, picture, args, device), target.to(device)  # (1,K,h/stride,w/stride)
+            if disc:
+                judged += judge(disc, prediction, target, args)
             if write:
                 prediction = ops.upsample_argmax(prediction, target.shape[1:])  # (1,H,W) uint8
                 write(parallel.RANK + i * parallel.WORLD, prediction[0].cpu())
-            ops.confusion_matrix(prediction, target.to(device), seg.num_classes, out=matrix)
+            ops.confusion_matrix(prediction, target, seg.num_classes, out=matrix)
     except cli.InputError as e:
         if not was_training:
             raise
         parallel.heard = e  # a training saves first
     seg.train(was_training)
-    return (None, None) if parallel.stopping() else ops.mean_iou(parallel.total(matrix))
+    if parallel.stopping():
+        return None, None
+    miou, per_class = ops.mean_iou(parallel.total(matrix))
+    return {"miou": 100 * miou} | (trust_scores(parallel.total(judged)) if disc else {}), per_class
+
+
+def judge(disc, logits, target, args):
+    """Pixels counted by how sure D, the net and both are of them (model.sureness), then by whether they are kept.
+
+    (4,2,BINS) int64: wrong and right ones; kept are those of the last bin, the others are in the first. Where the
+    training keeps none, as that of train_adv.py, all are. logits (N,K,h,w), target (N,H,W).
+    """
+    valid = target != data.IGNORE
+    with model.autocast(args.amp, target.device, "disc"):
+        answer = disc(model.fake_map(logits, valid, args.d_input))  # (N,1,a,b)
+    sure = model.sureness(logits, answer, valid.shape[1:])  # (3,N,H,W)
+    if getattr(args, "trust", None):
+        kept = model.trusted(logits, answer, valid, args.trust) != data.IGNORE
+    else:
+        kept = sure[0] > getattr(args, "threshold", 1)
+    bins = (torch.cat([sure, kept[None]]) * BINS).long().clamp(max=BINS - 1)  # (4,N,H,W)
+    right = ops.upsample_argmax(logits, valid.shape[1:]) == target
+    rows = 2 * torch.arange(4, device=target.device).view(4, 1, 1, 1) + right  # (4,N,H,W)
+    return (rows * BINS + bins)[:, valid].flatten().bincount(minlength=8 * BINS).view(4, 2, BINS)
+
+
+def trust_scores(judged):
+    """What is in `judge`'s counts of all pictures, in percent: `auc`, `auc_net`, `auc_both`, and `precision`.
+
+    Areas under the ROC curve: how often a right pixel is surer than a wrong one, 50 where it is chance. Precision: how
+    many of the kept pixels are right. What has nothing to count is left out.
+    """
+    wrong, right = judged.double().cpu().unbind(1)  # (4,BINS)
+    auc = (right * (wrong.cumsum(1) - wrong / 2)).sum(1) / (right.sum(1) * wrong.sum(1))
+    kept = right[3, -1] / (right[3, -1] + wrong[3, -1])
+    scores = dict(zip(("auc", "auc_net", "auc_both", "precision"), (100 * torch.stack([*auc[:3], kept])).tolist()))
+    return {name: value for name, value in scores.items() if not math.isnan(value)}
 
 
 def palette_png(ids, size, palette):
@@ -137,7 +179,7 @@ def main(args):
             rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
 
     with drafts_of(out) if out else contextlib.nullcontext() as drafts:
-        miou, per_class = evaluate(seg.to(device), samples, trained, device, write if out else None)
+        scores, per_class = evaluate(seg.to(device), samples, trained, device, write=write if out else None)
         if out and parallel.RANK == 0:
             with cli.writing(f"--out {out}"):
                 overview(rows).save(drafts / "overview.jpg", quality=95)
@@ -148,11 +190,11 @@ def main(args):
         print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
     if args.json and parallel.RANK == 0:
         percent = {name: None if math.isnan(iou) else iou for name, iou in percent.items()}
-        scores = {"miou": 100 * miou, "per_class": percent, "data": dataset.name, "list": args.list,
+        scores |= {"per_class": percent, "data": dataset.name, "list": args.list,
                   "ckpt": args.ckpt, "step": checkpoint["step"]}
         cli.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
-    print(f"mIoU {100 * miou:.2f}")
+    print(f"mIoU {scores['miou']:.2f}")
 
 
 @torch.inference_mode()

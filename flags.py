@@ -80,8 +80,29 @@ def shared_flags(description, out):
     return parser
 
 
+def disc_flags(parser):
+    """Add the flags of the discriminator D, which train_adv.py and train_semi.py have -> the parser."""
+    p = parser.add_argument_group("discriminator")
+    p.add_argument("--d-input", choices=["soft", "hard", "luc"], default="soft", help="what D sees: probabilities and "
+                   "one-hot labels (paper); hard: predictions one-hot as well; luc: labels as soft as predictions")
+    p.add_argument("--d-target", choices=["real", "right"], default="real", help="what D answers: whether a map is a "
+                   "label map (paper), or whether a pixel's prediction is right")
+    p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (paper: adam)")
+    p.add_argument("--d-lr", type=number(), help="first rate of D, poly decay (paper: 1e-4)")
+    p.add_argument("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
+                   help="of D's Adam (default: the paper's 0.9 0.999; the authors' code: 0.9 0.99)")
+    p.add_argument("--d-momentum", type=number(below=1), default=0.5, help="of D's SGD (default 0.5)")
+    p.add_argument("--d-decay", type=number(), help="weight decay of D; default 0 for Adam, 1e-4 for SGD")
+    p.add_argument("--d-smooth", type=number(below=1), help="label maps are taught as 1 minus this (paper: 0)")
+    return parser
+
+
 def check(args):
     """Errors: InputError for values that do not go together, once all are filled in."""
+    if getattr(args, "d_unlabelled", False) and args.d_target == "right":
+        raise InputError("--d-unlabelled: what is right is known of labelled pictures only; drop --d-target right")
+    if getattr(args, "trust", None) is not None and (args.threshold or not 0 < args.trust <= 1):
+        raise InputError(f"--trust {args.trust:g}: it is a share above 0 and at most 1, and replaces --threshold")
     if args.scale[0] > args.scale[1] or not args.scale[0]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: it is MIN MAX with 0 < MIN <= MAX")
     if args.stride == 16 and args.backbone != "efficientnet_lite0":

@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 import parallel
 from cli import InputError
 from csrc import ops
-from data import VOC_CLASSES, voc_palette
+from data import IGNORE, VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what torchvision's ResNets were trained on
@@ -359,20 +359,75 @@ def new_segmenter(args, num_classes):
     return seg
 
 
+def fake_map(logits, valid, form):
+    """A prediction as D sees it, (N,K,H,W), all 0 where valid (N,H,W) is False; see --d-input for the forms.
+
+    soft, luc: its probabilities (Hung et al.). hard: the one-hot map of its argmax, with their gradient.
+    """
+    soft = ops.upsample_softmax(logits, valid=valid)
+    if form != "hard":
+        return soft
+    ids = ops.upsample_argmax(logits, valid.shape[1:]).masked_fill(~valid, IGNORE)
+    return one_hot(ids, logits.shape[1]) + (soft - soft.detach())
+
+
+def real_map(target, fake, form):
+    """Labels (N,H,W) as D sees them, (N,K,H,W), all 0 at 255; `fake` is their prediction's fake_map.
+
+    luc: the true class gets max(0.9, p), the others share the rest as the prediction has it (Luc et al. 2016, sec. 3).
+    """
+    real = one_hot(target, fake.shape[1])
+    if form != "luc":
+        return real
+    p = (real * fake.detach()).sum(1, keepdim=True)  # (N,1,H,W), of the true class
+    rest = (1 - p.clamp(min=0.9)) / (1 - p).clamp(min=1e-6)
+    return torch.where(real > 0, p.clamp(min=0.9), rest * fake.detach() * (target != IGNORE)[:, None]).to(real.dtype)
+
+
 def one_hot(target, num_classes):
-    """Labels (N,H,W) as D's real input (N,K,H,W): one-hot, all 0 at 255, in autocast's dtype, else float32."""
+    """Labels (N,H,W) as (N,K,H,W): one-hot, all 0 at 255, in autocast's dtype, else float32."""
     dtype = ops.autocast_dtype(target, torch.float32)
     rows = torch.eye(num_classes + 1, num_classes, dtype=dtype, device=target.device)
     return F.embedding(target.clamp(max=num_classes).int(), rows).permute(0, 3, 1, 2)  # channels last, as D is
 
 
 def bce(d_logits, real, valid):
-    """Binary cross entropy of D's logits against one answer for all pixels, float32 scalar (Hung et al., eq. 1 and 4).
+    """Binary cross entropy of D's logits against what it should answer, float32 scalar (Hung et al., eq. 1 and 4).
 
     d_logits (N,1,h,w) are upsampled to valid (N,H,W) bool; the mean is over the True pixels of all processes (see
-    parallel.mean), 0 if there are none. real: 1 for a label map (less --d-smooth), 0 for a prediction.
+    parallel.mean), 0 if there are none. real: 1 for a label map (less --d-smooth), 0 for a prediction, or an answer
+    for each pixel, (N,H,W) bool.
     """
     logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): the logit z of two classes is (0, z) of a softmax
+    if isinstance(real, torch.Tensor):
+        return parallel.mean(*ops.masked_cross_entropy(logits, real.to(torch.uint8), valid=valid))
     losses = [(share, *ops.masked_cross_entropy(logits, torch.full_like(valid, answer, dtype=torch.uint8), valid=valid))
               for answer, share in ((1, real), (0, 1 - real)) if share]
     return parallel.mean(sum(share * loss for share, loss, _ in losses), losses[0][2])
+
+
+@torch.no_grad()
+def trusted(logits, d_logits, valid, share):
+    """Predicted classes (N,H,W) uint8 where D and the net are surest, 255 elsewhere and where valid (N,H,W) is False.
+
+    How sure: D's answer times the largest probability. A class's pixels compete among themselves: the best `share` of
+    them stays, by cutoffs taken at the logits' own points.
+    """
+    size, classes = valid.shape[1:], torch.arange(logits.shape[1], device=logits.device)[:, None]
+    ids, sure = ops.upsample_argmax(logits, size), sureness(logits, d_logits, size)[2]  # (N,H,W)
+    step = (size[0] - 1) // (logits.shape[2] - 1)
+    points = [x[:, ::step, ::step].flatten() for x in (ids, sure, valid)]  # (N*h*w)
+    mine = (points[0] == classes) & points[2]  # (K,N*h*w)
+    ranked = points[1].masked_fill(~mine, torch.inf).sort().values
+    cutoff = ranked.gather(1, (mine.sum(1, keepdim=True) * (1 - share)).long())[:, 0]  # (K,)
+    return ids.where((sure >= cutoff[ids.long()]) & valid, IGNORE)
+
+
+def sureness(logits, d_logits, size):
+    """How sure D, the net and both are of each pixel's prediction, (3,N,H,W) float32 in 0..1.
+
+    D's answer to logits d_logits (N,1,a,b), the net's largest probability by logits (N,K,h,w), and their product.
+    """
+    answer = F.interpolate(d_logits.float(), size, mode="bilinear", align_corners=True)[:, 0].sigmoid()
+    probability = ops.upsample_softmax(logits, size, torch.float32).amax(1)
+    return torch.stack([answer, probability, answer * probability])

@@ -9,19 +9,12 @@ import model
 import parallel
 from csrc import ops
 from eval import evaluate
-from flags import number, shared_flags
+from flags import disc_flags, number, shared_flags
 
 
 def flags():
-    p = shared_flags(__doc__, out="out/adv")
+    p = disc_flags(shared_flags(__doc__, out="out/adv"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
-    p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (paper: adam)")
-    p.add_argument("--d-lr", type=number(), help="first rate of D, poly decay (paper: 1e-4)")
-    p.add_argument("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
-                   help="of D's Adam (default: the paper's 0.9 0.999; the authors' code: 0.9 0.99)")
-    p.add_argument("--d-momentum", type=number(below=1), default=0.5, help="of D's SGD (default 0.5)")
-    p.add_argument("--d-decay", type=number(), help="weight decay of D; default 0 for Adam, 1e-4 for SGD")
-    p.add_argument("--d-smooth", type=number(below=1), help="label maps are taught as 1 minus this (paper: 0)")
     return p
 
 
@@ -41,11 +34,14 @@ def main(args):
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
     disc_ddp = parallel.ddp(disc)
 
+    def scores():
+        return evaluate(seg, val, args, device, disc)[0]
+
     labelled_batches = data.batches(train, "labelled", args, done, device)
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, evaluate(seg, val, args, device)[0])
+        run.save(done, scores())
     for step in run.steps(done):
         common.poly_lr(opt_seg, step - 1, args)
         common.poly_lr(opt_disc, step - 1, args)
@@ -55,12 +51,17 @@ def main(args):
         with model.autocast(args.amp, device, args.backbone):
             logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
         with model.autocast(args.amp, device, "disc"):
-            d_fake = disc_ddp(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
-            d_real = disc_ddp(model.one_hot(target, num_classes))  # (B,1,a,b)
+            fake = model.fake_map(logits, valid, args.d_input)  # (B,K,H,W)
+            d_fake = disc_ddp(fake)  # (B,1,a,b)
+            if args.d_target == "real":
+                d_real = disc_ddp(model.real_map(target, fake, args.d_input))  # (B,1,a,b)
         loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
         loss_adv = model.bce(d_fake, 1, valid)
-        loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-        loss_d = (loss_fake + loss_real) / 2
+        if args.d_target == "right":
+            loss_d = model.bce(d_fake, ops.upsample_argmax(logits, valid.shape[1:]) == target, valid)
+        else:
+            loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
+            loss_d = (loss_fake + loss_real) / 2
         loss = loss_ce + args.lam_adv * loss_adv
 
         opt_seg.zero_grad()
@@ -73,7 +74,7 @@ def main(args):
 
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step):
-            run.save(step, evaluate(seg, val, args, device)[0])
+            run.save(step, scores())
         elif run.to_save(step):
             run.save(step)
 

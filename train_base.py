@@ -29,10 +29,13 @@ def main(args):
     done = run.resume(seg=seg, opt_seg=opt_seg)  # updates so far
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
 
+    def scores():
+        return evaluate(seg, val, args, device)[0]
+
     labelled_batches = data.batches(train, "labelled", args, done, device)
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, evaluate(seg, val, args, device)[0])
+        run.save(done, scores())
     for step in run.steps(done):
         common.poly_lr(opt_seg, step - 1, args)
         picture, target = next(labelled_batches)  # (B,3,H,W), (B,H,W) uint8
@@ -47,7 +50,7 @@ def main(args):
 
         run.log(step, loss_ce=loss_ce, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step):
-            run.save(step, evaluate(seg, val, args, device)[0])
+            run.save(step, scores())
         elif run.to_save(step):
             run.save(step)
 

@@ -9,26 +9,18 @@ import model
 import parallel
 from csrc import ops
 from eval import evaluate
-from flags import number, shared_flags
+from flags import disc_flags, number, shared_flags
 
 
 def flags():
-    p = shared_flags(__doc__, out="out/semi")
+    p = disc_flags(shared_flags(__doc__, out="out/semi"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
-    p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (paper: adam)")
-    p.add_argument("--d-lr", type=number(), help="first rate of D, poly decay (paper: 1e-4)")
-    p.add_argument("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
-                   help="of D's Adam (default: the paper's 0.9 0.999; the authors' code: 0.9 0.99)")
-    p.add_argument("--d-momentum", type=number(below=1), default=0.5, help="of D's SGD (default 0.5)")
-    p.add_argument("--d-decay", type=number(), help="weight decay of D; default 0 for Adam, 1e-4 for SGD")
-    p.add_argument("--d-smooth", type=number(below=1), help="label maps are taught as 1 minus this (paper: 0)")
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
-    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled predictions too, as in the "
-                   "authors' code (paper: labelled only)")
-    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
-                   "pictures (the authors' code: 0.001; ICLR text: none)")
+    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled pictures too (authors' code)")
+    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="that of unlabelled pictures (authors' code: 0.001)")
     p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
-    p.add_argument("--threshold", type=number(), default=0.2, help="a pixel is trusted where D says more (paper: 0.2)")
+    p.add_argument("--threshold", type=number(), help="a pixel is trusted where D says more (default the paper's 0.2)")
+    p.add_argument("--trust", type=number(), metavar="SHARE", help="instead: of each class the surest, up to 1 (all)")
     p.add_argument("--semi-start", type=number(int), help="steps before semi loss (default --iters / 4; paper: 5000)")
     p.add_argument("--semi-start-epoch", type=number(below=1e6), metavar="E", help="that in labelled epochs; it wins")
     return p
@@ -52,12 +44,15 @@ def main(args):
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
     disc_ddp = parallel.ddp(disc)
 
+    def scores():
+        return evaluate(seg, val, args, device, disc)[0]
+
     labelled_batches = data.batches(train, "labelled", args, done, device)
     unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, evaluate(seg, val, args, device)[0])
+        run.save(done, scores())
     for step in run.steps(done):
         common.poly_lr(opt_seg, step - 1, args)
         common.poly_lr(opt_disc, step - 1, args)
@@ -69,17 +64,23 @@ def main(args):
             logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
             logits_u = seg_ddp(seg.normalise(picture_u))  # (B,K,h,w)
         with model.autocast(args.amp, device, "disc"):
-            d_fake = disc_ddp(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
-            d_fake_u = disc_ddp(ops.upsample_softmax(logits_u, valid=valid_u))  # (B,1,a,b)
-            d_real = disc_ddp(model.one_hot(target, num_classes))  # (B,1,a,b)
+            fake = model.fake_map(logits, valid, args.d_input)  # (B,K,H,W)
+            d_fake = disc_ddp(fake)  # (B,1,a,b)
+            d_fake_u = disc_ddp(model.fake_map(logits_u, valid_u, args.d_input))  # (B,1,a,b)
+            if args.d_target == "real":
+                d_real = disc_ddp(model.real_map(target, fake, args.d_input))  # (B,1,a,b)
         loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
         loss_adv = model.bce(d_fake, 1, valid)
         loss_adv_u = model.bce(d_fake_u, 1, valid_u)
-        loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-        if args.d_unlabelled:
-            loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
-        loss_d = (loss_fake + loss_real) / 2
-        semi, kept = ops.masked_cross_entropy(logits_u, confidence=d_fake_u, valid=valid_u, threshold=args.threshold)
+        if args.d_target == "right":
+            loss_d = model.bce(d_fake, ops.upsample_argmax(logits, valid.shape[1:]) == target, valid)
+        else:
+            loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
+            if args.d_unlabelled:
+                loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
+            loss_d = (loss_fake + loss_real) / 2
+        taught = model.trusted(logits_u, d_fake_u, valid_u, args.trust) if args.trust else None  # (B,H,W); None: argmax
+        semi, kept = ops.masked_cross_entropy(logits_u, taught, d_fake_u, valid=valid_u, threshold=args.threshold)
         loss_semi, share = parallel.mean(semi, kept), parallel.mean(kept / valid_u.sum(), valid_u.sum())
         lam_semi = args.lam_semi if step > args.semi_start else 0
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
@@ -95,7 +96,7 @@ def main(args):
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi,
                 kept=share, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step):
-            run.save(step, evaluate(seg, val, args, device)[0])
+            run.save(step, scores())
         elif run.to_save(step):
             run.save(step)
 

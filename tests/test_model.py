@@ -5,6 +5,7 @@ import torchvision
 
 import model
 import train_base
+from csrc import ops
 
 
 def flags(*words, script=train_base):
@@ -99,6 +100,9 @@ def test_bce_is_its_formula_over_valid_pixels():
     for real in (0, 1, 0.75):
         want = -(real * d.log() + (1 - real) * (1 - d).log()).mean().item()
         assert model.bce(d_logits, real, valid).item() == pytest.approx(want, rel=1e-5)
+    real = torch.rand(2, 9, 9) < 0.5  # an answer for each pixel
+    want = -torch.where(real[valid], d, 1 - d).log().mean().item()
+    assert model.bce(d_logits, real, valid).item() == pytest.approx(want, rel=1e-5)
     assert model.bce(d_logits, 1, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
 
 
@@ -106,6 +110,61 @@ def test_bce_is_its_formula_over_valid_pixels():
 def test_one_hot(dtype):
     target = torch.tensor([[[0, 2], [255, 1]]], dtype=dtype)
     assert model.one_hot(target, 3).permute(0, 2, 3, 1).tolist() == [[[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 1, 0]]]]
+
+
+def a_prediction(seed=0):
+    """Logits (2,4,3,3), a label map (2,17,17), which pixels of it are valid."""
+    g = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, 4, (2, 17, 17), generator=g).to(torch.uint8)
+    target[torch.rand(2, 17, 17, generator=g) < 0.2] = 255
+    return torch.randn(2, 4, 3, 3, generator=g), target, target != 255
+
+
+@pytest.mark.quick
+def test_what_d_sees():
+    """Each form beside its definition, pixel by pixel in float64, with holes."""
+    logits, target, valid = a_prediction()
+    logits.requires_grad_()
+    up = F.interpolate(logits.double(), (17, 17), mode="bilinear", align_corners=True)
+    soft = up.softmax(1) * valid[:, None]
+    one_hot = torch.stack([(up.argmax(1) == k) & valid for k in range(4)], 1).double()
+    weight = torch.randn(2, 4, 17, 17, generator=torch.Generator().manual_seed(1))
+    gradient, = torch.autograd.grad((soft * weight).sum(), logits)
+    for form, want in (("soft", soft), ("luc", soft), ("hard", one_hot)):
+        fake = model.fake_map(logits, valid, form)
+        torch.testing.assert_close(fake.double(), want, atol=1e-5, rtol=1e-4)
+        found, = torch.autograd.grad((fake * weight).sum(), logits)
+        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-4)
+    fake = model.fake_map(logits, valid, "soft")
+    luc = torch.zeros(2, 17, 17, 4, dtype=torch.float64)
+    for n, y, x in valid.nonzero().tolist():
+        p, true = soft[n, :, y, x].detach(), int(target[n, y, x])
+        luc[n, y, x] = p * (1 - max(0.9, p[true])) / (1 - p[true])
+        luc[n, y, x, true] = max(0.9, p[true])
+    for form in ("soft", "hard"):
+        assert torch.equal(model.real_map(target, fake, form), model.one_hot(target, 4))
+    real = model.real_map(target, fake, "luc")
+    torch.testing.assert_close(real.double(), luc.permute(0, 3, 1, 2), atol=1e-5, rtol=1e-4)
+    assert not real.requires_grad
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("share", [0.01, 0.3, 1])
+def test_each_class_keeps_its_best_share(share):
+    logits, _, valid = a_prediction()
+    logits, d_logits = F.interpolate(logits, (9, 9)), logits[:, :1, :2, :2].flip(0)
+    valid = F.interpolate(valid[:, None].float(), (33, 33))[:, 0] > 0
+    ids = ops.upsample_argmax(logits, (33, 33))
+    answer = F.interpolate(d_logits, (33, 33), mode="bilinear", align_corners=True)[:, 0].sigmoid()
+    sure = answer * F.interpolate(logits, (33, 33), mode="bilinear", align_corners=True).softmax(1).amax(1)
+    found = model.trusted(logits, d_logits, valid, share)
+    assert found.dtype == torch.uint8 and (found[~valid] == 255).all()
+    assert torch.equal(found[found != 255], ids[found != 255])
+    for k in range(4):
+        kept, left = (found == k), valid & (ids == k) & (found != k)
+        assert kept.any() and (not left.any() or sure[kept].min() >= sure[left].max() - 1e-6)
+        points = (valid & (ids == k))[:, ::4, ::4].sum().item()  # where the logits are
+        assert kept[:, ::4, ::4].sum().item() == points - int(points * (1 - share))
 
 
 @pytest.mark.quick

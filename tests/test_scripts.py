@@ -11,12 +11,14 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, SCRIPTS, SMALL, call, log, python
 from PIL import Image
 
 import cli
 import common
 import data
+import eval as evaluation
 import model
 from csrc import ops
 
@@ -24,6 +26,8 @@ QUICK, SLOW = pytest.mark.quick, pytest.mark.slow
 
 LOSSES = {"train_base": ["loss_ce"], "train_adv": ["loss_ce", "loss_adv", "loss_d"],
           "train_semi": ["loss_ce", "loss_adv", "loss_adv_u", "loss_semi", "kept", "loss_d"]}
+AREAS = ["auc", "auc_net", "auc_both"]
+SCORES = {"train_base": ["miou"], "train_adv": ["miou", *AREAS], "train_semi": ["miou", *AREAS, "precision"]}
 
 
 @QUICK
@@ -31,8 +35,10 @@ LOSSES = {"train_base": ["loss_ce"], "train_adv": ["loss_ce", "loss_adv", "loss_
 def test_three_steps(trained, blocks, script):
     """What a training writes, and that the checkpoint is one."""
     out, rows = trained[script], log(trained[script])
-    assert [r["step"] for r in rows] == [1, 2, 3] and all(list(r)[1:] == [*LOSSES[script], "lr", "miou"] for r in rows)
-    assert all(0 <= r["miou"] <= 100 for r in rows)
+    assert [r["step"] for r in rows] == [1, 2, 3]
+    for r in rows:
+        assert list(r) == ["step", *LOSSES[script], "lr", *SCORES[script]]
+        assert all(0 <= r[name] <= 100 for name in SCORES[script])
     assert sorted(p.name for p in out.iterdir()) == ["best.pt", "labelled.txt", "last.pt", "log.jsonl", "run.json"]
     assert len((out / "labelled.txt").read_text().split()) == 4
     facts = json.loads((out / "run.json").read_text())
@@ -149,6 +155,8 @@ def test_holes_tell_the_discriminator_nothing(train, monkeypatch):
     forward, holes = model.Discriminator.forward, []
 
     def watch(self, x):
+        if not torch.is_grad_enabled():  # an evaluation
+            return forward(self, x)
         total = x.sum(1)
         assert ((total == 0) | ((total - 1).abs() < 0.02)).all()
         holes.append(total == 0)
@@ -162,6 +170,46 @@ def test_holes_tell_the_discriminator_nothing(train, monkeypatch):
         assert sorted(same) == [1, 2, 2]  # the unlabelled pictures' holes are their own
 
 
+def test_d_is_taught_what_is_right(train, monkeypatch):
+    """Of labelled predictions, pixel by pixel; no label map is shown to it."""
+    answers, bce, forward, seen = [], model.bce, model.Discriminator.forward, []
+    losses, cross_entropy = [], ops.masked_cross_entropy
+    monkeypatch.setattr(ops, "masked_cross_entropy", lambda *a, **k: losses.append(a) or cross_entropy(*a, **k))
+    monkeypatch.setattr(model, "bce", lambda d, real, valid: answers.append((real, valid)) or bce(d, real, valid))
+    monkeypatch.setattr(model.Discriminator, "forward", lambda self, x: seen.append(x) or forward(self, x))
+    rows = log(train("train_semi", "--scale", 0.4, 0.6, "--iters", 1, "--no-amp", "--d-target", "right",
+                     "--trust", 0.4))
+    (right, valid), = [(real, valid) for real, valid in answers if isinstance(real, torch.Tensor)]
+    target = losses[0][1]
+    assert torch.equal(right[valid], (seen[0].argmax(1) == target)[valid]) and torch.equal(valid, target != 255)
+    assert right[valid].any() and not right[valid].all() and len(answers) == 3
+    assert 0 < rows[0]["kept"] < 0.6 and len(seen) == 2 + 2  # and two of the evaluation
+
+
+def test_areas_under_the_curve():
+    """Against all pairs of a right and a wrong pixel, in float64."""
+    torch.manual_seed(0)
+    disc, logits = model.Discriminator(3), torch.randn(2, 3, 9, 9)
+    target = torch.randint(0, 3, (2, 65, 65), dtype=torch.uint8)
+    target[:, :9] = 255
+    args = argparse.Namespace(amp=False, d_input="soft", threshold=0.5)
+    with torch.no_grad():
+        disc.layers[-1].weight *= 40  # answers above and below 0.5
+        scores = evaluation.trust_scores(evaluation.judge(disc, logits, target, args))
+        soft = F.interpolate(logits, (65, 65), mode="bilinear", align_corners=True).softmax(1)
+        net, ids = soft.double().max(1)
+        answer = disc(soft * (target != 255)[:, None]).double()
+        answer = F.interpolate(answer, (65, 65), mode="bilinear", align_corners=True)[:, 0].sigmoid()
+    right, wrong = (target != 255) & (ids == target), (target != 255) & (ids != target)
+    for name, sure in (("auc", answer), ("auc_net", net), ("auc_both", answer * net)):
+        a, b = sure[right][:, None], sure[wrong]
+        assert scores[name] == pytest.approx(100 * ((a > b).double() + (a == b) / 2).mean().item(), abs=0.2)
+    kept = answer > 0.5
+    assert 0.1 < kept[target != 255].double().mean() < 0.9
+    assert scores["precision"] == pytest.approx(
+        100 * ((kept & right).sum() / (kept & (right | wrong)).sum()).item(), abs=0.2)
+
+
 def test_losses_count_valid_pixels_only(train, monkeypatch):
     """Every loss of a step gets the mask of its own pictures."""
     masks, bce, semi = [], model.bce, []
@@ -169,7 +217,7 @@ def test_losses_count_valid_pixels_only(train, monkeypatch):
     monkeypatch.setattr(model, "bce", lambda d, real, valid: masks.append((real, valid)) or bce(d, real, valid))
     monkeypatch.setattr(ops, "masked_cross_entropy", lambda *a, **k: semi.append((a, k)) or cross_entropy(*a, **k))
     train("train_semi", "--scale", 0.4, 0.6, "--iters", 1, "--d-smooth", 0.25)
-    (_, target), unlabelled = semi[0][0], next(k["valid"] for _, k in semi if "confidence" in k)
+    (_, target), unlabelled = semi[0][0], next(k["valid"] for a, k in semi if len(a) == 3)
     labelled = target != data.IGNORE
     assert not labelled.all() and not unlabelled.all() and not torch.equal(unlabelled, labelled)
     found = {"labelled": [real for real, mask in masks if torch.equal(mask, labelled)],
@@ -310,7 +358,9 @@ def test_bad_flags_are_named_and_nothing_is_written(blocks, tmp_path, fails, fla
     (["--split", 1], "leave no picture unlabelled"), (["--unlabelled", "nowhere"], "--unlabelled nowhere"),
     (["--d-smooth", 1], "--d-smooth: 1 is out of range: it must be at least 0 and below 1"),
     (["--threshold", "nan"], "--threshold"), (["--d-betas", 0.9, 1], "--d-betas: 1"),
-    (["--semi-start", -1], "--semi-start: -1"),
+    (["--semi-start", -1], "--semi-start: -1"), (["--trust", 0], "--trust 0: it is a share above 0"),
+    (["--trust", 1.01], "--trust 1.01: it is a share"), (["--trust", 0.5, "--threshold", 0.2], "replaces --threshold"),
+    (["--d-target", "right", "--d-unlabelled"], "drop --d-target right"),
 ])
 def test_bad_flags_of_semi(blocks, tmp_path, fails, flags, say):
     assert say in fails("train_semi", "--data", blocks, *SMALL, "--out", tmp_path / "out", *flags)
