@@ -17,7 +17,7 @@ def flags():
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
     p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled pictures too (authors' code)")
-    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="that of unlabelled pictures (authors' code: 0.001)")
+    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="of unlabelled pictures (authors' code: 0.001)")
     p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=number(), help="a pixel is trusted where D says more (default the paper's 0.2)")
     p.add_argument("--trust", type=number(), metavar="SHARE", help="instead: of each class the surest, up to 1 (all)")
