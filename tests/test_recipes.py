@@ -51,7 +51,10 @@ FIRST = PAPER | dict(split=1, init="coco", norm="imagenet", bn="no-grad", drop_l
 PIXELS, BN, SMOOTH, LARGE = dict(norm="none"), dict(bn="train"), dict(d_smooth=0.25), dict(batch_size=21)
 SGD, STREET = (dict(d_optim="sgd", d_momentum=0.5, d_decay=1e-4),
                dict(crop=513, scale=[1, 1], input_scale=0.5, batch_size=2, iters=40000))
-ROWS = {  # what a row has beside PAPER or FIRST; all other flags have the scripts' defaults
+ANIMALS = PAPER | dict(backbone="efficientnet_lite0", crop=161, batch_size=8, iters=1200, lr=2e-3, head_lr=10,
+                       d_input="soft", d_target="right", d_smooth=None, lam_adv_u=0.001, lam_semi=0.5, trust=0.5,
+                       threshold=None, semi_start=300)
+ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have the scripts' defaults
     "base101": PIXELS | dict(decay_every=10, upsample="learned"), "base102": PIXELS | dict(decay_every=0),
     "base103": PIXELS | dict(decay_every=10), "base104": PIXELS, "base105": {}, "base110": BN | dict(init="imagenet"),
     "base111": BN | dict(init="imagenet", head_lr=10), "adv101": SGD | dict(d_smooth=0), "adv102": SGD | SMOOTH,
@@ -61,6 +64,7 @@ ROWS = {  # what a row has beside PAPER or FIRST; all other flags have the scrip
     **{f"final_{kind}_{n}": BN | dict(split=1 / n) for kind in ("base", "adv", "semi") for n in (2, 4, 8)},
     **{f"paper_{at}_{kind}": STREET if at == "cityscapes" else {} for at in ("voc", "cityscapes")
        for kind in ("base", "adv", "semi")},
+    **{f"animals_{kind}_{n}": dict(split=1 / n) for n in (8, 32) for kind in ("base", "adv", "semi")},
 }
 
 
@@ -84,7 +88,7 @@ def test_all_rows_are_there_and_in_the_readme(capsys):
 def test_recipes_say_what_their_rows_say(recipe):
     script = script_of(recipe)
     got, default = (vars(settings(*words, script=script)) for words in ([f"@{recipe}"], []))
-    row = (PAPER if recipe.stem.startswith("paper_") else FIRST) | ROWS[recipe.stem]
+    row = {"paper": PAPER, "animals": ANIMALS}.get(recipe.stem.split("_")[0], FIRST) | ROWS[recipe.stem]
     assert got == default | {k: v for k, v in row.items() if k in default}
     # other data fill in what a recipe leaves open and nothing else; start weights are not at hand
     after = vars(settled(f"@{recipe}", "--init", "none", script=script, defaults=data.SHAPES_DEFAULTS))
