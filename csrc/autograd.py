@@ -14,7 +14,9 @@ SCHEMAS = {  # ops.py says what they compute
     # probabilities, and their gradient, lie as (N,H,W,K), channels last
     "upsample_softmax": "(Tensor logits, Tensor? valid, SymInt height, SymInt width, ScalarType dtype) -> Tensor",
     "upsample_softmax_backward": "(Tensor grad, Tensor logits, Tensor? valid) -> Tensor",
-    "upsample_argmax": "(Tensor logits, SymInt height, SymInt width) -> Tensor",
+    # confidence: (K,) float32
+    "upsample_argmax": "(Tensor logits, SymInt height, SymInt width, Tensor? confidence=None, Tensor? valid=None) "
+                       "-> Tensor",
     # prediction: class ids (N,H,W), or logits (N,K,h,w)
     "confusion_matrix": "(Tensor prediction, Tensor target, int ignore, Tensor(a!) out) -> ()"}
 
@@ -65,7 +67,7 @@ def register(library="seg_ops"):
     torch.library.register_autograd(f"{library}::upsample_softmax", to_low_resolution, setup_context=keep_inputs)
 
     @torch.library.register_fake(f"{library}::upsample_argmax")
-    def _(logits, height, width):
+    def _(logits, height, width, *_):
         return logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
 
     torch.library.register_fake(f"{library}::confusion_matrix", lambda *_: None)

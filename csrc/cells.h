@@ -217,8 +217,8 @@ inline V exact(const Quad& q, float fy, V fx) {
 }
 
 // e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope)
-// gets the exponents to base 2: first + fx * slope.
-template <int P, class Saw>
+// gets the exponents to base 2: first + fx * slope. Where not STORED, only K of e are used, and none is of use.
+template <int P, bool STORED = true, class Saw>
 inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
   const V fx = load(block.fx);
   V total[P] = {}, shift = walk.largest;
@@ -254,7 +254,7 @@ inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& 
     }
     if (P > 1) power.e = now, power.m = m;
     for (int p = 0; p < P; p++) {
-      e[p] = now;
+      if (STORED) e[p] = now;
       total[p] += now;
       now += now * m;
     }

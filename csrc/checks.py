@@ -18,6 +18,16 @@ def valid_mask(valid, shape, like):
                          f"on {valid.device}")
 
 
+def pseudo_labels(logits, size, confidence, valid):
+    floating(logits, "logits")
+    size, (n, k), c = size_of(size, valid), logits.shape[:2], confidence
+    valid_mask(valid, (n, *size), logits)
+    if isinstance(c, torch.Tensor) and (c.shape != (k,) or c.dtype != torch.float32 or c.device != logits.device):
+        raise ValueError(f"confidence must be a number or ({k},) float32 on {logits.device}, got {tuple(c.shape)} "
+                         f"{c.dtype} on {c.device}")
+    return size
+
+
 def cross_entropy(logits, target, confidence, valid, size, divide):
     floating(logits, "logits")
     if divide not in ("kept", "all"):

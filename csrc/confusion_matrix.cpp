@@ -1,5 +1,6 @@
 // Confusion matrix (K,K), rows truth, columns prediction, of class ids, or of logits that are upsampled and argmaxed on
-// the way; and the argmax alone: the lowest class on a tie, the first NaN where there is one.
+// the way; and the argmax alone: the lowest class on a tie, the first NaN where there is one. With confidences (K,) and
+// a mask it is 255 where the softmax of the argmax is not above its class's, or the mask is false.
 //
 // In: ids and labels (N,H,W) uint8 or int64, contiguous; logits (N,K,h,w) float32 or bfloat16, any strides. Each thread
 // counts all pairs of bytes, also those that are ignored or out of range, which the end of a count sees in its table:
@@ -115,10 +116,16 @@ struct Ids {
   throw std::logic_error("no id is out of range");
 }
 
-// A block's most probable classes to their places in the output row.
+// Where a class is kept. All or nothing is null.
+struct Kept {
+  const float* confidence;  // (K)
+  const bool* valid;        // (N,H,W)
+};
+
+// A block's most probable classes to their places in the output row at `at` of (N,H,W). e: (K) to work with.
 template <int P>
-void argmax(const Walk& walk, const Block& block, uint8_t* row) {
-  V largest[P], fx[P];
+void argmax(Walk& walk, const Block& block, const Kept& kept, V* e, uint8_t* out, int64_t at) {
+  V largest[P], fx[P], sums[P];
   I ids[P] = {}, words[2] = {};  // words: four ids each
   for (int p = 0; p < P; p++) largest[p] = splat(-INFINITY), fx[p] = load(block.fx + p * LANES);
   for (int k = 0; k < walk.K; k++) {
@@ -132,26 +139,41 @@ void argmax(const Walk& walk, const Block& block, uint8_t* row) {
       ids[p] = larger ? k - I{} : ids[p];
     }
   }
+  if (kept.confidence) {
+    const V shift = exponentials<P, false>(walk, block, e, sums, [](int, V, V) {});
+    for (int p = 0; p < P; p++) {
+      V limit;
+      for (int l = 0; l < LANES; l++) limit[l] = kept.confidence[ids[p][l]];
+      // a limit of 1 may not be passed by what sums are rounded by; NaN is above nothing
+      const I above = (exp2(LOG2E * (largest[p] - shift)) > limit * sums[p]) & (limit < 1);
+      ids[p] |= ~above & 255;
+    }
+  }
   for (int p = 0; p < P; p++) words[p / 4] |= ids[p] << p % 4 * 8;
   int32_t halves[2][LANES];
   std::memcpy(halves, words, sizeof halves);
   for (int l = 0; l < LANES; l++) {
     const int n = block.count(l, P);
-    uint8_t bytes[PIXELS], *to = row + block.column(l);
+    uint8_t bytes[PIXELS], *to = out + at + block.column(l);
     std::memcpy(bytes, &halves[0][l], 4), std::memcpy(bytes + 4, &halves[1][l], 4);
+    for (int i = 0; kept.valid && i < n; i++) bytes[i] |= uint8_t(kept.valid[at + block.column(l) + i]) - 1;
     if (n == PIXELS) std::memcpy(to, bytes, PIXELS);
     else for (int i = 0; i < n; i++) to[i] = bytes[i];
   }
 }
 
-Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
+Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> confidence,
+                       std::optional<Tensor> valid) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), height, width}, ScalarType::Byte);
   uint8_t* ids = out.mutable_data_ptr<uint8_t>();
   const Upsampling up(logits, height, width);
+  const Kept kept{confidence ? confidence->const_data_ptr<float>() : nullptr,
+                  valid ? valid->const_data_ptr<bool>() : nullptr};
   each_row(logits.size(0), up.y.n, 1, [&] {
-    return [&, walk = Walk(up)](int64_t n, int64_t cell) mutable {
-      walk(n, cell, [&](auto P, const Block& block) { argmax<P>(walk, block, ids + (n * height + block.row) * width); },
-           [](int) {});
+    return [&, walk = Walk(up), e = std::vector<V>(up.logits.sizes[1])](int64_t n, int64_t cell) mutable {
+      walk(n, cell, [&](auto P, const Block& block) {
+        argmax<P>(walk, block, kept, e.data(), ids, (n * height + block.row) * width);
+      }, [](int) {});
     };
   });
   return out;
@@ -159,7 +181,7 @@ Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width) {
 
 // Adds to `out` (K,K). prediction: ids (N,H,W), or logits (N,K,h,w). Throws std::invalid_argument on what is no class.
 void confusion_matrix(Tensor prediction, Tensor target, int64_t ignore, Tensor out) {
-  if (prediction.dim() == 4) prediction = upsample_argmax(prediction, target.size(1), target.size(2));
+  if (prediction.dim() == 4) prediction = upsample_argmax(prediction, target.size(1), target.size(2), {}, {});
   const Ids guess(prediction), truth(target);
   const int64_t K = out.size(0), pixels = target.numel(), ignored_row = truth.wide ? 255 : ignore;
   std::mutex lock;

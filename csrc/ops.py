@@ -120,6 +120,19 @@ def upsample_argmax(logits, size):
     return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size)
 
 
+def pseudo_labels(logits, size, confidence, valid=None):
+    """upsample_argmax, but 255 where the largest probability is not above `confidence`, or valid (N,H,W) is False.
+
+    confidence: a number, or (K,) float32, of which that of the argmax counts. A NaN is above nothing.
+    """
+    size = checks.pseudo_labels(logits, size, confidence, valid)
+    if not _kernel_resizes(logits, size):
+        return pseudo_labels_reference(logits, size, confidence, valid)
+    limits = torch.ones(logits.shape[1], device=logits.device) * confidence
+    valid = valid if valid is None else valid.contiguous()
+    return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size, limits.detach(), valid)
+
+
 def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=None):
     """(K,K) int64 counts, rows truth, columns prediction; pixels whose target is `ignore` do not count.
 
@@ -197,6 +210,15 @@ def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
 def upsample_argmax_reference(logits, size):
     checks.floating(logits, "logits")
     return _upsample(logits, checks.size_of(size)).argmax(1).to(torch.uint8)
+
+
+def pseudo_labels_reference(logits, size, confidence, valid=None):
+    size = checks.pseudo_labels(logits, size, confidence, valid)
+    upsampled = _upsample(logits.detach(), size)
+    ids, largest = upsampled.argmax(1), upsampled.softmax(1).amax(1)  # (N,H,W)
+    limits = upsampled.new_ones(upsampled.shape[1]) * confidence
+    sure = largest > limits[ids]
+    return ids.where(sure if valid is None else sure & valid, 255).to(torch.uint8)
 
 
 def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=255, out=None):

@@ -105,7 +105,8 @@ def kernels(built, monkeypatch, request):
     return torch.ops.seg_ops
 
 
-OF_SHAPES = [test_kernels.test_cross_entropy, test_kernels.test_upsample_softmax, test_kernels.test_confusion_matrix]
+OF_SHAPES = [test_kernels.test_cross_entropy, test_kernels.test_upsample_softmax, test_kernels.test_confusion_matrix,
+             test_kernels.test_pseudo_labels]
 
 
 @pytest.mark.parametrize("test", OF_SHAPES, ids=lambda f: f.__name__)
@@ -131,6 +132,7 @@ EDGES = [(test_kernels.test_confusion_matrix_of_runs, [(n, most) for n in (1, 63
          (test_kernels.test_steep_along_one_axis, [(2,), (3,)]),
          (test_kernels.test_falls_from_pixel_to_pixel, [(2,), (3,)]),
          (test_kernels.test_all_classes_fall, [(2,), (3,)]),
+         (test_kernels.test_pseudo_labels_of_what_is_steep_or_not_finite, [(float("nan"),), (-float("inf"),)]),
          (test_kernels.test_confidence_that_does_not_count, [()]),
          (test_kernels.test_another_label_ignored, [(2,), (300,)]),
          (test_kernels.test_infinite_confidence, [()]),
@@ -251,6 +253,8 @@ def test_no_races_and_few_sectors():
         sectors(f"upsample_softmax_backward {dtype}", 2 * low + sums + full * dtype.itemsize / 4, probs)
     ids = op.upsample_argmax(logits, height, width)
     sectors("upsample_argmax", low + labels)
+    op.upsample_argmax(logits, height, width, torch.rand(k), valid)
+    sectors("upsample_argmax with confidences", low + 2 * labels)
     out = torch.zeros(k, k, dtype=torch.int64)
     op.confusion_matrix(logits, target, 255, out)
     sectors("counts of logits", low + labels + k * k / 4)

@@ -119,6 +119,49 @@ def test_confusion_matrix(shape, dtype):
     assert ops.confusion_matrix(guess, target, k, out=out) is out and torch.equal(out, exact + 1)
 
 
+def check_pseudo_labels(logits, size, confidence, valid=None):
+    """The argmax of the kernels, or 255 where the float64 reference says so, but for a rounding of the probability."""
+    ids, exact = ops.pseudo_labels(logits, size, confidence, valid), ops._upsample(logits.double(), size).softmax(1)
+    best, limit = ops.upsample_argmax(logits, size), torch.ones(logits.shape[1], device=DEVICE) * confidence
+    p, limit = exact.gather(1, best.long()[:, None])[:, 0], limit[best.long()]
+    sure, clear = p > limit, ~((p - limit).abs() < 2e-6)
+    if valid is not None:
+        sure, clear = sure & valid, clear | ~valid
+    assert torch.equal(ids[clear], best.where(sure, 255)[clear]) and clear.float().mean() > 0.9
+    assert ((ids == best) | (ids == 255)).all() and ids.dtype == torch.uint8
+    return ids
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pseudo_labels(shape, dtype):
+    logits, _, _, valid = inputs(*shape)
+    logits, size = logits.to(dtype), shape[4:]
+    median = 0.99 * ops._upsample(logits, size).softmax(1).amax(1).median()
+    by_class = (noise(shape[1]) * 0.1 + median).clamp(0, 1)
+    for confidence in (median.item(), by_class):
+        for mask in (None, valid):
+            check_pseudo_labels(logits, size, confidence, mask)
+    assert torch.equal(ops.pseudo_labels(logits, size, 0), ops.upsample_argmax(logits, size))
+    assert (ops.pseudo_labels(logits, size, 1) == 255).all()
+
+
+@quick
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_pseudo_labels_of_what_is_steep_or_not_finite(bad):
+    """No NaN is above a confidence; falls of 200 in a cell, and of what is alike in all classes, cost no digits."""
+    logits, *_, valid = inputs(1, 5, 5, 5, 33, 33, scale=30)
+    check_pseudo_labels(logits, (33, 33), 0.9, valid)
+    check_pseudo_labels(logits + torch.arange(5., device=DEVICE) * 300, (33, 33), 0.9, valid)
+    certain = logits * 0.05 + 25 * (torch.arange(5, device=DEVICE) == 1)[:, None, None]
+    assert (ops.pseudo_labels(certain, (33, 33), 1) == 255).all()
+    logits[0, 2, 1, 3] = bad
+    want = ops.pseudo_labels_reference(logits, (33, 33), 0.9, valid)
+    assert torch.equal(ops.pseudo_labels(logits, (33, 33), 0.9, valid), want) and (want < 255).any()
+    assert torch.equal(ops.pseudo_labels(torch.zeros(1, 3, 2, 2, device=DEVICE), (5, 5), 0.3),
+                       torch.zeros(1, 5, 5, dtype=torch.uint8, device=DEVICE))  # a tie
+
+
 @pytest.mark.parametrize("pixels", [1, 31, 32, 63, 65, 1023, 1024, pytest.param(1025, marks=quick), 3000, 100_001])
 @pytest.mark.parametrize("longest", [1, 4, 50, 3000])
 def test_confusion_matrix_of_runs(pixels, longest):
@@ -337,7 +380,7 @@ def test_no_pictures():
         loss, grad, kept = both_ways(ops.masked_cross_entropy, logits, **kw)
         assert loss == 0 and kept == 0 and grad.shape == logits.shape
     assert ops.upsample_softmax(logits, (9, 9)).shape == (0, 5, 9, 9)
-    assert ops.upsample_argmax(logits, (9, 9)).shape == (0, 9, 9)
+    assert ops.upsample_argmax(logits, (9, 9)).shape == ops.pseudo_labels(logits, (9, 9), 0.5).shape == (0, 9, 9)
     assert not ops.confusion_matrix(logits, target).any() and not ops.confusion_matrix(target, target, 5).any()
 
 
@@ -347,9 +390,10 @@ def test_an_axis_that_keeps_its_size_stays_with_the_kernels(size):
     logits, target, *_ = inputs(2, 3, 5, 5, *size)
     calls = [lambda: both_ways(ops.masked_cross_entropy, logits, target),
              lambda: both_ways(ops.upsample_softmax, logits, size, upstream=noise(2, 3, *size)),
-             lambda: [ops.upsample_argmax(logits, size)], lambda: [ops.confusion_matrix(logits, target)]]
+             lambda: [ops.upsample_argmax(logits, size)], lambda: [ops.pseudo_labels(logits, size, 0.5)],
+             lambda: [ops.confusion_matrix(logits, target)]]
     want = [call() for call in calls]
-    names = "masked_cross_entropy", "upsample_softmax", "upsample_argmax", "confusion_matrix"
+    names = "masked_cross_entropy", "upsample_softmax", "upsample_argmax", "pseudo_labels", "confusion_matrix"
     with mock.patch.multiple(ops, **{f"{name}_reference": None for name in names}):
         assert all(torch.equal(a, b) for call, one in zip(calls, want) for a, b in zip(call(), one))
 
@@ -378,7 +422,8 @@ def test_compiled_with_symbols():
         probabilities = ops.upsample_softmax(logits, size)
         loss, kept = ops.masked_cross_entropy(logits, None, confidence, size=size, threshold=threshold)
         return (loss + probabilities.square().mean() + ops.masked_cross_entropy(logits, target)[0], kept,
-                ops.upsample_argmax(logits, size), ops.confusion_matrix(logits.detach(), target))
+                ops.upsample_argmax(logits, size), ops.pseudo_labels(logits, size, threshold),
+                ops.confusion_matrix(logits.detach(), target))
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, backend=graphs, fullgraph=True)
@@ -442,6 +487,12 @@ def test_drawn(first):
             upsampled = F.interpolate(logits.double(), size, mode="bilinear", align_corners=True)
             tops = [upsampled.gather(1, x.long()[:, None])[:, 0][ids != other] for x in (ids, other)]
             torch.testing.assert_close(*tops, rtol=1e-6, atol=0)  # ties, but for a rounding
+            limits = torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(seed))
+            if finite:
+                check_pseudo_labels(logits, size, limits, valid)
+            else:
+                found, want = (f(logits, size, limits, valid) for f in (ops.pseudo_labels, ops.pseudo_labels_reference))
+                assert (found == want).float().mean() > 0.99
             matrix = ops.confusion_matrix_reference(ids, target, logits.shape[1])
             assert torch.equal(ops.confusion_matrix(logits, target), matrix)
             assert torch.equal(ops.confusion_matrix(ids, target, logits.shape[1]), matrix)
@@ -493,7 +544,7 @@ def test_same_bits_for_any_number_of_threads():
             results.append([*both_ways(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
                             *both_ways(ops.masked_cross_entropy, logits, size=(129, 129)),
                             *both_ways(ops.upsample_softmax, logits, (129, 129), upstream=grad),
-                            ops.confusion_matrix(logits, target)])
+                            ops.confusion_matrix(logits, target), ops.pseudo_labels(logits, (129, 129), 0.5, valid)])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
@@ -510,6 +561,7 @@ def test_opcheck():
         torch.library.opcheck(seg.cross_entropy, (logits if with_grad else logits.detach(), target, with_grad))
     torch.library.opcheck(seg.upsample_softmax, (logits, valid, 9, 9, torch.float32))
     torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9))
+    torch.library.opcheck(seg.upsample_argmax, (logits.detach(), 9, 9, torch.rand(4), valid))
     for guess in (target.clamp(max=3), logits.detach()):
         torch.library.opcheck(seg.confusion_matrix, (guess, target, 255, torch.zeros(4, 4, dtype=torch.int64)))
 
@@ -517,7 +569,7 @@ def test_opcheck():
 def test_the_benchmark_runs(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SIZES", [(1, 3, 9, 65)])
     monkeypatch.setattr(bench, "peak", lambda *_: 0)
-    rows = bench.main(bench.flags().parse_args(["--only", "labels (1, 3, 9", "--seconds", "0"]))
+    rows = bench.main(bench.flags().parse_args(["--only", "py, labels (1, 3, 9", "--seconds", "0"]))
     assert [row["dtype"] for row in rows if row["ours"] > 0] == ["float32", "bfloat16"]
     assert "| cross entropy, labels | (1, 3, 9, 65) | float32 |" in capsys.readouterr().out
 
@@ -546,4 +598,4 @@ def test_the_table_of_a_gpu(monkeypatch):
     rows = {row["operator"]: row for row in rows}
     assert rows["cross entropy, labels"]["floor"] == pytest.approx(5.84e-7, rel=0.01)  # exponentials
     assert rows["upsample_softmax"]["floor"] == pytest.approx(2 * 8.66e6 / 3.35e12, rel=0.03)  # bytes
-    assert len(rows) == 4 and cuda.graph.call_count == 3 * 4 + 1  # of the confusion matrices ours alone
+    assert len(rows) == 5 and cuda.graph.call_count == 4 * 4 + 1  # of the confusion matrices ours alone

@@ -20,7 +20,7 @@ ARCHITECTURES = ("80", "90", "120")
 # The most registers of a thread, for any architecture and type. A multiprocessor has 65,536: five blocks of 128 threads
 # with 102 registers each, or ten of 64.
 REGISTERS = {"map_labels": 48, "cells_cross_entropy": 96, "to_points": 32, "probabilities": 88,
-             "write_argmax": 96, "count_ids": 32}
+             "write_argmax": 80, "count_ids": 32}
 
 
 @pytest.fixture(scope="module")

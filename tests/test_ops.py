@@ -52,6 +52,28 @@ def test_upsample_argmax_is_its_definition():
             assert ids.dtype == torch.uint8 and np.array_equal(ids.numpy(), want)
 
 
+def test_pseudo_labels_are_their_definition():
+    """One limit and one for each class, as a number of a float64 softmax; the mask; nothing is above 1, or NaN."""
+    rng = np.random.RandomState(0)
+    logits, limits = 2 * rng.randn(2, 4, 3, 4), [0.3, 0.5, 0.7, 0.9]
+    for size in ((9, 13), (3, 4)):
+        valid = rng.rand(2, *size) < 0.8
+        p = np.exp(np.stack([upsample(x, size) for x in logits]))
+        p /= p.sum(1, keepdims=True)
+        for given, limit in ((0.6, np.full(4, 0.6)), (torch.tensor(limits), np.array(limits))):
+            sure = p.max(1) > limit[p.argmax(1)]
+            assert 0.1 < sure.mean() < 0.9
+            for dtype in (torch.float64, torch.float32):
+                x = torch.from_numpy(logits).to(dtype)
+                for mask, want in ((None, sure), (torch.from_numpy(valid), sure & valid)):
+                    ids = ops.pseudo_labels(x, size, given, mask)
+                    assert ids.dtype == torch.uint8 and np.array_equal(ids.numpy(), np.where(want, p.argmax(1), 255))
+        for f in (ops.pseudo_labels, ops.pseudo_labels_reference):
+            steep = torch.from_numpy(logits).float() * 100
+            assert (f(steep, size, 1) == 255).all() and (f(steep, size, float("nan")) == 255).all()
+            assert torch.equal(f(steep, size, 0), ops.upsample_argmax(steep, size))
+
+
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("divide", ["kept", "all"])
