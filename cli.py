@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,12 @@ def launch(main, flags):
         # a loader's worker hands its exception over with the traceback as text: the message is behind the class's name
         print(f"{Path(sys.argv[0]).name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as e:
+        if "WORLD_SIZE" not in os.environ or not re.search("gloo|NCCL", str(e)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: another process ended, so this one does; read its line, and --resume goes on "
+              "from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

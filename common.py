@@ -9,36 +9,37 @@ import time
 import torch
 from tqdm import tqdm
 
+import data
 import flags
 import model
 import parallel
+import watch
 from cli import InputError, clock, commit, folder, replace, writing
 from csrc import build, ops
 
-# what a healthy run logs, and what to try where it leaves that for long
-HEALTHY = {
-    "loss_d": (0.05, 0.7, "near 0 D always wins and starves the other losses: try a smaller --d-lr or --d-smooth 0.1"),
-    "kept": (0.01, 0.99, "the share of unlabelled pixels that are trusted: see loss_d, or move --threshold"),
-}
-PATIENCE = 10  # logged steps in a row before a warning
-FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt"
+FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
 NETS = "seg", "disc", "opt_seg", "opt_disc"  # of a checkpoint; None where a script has it not
-MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every"  # on --resume
+MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every", "tensorboard"
 
 
 def settle(args, dataset, labelled):
     """Fill in the flags that were not given and check all; nothing writes to `args` after it. Errors: InputError."""
-    known = dataset.defaults | {name: value for name, value in vars(args).items() if value is not None}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    small = dataset.own and (args.gpu < 0 or not torch.cuda.is_available())
+    known = (data.laptop_defaults(dataset, given) if small else dataset.defaults) | given
     tenth = max(1, known["iters"] // 10)
     known = {"stride": 16 if known["backbone"] == "efficientnet_lite0" else 8, "eval_every": tenth, "save_every": tenth,
-             "semi_start": known["iters"] // 4, "threshold": 0.2 if known.get("trust") is None else 0} | known
+             "semi_start": known["iters"] // 4, "u_start": known["iters"] // 8,
+             "threshold": 0.2 if known.get("trust") is None else 0} | known
     vars(args).update({name: known.get(name) for name in vars(args)})
     if getattr(args, "semi_start_epoch", None) is not None:
         epoch = len(labelled) // args.batch_size if args.drop_last else len(labelled) / args.batch_size  # in steps
         args.semi_start = math.ceil(args.semi_start_epoch * epoch)
     flags.check(args)
-    if args.batch_size % parallel.WORLD:
-        raise InputError(f"--batch-size {args.batch_size}: {parallel.WORLD} processes share it out; make it a multiple")
+    share = parallel.WORLD * (2 if hasattr(args, "ema") and parallel.WORLD > 1 else 1)  # train_match.py mixes pairs
+    if args.batch_size % share:
+        raise InputError(f"--batch-size {args.batch_size}: {parallel.WORLD} processes share it out; make it a multiple "
+                         f"of {share}")
     args.caffe, norm = model.origin(args.init)
     args.norm = args.norm or norm
 
@@ -65,6 +66,7 @@ class Run:
         self.device = announce(f"{dataset.note}data {dataset.name}: {len(labelled)} labelled pictures, "
                                f"{len(dataset.classes)} classes", args.gpu)
         self.rows, self.written, self.first = [], False, parallel.RANK == 0
+        self.board = watch.Board(dataset, args) if args.tensorboard and self.first else None
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
@@ -86,7 +88,7 @@ class Run:
         if checkpoint["step"] > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         try:
-            if {name for name in NETS if checkpoint[name]} != set(self.parts):
+            if {name for name in (*NETS, "student") if checkpoint.get(name)} != set(self.parts):
                 raise KeyError
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
@@ -104,6 +106,7 @@ class Run:
         old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
         with writing(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock()
             if old and not (self.args.resume and self.rows):
                 aside = next(p for p in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not p.exists())
                 aside.mkdir()
@@ -116,13 +119,26 @@ class Run:
         replace(self.out / "run.json", lambda f: f.write_text(json.dumps(facts, indent=1) + "\n"))
         replace(self.out / "labelled.txt", lambda f: f.write_text("\n".join(self.labelled) + "\n"))
         self.write_log()
+        if self.board:
+            self.board.open(self.out / "tensorboard", self.rows[-1]["step"] if self.rows else 0)
+
+    def lock(self):
+        """Keep --out to this process until it ends, however it ends. Errors: InputError where another one has it."""
+        try:
+            import fcntl  # Windows has none
+            self.held = open(self.out / ".lock", "w")
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loaders' workers do not inherit it
+        except BlockingIOError:
+            raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out") from None
+        except (ImportError, OSError):  # a disk that has no locks
+            pass
 
     def write_log(self):
         replace(self.out / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in self.rows)))
 
     def steps(self, done):
         """done + 1 ... --iters, under a progress bar on a terminal."""
-        self.clock, shown = (time.monotonic(), done), self.first and sys.stderr.isatty()
+        self.start, self.clock, shown = done, (time.monotonic(), done), self.first and sys.stderr.isatty()
         self.bar = tqdm(range(done + 1, self.args.iters + 1), initial=done, total=self.args.iters, disable=not shown)
         return self.bar
 
@@ -145,14 +161,18 @@ class Run:
             return
         with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
             log.write(json.dumps(row) + "\n")
+        if self.board:
+            self.board.figures(step, row)
         text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
         (began, before), self.clock = self.clock, (time.monotonic(), step)
+        rate, of = (step - before) / (self.clock[0] - began + 1e-9), self.args.iters
         if self.bar.disable:
-            rate, of = (step - before) / (self.clock[0] - began + 1e-9), self.args.iters
             print(f"step {step}/{of} {text} | {rate:.2f} steps/s, {clock((of - step) / rate)} left", flush=True)
         else:
             self.bar.set_postfix_str(text, refresh=False)
-        for line in warnings(self.rows, self.args):
+        if 10 <= step - self.start < 10 + self.args.log_every and (of - step) / rate > 86400:
+            tqdm.write(f"warning: this takes {(of - step) / rate / 86400:.1f} days here; lower --crop or --iters")
+        for line in watch.warnings(self.rows, self.args):
             tqdm.write(line)
 
     def to_evaluate(self, step):
@@ -192,21 +212,12 @@ class Run:
         if self.rows[-1]["step"] != step:  # --log-every left it out
             self.rows.append({"step": step})
         self.rows[-1] = self.rows[-1] | scores | self.rows[-1]  # of a run that had ended: what it has
+        if self.board and self.written:
+            self.board.figures(step, scores)
+            self.board.strip(step, self.parts["seg"], self.device)
         if self.first:
             self.write_log()  # last: a run killed before this evaluates again
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*best) if best[1] else ""
         more = "".join(f", {name} {value:.1f}" for name, value in scores.items() if name != "miou")
         tqdm.write(f"data {self.data.name}, list val, step {step}{other}{more}\nmIoU {miou:.2f}")
-
-
-def warnings(rows, args):
-    """A line for each figure that the last row is the PATIENCE-th in a row to have outside HEALTHY."""
-    smooth, start = getattr(args, "d_smooth", 0), getattr(args, "semi_start", 0)
-    for name, (low, high, advice) in HEALTHY.items():
-        if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
-            low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
-        values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and (name != "kept" or r["step"] > start)]
-        ill = [not low <= value <= high for value in values]
-        if len(ill) >= PATIENCE and all(ill[-PATIENCE:]) and ill[:-PATIENCE] != [True]:
-            yield f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2 import functional as TF
 
 import parallel
 import shapes
@@ -45,6 +46,31 @@ SHAPES_DEFAULTS = VOC_DEFAULTS | dict(backbone="resnet18", init="none", crop=97,
                                       d_lr=3e-5, d_smooth=0.1, lam_semi=0.5, eval_every=160)
 
 
+def laptop_defaults(dataset, given):
+    """Defaults for a folder of one's own without CUDA: what trains for about 20 minutes on 2 cores.
+
+    Pictures are shrunk to at most 320 pixels in the median, crops are at most 161. The dataset's note tells what was
+    chosen, but for what is in `given`, the flags that have a value.
+    """
+    rate = 1.2 if {"ema", "lam_adv_u"} & set(given) else 2 if "d_input" in given else 3  # steps a second at crop 161
+    sizes = []
+    for path in list(dataset.pictures.values())[::max(1, len(dataset.pictures) // 50)]:
+        with reading(path), Image.open(path) as picture:
+            sizes.append(picture.size)
+    short, long = (int(np.median([pick(size) for size in sizes])) for pick in (min, max))
+    scale = next((x for x in (1, 0.5) if long * x <= 320), 0.25)
+    crop = 16 * max(4, min(10, int(short * scale) // 16)) + 1
+    iters = max(100, round(12 * rate * (161 / crop) ** 2) * 100)
+    chosen = dict(backbone="efficientnet_lite0", crop=crop, input_scale=scale, batch_size=8, iters=iters)
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()
+             if name not in given and value != VOC_DEFAULTS[name]]
+    if words:
+        time = "" if "iters" in given else ", for about 20 minutes on 2 cores"
+        dataset.note += (f"there is no CUDA here, so {' '.join(words)}{time}; the paper's settings are in "
+                         "@recipes/paper_voc_semi.txt\n")
+    return VOC_DEFAULTS | chosen | dict(lr=2e-3)
+
+
 class Label(NamedTuple):
     """A label file and what may stand in it: ids below num_classes, or the colours ((65536 R + 256 G + B, id), ...)."""
 
@@ -63,6 +89,7 @@ class Data:
     palette: list  # 768 numbers, as PIL's putpalette takes them
     colours: tuple  # of a Label; empty where classes.txt does not give one for every class
     defaults: dict
+    own: bool  # whether it is a folder of the user's own, with classes.txt
     pictures: dict  # id -> path
     labels: dict  # id -> path
     picture_dir: Path
@@ -129,7 +156,8 @@ def open_data(root=None):
         drawn, bare = draw_lists(pairs), len(pictures) - len(pairs)
         note = (f"{root} has no lists: {len(drawn['train'])} of its labelled pictures train, {len(drawn['val'])} are "
                 f"val{f', {bare} have no label and are left out' if bare else ''}; ")
-    return Data("shapes" if generated else str(root), root, classes, palette, colours, defaults, pictures, labels,
+    own = (root / "classes.txt").is_file() and not generated
+    return Data("shapes" if generated else str(root), root, classes, palette, colours, defaults, own, pictures, labels,
                 picture_dir, label_dir, drawn, note)
 
 
@@ -241,9 +269,16 @@ def folder_pictures(folder, samples):
     """Samples without a label of all pictures under `folder` less those of `samples`; None: []. Errors: InputError."""
     if folder is None:
         return []
-    files = [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names if name[0] != "."]
-    known = {os.path.realpath(path) for path, _ in samples}
-    found = [(str(f), None) for f in sorted(files) if f.suffix.lower() in PICTURES and os.path.realpath(f) not in known]
+    files = [os.path.join(at, name) for at, _, names in os.walk(Path(folder), followlinks=True) for name in names
+             if name[0] != "." and os.path.splitext(name)[1].lower() in PICTURES]
+
+    def identity(path):
+        try:
+            return (found := os.stat(path)).st_dev, found.st_ino
+        except OSError:
+            return path  # a link to nothing: the reader names it
+    known = {identity(path) for path, _ in samples}
+    found = [(f, None) for f in sorted(files, key=lambda f: f.split(os.sep)) if identity(f) not in known]
     if not found:
         raise InputError(f"--unlabelled {folder}: no .jpg or .png that the data set has not; name another folder")
     return found
@@ -423,6 +458,47 @@ def batches(samples, name, args, done, device):
     draws = [step * args.batch_size + n for step in range(done, args.iters) for n in mine]
     for pixels, other in loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"):
         yield pixels.permute(0, 3, 1, 2).to(device, non_blocking=True), other.to(device, non_blocking=True)
+
+
+def strong_view(pictures, args, step):
+    """This process's pictures (B,3,H,W) uint8 of update `step` in other colours, grey or blurred, as their draws say.
+
+    Brightness, contrast, saturation by 0.5 to 1.5, hue by up to a quarter of the circle for 4 in 5; grey for 1 in 5; a
+    blur of up to 2 pixels for 1 in 2: UniMatch's (Yang et al. 2023). The n-th draw is a pure function of (seed, n).
+    """
+    views, first = [], (step - 1) * args.batch_size + parallel.RANK * len(pictures)
+    for n, view in enumerate(pictures, first):
+        draw = random.Random(f"{args.seed}/strong/draw {n}")
+        if draw.random() < 0.8:
+            for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+                view = adjust(view, draw.uniform(0.5, 1.5))
+            view = TF.adjust_hue(view, draw.uniform(-0.25, 0.25))
+        if draw.random() < 0.2:
+            view = TF.rgb_to_grayscale(view, 3)
+        if draw.random() < 0.5:
+            view = TF.gaussian_blur(view, [9, 9], [draw.uniform(0.1, 2)])
+        views.append(view)
+    return torch.stack(views)
+
+
+def cut_mix(maps, args, step):
+    """`maps`, tensors (B,...,H,W) of one batch, with a box of each picture's neighbour in half of the pictures.
+
+    The box is the same in all maps, 2 to 40 % of the area, and its sides at most 1 : 3.3 (UniMatch's). Neighbours are
+    the first two of a process's pictures, the next two, ...; the n-th draw is a pure function of (seed, n).
+    """
+    mixed, (height, width) = [x.clone() for x in maps], maps[0].shape[-2:]
+    many = len(maps[0])
+    for i in range(many):
+        draw = random.Random(f"{args.seed}/mix/draw {(step - 1) * args.batch_size + parallel.RANK * many + i}")
+        if draw.random() < 0.5:
+            continue
+        area, ratio = draw.uniform(0.02, 0.4), math.exp(draw.uniform(-1.2, 1.2))
+        h, w = (min(round(side * math.sqrt(x)), side) for side, x in ((height, area * ratio), (width, area / ratio)))
+        y, x = draw.randint(0, height - h), draw.randint(0, width - w)
+        for new, old in zip(mixed, maps):
+            new[i, ..., y:y + h, x:x + w] = old[(i ^ 1) % many, ..., y:y + h, x:x + w]
+    return mixed
 
 
 def loader(dataset, workers, **more):

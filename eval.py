@@ -1,26 +1,24 @@
 """Score a checkpoint as the VOC devkit does, and write what it predicts.
 
     python eval.py --ckpt out/semi/last.pt --out out/semi/pictures
-    python eval.py --ckpt out/semi/last.pt --images holiday/*.jpg --out predictions
+    python eval.py --ckpt out/semi/last.pt --images holiday --out predictions --blend
 """
 import argparse
 import contextlib
 import json
 import math
-import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 import cli
 import common
 import data
 import model
 import parallel
+import predict
 from csrc import ops
-from flags import WHOLE
+from flags import WHOLE, number
 
 BINS = 1000  # of how sure D and the net are, 0..1: a threshold in thousandths lies between two
 
@@ -30,19 +28,18 @@ def flags():
     p.add_argument("--ckpt", required=True, metavar="FILE", help="a training's last.pt or best.pt, or a published file")
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
-    p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead; needs --out")
+    p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead, files, folders or "
+                   "globs, turned as their EXIF says; needs --out, which gets legend.png too")
+    p.add_argument("--blend", action="store_true", help="with --images: the prediction laid over each picture as well")
+    p.add_argument("--tta", action="store_true", help="mean over 3 scales and flipped pictures, at 6 times the time")
+    p.add_argument("--window", type=number(int, 65), default=2049, metavar="SIDE", help="larger pictures go to the net "
+                   "in overlapping windows of this side, in pixels (default 2049)")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
     p.add_argument("--workers", type=WHOLE, default=2, help="loader processes; 0 loads in this process")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
     return p
-
-
-def predict(seg, pictures, args, device):
-    """Logits (N,K,h,w) of what data.for_net gave, pictures (N,3,h,w) uint8; `args` are the training's."""
-    with model.autocast(args.amp, device, args.backbone):
-        return seg(seg.normalise(pictures.to(device)))
 
 
 @torch.inference_mode()
@@ -66,7 +63,7 @@ def evaluate(seg, samples, args, device, disc=None, write=None):
         for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
             if parallel.heard:
                 break
-            prediction, target = predict(seg, picture, args, device), target.to(device)  # (1,K,h/stride,w/stride)
+            prediction, target = predict.logits(seg, picture, args, device), target.to(device)  # (1,K,h,w)
             if disc:
                 judged += judge(disc, prediction, target, args)
             if write:
@@ -84,6 +81,16 @@ def evaluate(seg, samples, args, device, disc=None, write=None):
     return {"miou": 100 * miou} | (trust_scores(parallel.total(judged)) if disc else {}), per_class
 
 
+def trust(disc, logits, valid, args):
+    """(model.sureness (3,N,H,W), whether the training of `args` would keep a pixel (N,H,W)) of logits (N,K,h,w)."""
+    with model.autocast(args.amp, valid.device, "disc"):
+        answer = disc(model.fake_map(logits, valid, args.d_input))  # (N,1,a,b)
+    sure = model.sureness(logits, answer, valid.shape[1:])
+    if getattr(args, "trust", None):
+        return sure, model.trusted(logits, answer, valid, args.trust) != data.IGNORE
+    return sure, (sure[0] > getattr(args, "threshold", 1)) & valid
+
+
 def judge(disc, logits, target, args):
     """Pixels counted by how sure D, the net and both are of them (model.sureness), then by whether they are kept.
 
@@ -91,13 +98,7 @@ def judge(disc, logits, target, args):
     training keeps none, as that of train_adv.py, all are. logits (N,K,h,w), target (N,H,W).
     """
     valid = target != data.IGNORE
-    with model.autocast(args.amp, target.device, "disc"):
-        answer = disc(model.fake_map(logits, valid, args.d_input))  # (N,1,a,b)
-    sure = model.sureness(logits, answer, valid.shape[1:])  # (3,N,H,W)
-    if getattr(args, "trust", None):
-        kept = model.trusted(logits, answer, valid, args.trust) != data.IGNORE
-    else:
-        kept = sure[0] > getattr(args, "threshold", 1)
+    sure, kept = trust(disc, logits, valid, args)
     bins = (torch.cat([sure, kept[None]]) * BINS).long().clamp(max=BINS - 1)  # (4,N,H,W)
     right = ops.upsample_argmax(logits, valid.shape[1:]) == target
     rows = 2 * torch.arange(4, device=target.device).view(4, 1, 1, 1) + right  # (4,N,H,W)
@@ -117,38 +118,11 @@ def trust_scores(judged):
     return {name: value for name, value in scores.items() if not math.isnan(value)}
 
 
-def palette_png(ids, size, palette):
-    """Class ids (H,W) without their padding as a mode P picture; size is (W,H)."""
-    image = Image.fromarray(np.asarray(ids)[:size[1], :size[0]]).convert("P")
-    image.putpalette(palette)
-    return image
-
-
-@contextlib.contextmanager
-def drafts_of(out):
-    """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
-    with cli.writing(f"--out {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        drafts = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
-    with drafts:
-        yield Path(drafts.name)
-        with cli.writing(f"--out {out}"):
-            out.mkdir(exist_ok=True)
-            for file in Path(drafts.name).iterdir():
-                file.replace(out / file.name)
-
-
-def overview(rows):
-    """One picture of rows (picture, label, prediction), each shown 240 pixels wide."""
-    def small(picture):
-        return np.asarray(picture.convert("RGB").resize((240, round(240 * picture.height / picture.width))))
-    return Image.fromarray(np.vstack([np.hstack([*map(small, row)]) for row in rows]))
-
-
 def main(args):
     checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
     seg, classes = model.build_segmenter(checkpoint, args.ckpt), checkpoint["classes"]
-    now = {"workers": args.workers} | ({} if args.amp is None else {"amp": args.amp})
+    now = {"workers": args.workers, "tta": args.tta, "window": args.window}
+    now |= {} if args.amp is None else {"amp": args.amp}
     trained = argparse.Namespace(**{"data": None, "amp": None, "input_scale": 1} | checkpoint["args"] | now)
     out = cli.folder("--out", args.out) if args.out else None
     if args.json and not Path(args.json).parent.is_dir():
@@ -156,7 +130,9 @@ def main(args):
     if args.images:
         if out is None:
             raise cli.InputError("--images: name a folder for the predictions with --out")
-        return predict_images(seg, args, trained, out)
+        paths = predict.named(args.images)
+        device = common.announce(f"data {len(paths)} pictures of --images", args.gpu)
+        return predict.images(seg, paths, trained, device, classes, out, args.blend)
 
     dataset = data.open_data(args.data or trained.data)
     if len(dataset.classes) != len(classes):
@@ -171,18 +147,18 @@ def main(args):
 
     def write(i, prediction):
         picture = data.read_picture(samples[i][0])
-        drawn = palette_png(prediction, picture.size, dataset.palette)
+        drawn = predict.palette_png(prediction, picture.size, dataset.palette)
         with cli.writing(f"--out {out}"):
             drawn.save(drafts / f"{ids[i]}.png")
         if i // parallel.WORLD % shown == 0 and len(rows) < 8:
             label = data.read_label(samples[i][1], picture.size)
-            rows.append((picture, palette_png(label, picture.size, dataset.palette), drawn))
+            rows.append((picture, predict.palette_png(label, picture.size, dataset.palette), drawn))
 
-    with drafts_of(out) if out else contextlib.nullcontext() as drafts:
+    with predict.drafts_of(out) if out else contextlib.nullcontext() as drafts:
         scores, per_class = evaluate(seg.to(device), samples, trained, device, write=write if out else None)
         if out and parallel.RANK == 0:
             with cli.writing(f"--out {out}"):
-                overview(rows).save(drafts / "overview.jpg", quality=95)
+                predict.overview(rows).save(drafts / "overview.jpg", quality=95)
     if out:
         print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
     percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
@@ -195,29 +171,6 @@ def main(args):
         cli.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
     print(f"mIoU {scores['miou']:.2f}")
-
-
-@torch.inference_mode()
-def predict_images(seg, args, trained, out):
-    """Write the prediction of every picture of --images to `out`/STEM.png. Errors: InputError, before writing any."""
-    names = [f"{Path(path).stem}.png" for path in args.images]
-    for path, name in zip(args.images, names):
-        if names.count(name) > 1:
-            raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
-        if Path(path).resolve() == (out / name).resolve():
-            raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
-        data.read_picture(path)  # all are sound before one is predicted
-    device = common.announce(f"data {len(names)} pictures of --images", args.gpu)
-    seg, mine = seg.to(device), [*zip(args.images, names)][parallel.RANK::parallel.WORLD]
-    with drafts_of(out) as drafts:
-        for path, name in cli.progress(mine, len(mine), "prediction"):
-            picture = data.read_picture(path)
-            pixels, size = data.for_net(picture, trained)
-            ids = ops.upsample_argmax(predict(seg, pixels[None], trained, device), size)[0].cpu()
-            with cli.writing(f"--out {out}"):
-                palette_png(ids, picture.size, trained.palette).save(drafts / name)
-        parallel.total(torch.zeros(1))  # no file moves before all processes have drawn theirs
-    print(f"{len(names)} predictions in {out}")
 
 
 if __name__ == "__main__":

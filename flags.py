@@ -74,6 +74,7 @@ def shared_flags(description, out):
     p.add_argument("--seed", type=number(int, 0, 2**63), default=0, help="of first weights and every draw (default 0)")
     p.add_argument("--out", default=out, metavar="DIR", help="where log, checkpoints and flags are written")
     p.add_argument("--resume", action="store_true", help="go on from DIR/last.pt where there is one")
+    p.add_argument("--tensorboard", action="store_true", help="write figures and pictures to DIR/tensorboard too")
     p.add_argument("--log-every", type=COUNT, default=10, help="steps between log lines (default 10)")
     p.add_argument("--eval-every", type=COUNT, help="steps between evaluations; default --iters / 10, shapes 160")
     p.add_argument("--save-every", type=COUNT, help="steps between checkpoints; default --iters / 10")

@@ -411,8 +411,10 @@ def trusted(logits, d_logits, valid, share):
     """Predicted classes (N,H,W) uint8 where D and the net are surest, 255 elsewhere and where valid (N,H,W) is False.
 
     How sure: D's answer times the largest probability. A class's pixels compete among themselves: the best `share` of
-    them stays, by cutoffs taken at the logits' own points.
+    them stays, by cutoffs taken at the logits' own points. share None: all of them.
     """
+    if share is None:
+        return ops.upsample_argmax(logits, valid.shape[1:]).masked_fill(~valid, IGNORE)
     size, classes = valid.shape[1:], torch.arange(logits.shape[1], device=logits.device)[:, None]
     ids, sure = ops.upsample_argmax(logits, size), sureness(logits, d_logits, size)[2]  # (N,H,W)
     step = (size[0] - 1) // (logits.shape[2] - 1)
@@ -421,6 +423,21 @@ def trusted(logits, d_logits, valid, share):
     ranked = points[1].masked_fill(~mine, torch.inf).sort().values
     cutoff = ranked.gather(1, (mine.sum(1, keepdim=True) * (1 - share)).long())[:, 0]  # (K,)
     return ids.where((sure >= cutoff[ids.long()]) & valid, IGNORE)
+
+
+@torch.no_grad()
+def class_confidence(logits, valid):
+    """How sure predictions of each class are, (K,) float32, in shares of the surest class: FlexMatch's (Zhang 2021).
+
+    That is the mean of the largest probability over the points of logits (N,K,h,w) that are of the class and valid
+    (N,H,W), of all processes; 0 where there are none.
+    """
+    stride = (valid.shape[1] - 1) // (logits.shape[2] - 1)
+    sure, ids = logits.float().softmax(1).max(1)  # (N,h,w)
+    own = F.one_hot(ids, logits.shape[1]) * valid[:, ::stride, ::stride, None]  # (N,h,w,K)
+    total, count = parallel.total(torch.stack([(own * sure[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]))
+    mean = total / count.clamp(min=1)
+    return mean / mean.max()
 
 
 def sureness(logits, d_logits, size):

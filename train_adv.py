@@ -73,10 +73,8 @@ def main(args):
         opt_disc.step()
 
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
-        if run.to_evaluate(step):
-            run.save(step, scores())
-        elif run.to_save(step):
-            run.save(step)
+        if run.to_evaluate(step) or run.to_save(step):
+            run.save(step, scores() if run.to_evaluate(step) else None)
 
 
 if __name__ == "__main__":

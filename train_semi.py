@@ -21,6 +21,7 @@ def flags():
     p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
     p.add_argument("--threshold", type=number(), help="a pixel is trusted where D says more (default the paper's 0.2)")
     p.add_argument("--trust", type=number(), metavar="SHARE", help="instead: of each class the surest, up to 1 (all)")
+    p.add_argument("--strong", action="store_true", help="teach a strong view: other colours, grey, blurred (FixMatch)")
     p.add_argument("--semi-start", type=number(int), help="steps before semi loss (default --iters / 4; paper: 5000)")
     p.add_argument("--semi-start-epoch", type=number(below=1e6), metavar="E", help="that in labelled epochs; it wins")
     return p
@@ -63,6 +64,7 @@ def main(args):
         with model.autocast(args.amp, device, args.backbone):
             logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
             logits_u = seg_ddp(seg.normalise(picture_u))  # (B,K,h,w)
+            logits_s = seg_ddp(seg.normalise(data.strong_view(picture_u, args, step))) if args.strong else logits_u
         with model.autocast(args.amp, device, "disc"):
             fake = model.fake_map(logits, valid, args.d_input)  # (B,K,H,W)
             d_fake = disc_ddp(fake)  # (B,1,a,b)
@@ -71,16 +73,15 @@ def main(args):
                 d_real = disc_ddp(model.real_map(target, fake, args.d_input))  # (B,1,a,b)
         loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
         loss_adv = model.bce(d_fake, 1, valid)
-        loss_adv_u = model.bce(d_fake_u, 1, valid_u)
+        loss_adv_u = model.bce(d_fake_u if args.lam_adv_u else d_fake_u.detach(), 1, valid_u)
         if args.d_target == "right":
             loss_d = model.bce(d_fake, ops.upsample_argmax(logits, valid.shape[1:]) == target, valid)
         else:
             loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-            if args.d_unlabelled:
-                loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2
+            loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2 if args.d_unlabelled else loss_fake
             loss_d = (loss_fake + loss_real) / 2
-        taught = model.trusted(logits_u, d_fake_u, valid_u, args.trust) if args.trust else None  # (B,H,W); None: argmax
-        semi, kept = ops.masked_cross_entropy(logits_u, taught, d_fake_u, valid=valid_u, threshold=args.threshold)
+        taught = model.trusted(logits_u, d_fake_u, valid_u, args.trust)  # (B,H,W) uint8
+        semi, kept = ops.masked_cross_entropy(logits_s, taught, d_fake_u, valid=valid_u, threshold=args.threshold)
         loss_semi, share = parallel.mean(semi, kept), parallel.mean(kept / valid_u.sum(), valid_u.sum())
         lam_semi = args.lam_semi if step > args.semi_start else 0
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
@@ -95,10 +96,8 @@ def main(args):
 
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi,
                 kept=share, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
-        if run.to_evaluate(step):
-            run.save(step, scores())
-        elif run.to_save(step):
-            run.save(step)
+        if run.to_evaluate(step) or run.to_save(step):
+            run.save(step, scores() if run.to_evaluate(step) else None)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors here are 
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = "train_base", "train_adv", "train_semi"
+SCRIPTS = "train_base", "train_adv", "train_semi", "train_match"
 COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # class by class
 SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 "
          "--gpu -1").split()

@@ -1,9 +1,21 @@
 import argparse
+import itertools
+import json
+import sys
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import cli
 import common
+import data
+import train_adv
+import train_base
+import train_match
+import train_semi
+import watch
 
 QUICK = pytest.mark.quick
 
@@ -29,16 +41,16 @@ def test_replace_is_whole_or_nothing(tmp_path):
 def test_warns_of_a_starved_run(name, values, warns):
     """Once, at the tenth logged step in a row; the rows alone decide, so that a resumed run warns too."""
     rows = [{"step": step, name: value} for step, value in enumerate(values, 1)]
-    found = [n for n in range(1, len(rows) + 1) for line in common.warnings(rows[:n], argparse.Namespace())]
+    found = [n for n in range(1, len(rows) + 1) for line in watch.warnings(rows[:n], argparse.Namespace())]
     assert found == warns
-    assert not warns or f"warning: {name} was outside" in next(common.warnings(rows[:warns[0]], argparse.Namespace()))
+    assert not warns or f"warning: {name} was outside" in next(watch.warnings(rows[:warns[0]], argparse.Namespace()))
 
 
 def test_warnings_know_smoothing_and_the_start():
     # 0.163 is what a D that always wins keeps under smoothing 0.1
     args = argparse.Namespace(d_smooth=0.1, semi_start=20)
     rows = [{"step": n, "loss_d": 0.2, "kept": 1} for n in range(1, 31)]
-    lines = [(n, line.split()[1]) for n in range(1, 31) for line in common.warnings(rows[:n], args)]
+    lines = [(n, line.split()[1]) for n in range(1, 31) for line in watch.warnings(rows[:n], args)]
     assert lines == [(10, "loss_d"), (30, "kept")]
 
 
@@ -66,3 +78,74 @@ def test_flags_are_settled_once(train, monkeypatch):
         args.__class__ = type("Settled", (argparse.Namespace,), {"__setattr__": lambda *_: pytest.fail("written to")})
     monkeypatch.setattr(common, "settle", frozen)
     train("train_semi", "--iters", 1)
+
+
+def settled(script, root, *words):
+    """The args of a training on the folder `root`, and what its first lines say."""
+    args, dataset = script.flags().parse_args(["--data", str(root), *words]), data.open_data(root)
+    common.settle(args, dataset, dataset.train_ids())
+    return args, dataset.note
+
+
+@QUICK
+@pytest.mark.parametrize("size, crop, scale", [((250, 170), 161, 1), ((90, 80), 81, 1), ((500, 375), 161, 0.5),
+                                               ((480, 200), 97, 0.5), ((4000, 3000), 161, 0.25), ((40, 30), 65, 1)])
+def test_a_laptop_gets_what_it_can_train(blocks, tmp_path, monkeypatch, size, crop, scale):
+    """A folder of one's own without CUDA; flags that are given stay, and with CUDA nothing changes."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for n in range(5):
+        Image.new("RGB", size if n % 2 else size[::-1]).save(tmp_path / f"images/{n}.png")
+        Image.new("L", size if n % 2 else size[::-1]).save(tmp_path / f"labels/{n}.png")
+    args, note = settled(train_semi, tmp_path)
+    assert (args.backbone, args.crop, args.input_scale, args.batch_size, args.lr) == (
+        "efficientnet_lite0", crop, scale, 8, 2e-3)
+    assert f"--crop {crop}" in note and "about 20 minutes on 2 cores; the paper's settings are in @recipes/" in note
+    steps = [settled(script, tmp_path)[0].iters for script in (train_base, train_adv, train_semi, train_match)]
+    assert steps[0] > steps[1] > steps[2] == steps[3] >= 1400
+    args, note = settled(train_base, tmp_path, "--crop", "97", "--iters", "7", "--backbone", "resnet18")
+    assert (args.crop, args.iters, args.backbone) == (97, 7, "resnet18")
+    assert not any(word in note for word in ("--crop", "--iters", "--backbone", "minutes"))
+    recipe, note = settled(train_semi, tmp_path, "@recipes/paper_voc_semi.txt")
+    assert (recipe.backbone, recipe.crop, recipe.iters, recipe.lr) == ("resnet101", 321, 20000, 2.5e-4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args, note = settled(train_semi, tmp_path)
+    assert (args.backbone, args.crop, args.iters) == ("resnet101", 321, 20000) and "CUDA" not in note
+
+
+def test_a_run_of_days_says_so(train, monkeypatch, capsys):
+    seconds = itertools.count(step=5000)
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(seconds))
+    train("train_base", "--iters", 30, "--eval-every", 100, "--save-every", 100)
+    said = capsys.readouterr().out
+    assert said.count("warning: this takes 1.2 days here; lower --crop or --iters") == 1
+    assert said.index("step 10/30") < said.index("warning: this takes") < said.index("step 11/30")
+
+
+def test_tensorboard(train, tmp_path, fails, voc):
+    """What log.jsonl has, and pictures; --resume takes back what is of later steps."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    words = "--iters", 6, "--eval-every", 3, "--save-every", 3, "--tensorboard"
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(common, "poly_lr", lambda o, done, a: done == 5 and (_ for _ in ()).throw(KeyboardInterrupt))
+        train("train_semi", *words)
+    rows = train("train_semi", *words, "--resume")
+    found = events.EventAccumulator(str(rows / "tensorboard")).Reload()
+    logged = [json.loads(line) for line in (rows / "log.jsonl").read_text().splitlines()]
+    for name in ("loss_ce", "kept", "miou", "auc"):
+        want = [(r["step"], r[name]) for r in logged if name in r]
+        got = [(e.step, e.value) for e in found.Scalars(name)]
+        assert [s for s, _ in got] == [s for s, _ in want] and np.allclose([v for _, v in got], [v for _, v in want])
+    strips = found.Images("picture, label, prediction")
+    assert [e.step for e in strips] == [3, 6] and strips[0].width == 720
+    train("train_base", "--iters", 1)
+    assert (tmp_path / "out/earlier-1/tensorboard").is_dir() and not (tmp_path / "out/tensorboard").exists()
+
+
+@QUICK
+def test_without_tensorboard(blocks, tmp_path, fails, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    words = "--data", blocks, "--gpu", -1, "--out", tmp_path / "out", "--tensorboard"
+    assert "tensorboard is not installed; pip install tensorboard" in fails("train_base", *words)
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from PIL import Image
 
 import cli
 import data
+import parallel
 import shapes
 
 
@@ -466,7 +467,8 @@ def spoil(kind, path):
 ])
 def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
     """In training (all ids labelled, so the first epoch finds it) and in evaluation."""
-    for i, done in (("train0", False), ("val1", kind != "missing")):
+    early = kind == "missing" or (folder, kind) == ("JPEGImages", "unreadable")  # their lists and sizes are read first
+    for i, done in (("train0", False), ("val1", not early)):
         path = voc / folder / f"{i}.png"
         good = path.read_bytes()
         spoil(kind, path)
@@ -475,3 +477,47 @@ def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
         assert str(path).replace(".png", "") in error and say in error
         assert not list((tmp_path / i).glob("*.part")) and (tmp_path / i / "last.pt").exists() == done
         path.write_bytes(good)
+
+
+@pytest.mark.quick
+def test_strong_views_are_draws_of_their_own(monkeypatch):
+    """The same for any number of processes, other ones in the next step; sizes and places stay."""
+    pictures = torch.randint(0, 256, (16, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    args = argparse.Namespace(seed=0, batch_size=16)
+    views = data.strong_view(pictures, args, 1)
+    assert views.dtype == torch.uint8 and views.shape == pictures.shape
+    changed = [not torch.equal(a, b) for a, b in zip(views, pictures)]
+    grey = [torch.equal(v[0], v[1]) for v in views]
+    assert 10 < sum(changed) and 0 < sum(grey) < 10
+    assert torch.equal(views, data.strong_view(pictures, args, 1))
+    assert not torch.equal(views, data.strong_view(pictures, args, 2))
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        halves.append(data.strong_view(pictures[8 * rank:8 * rank + 8], args, 1))
+    assert torch.equal(torch.cat(halves), views)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("height, width", [(33, 33), (65, 17), (9, 40)])
+def test_mixed_by_the_same_boxes(monkeypatch, height, width):
+    """In half of the pictures a box is the neighbour's, in all maps alike, for any number of processes."""
+    first = torch.arange(64 * height * width).view(64, height, width)
+    maps = first, torch.stack([first, 2 * first, 3 * first], 1), first % 3 == 0
+    args = argparse.Namespace(seed=0, batch_size=64)
+    one, three, mask = data.cut_mix(maps, args, 1)
+    assert torch.equal(three, torch.stack([one, 2 * one, 3 * one], 1)) and torch.equal(mask, one % 3 == 0)
+    changed, neighbour = one != first, first.view(32, 2, height, width).flip(1).view(first.shape)
+    assert torch.equal(one, neighbour.where(changed, first))
+    boxes = changed.any(2)[:, :, None] & changed.any(1)[:, None]
+    assert torch.equal(boxes, changed) and 16 < changed.any((1, 2)).sum() < 48
+    share = changed.float().mean((1, 2))
+    assert share.max() < 0.42 and share[share > 0].min() > 0.005 and 0.15 < share[share > 0].mean() < 0.27
+    assert not torch.equal(one, data.cut_mix(maps, args, 2)[0])
+    monkeypatch.setattr(parallel, "WORLD", 2)
+    halves = []
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        halves.append(data.cut_mix([x[32 * rank:32 * rank + 32] for x in maps], args, 1)[0])
+    assert torch.equal(torch.cat(halves), one)

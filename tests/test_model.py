@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,3 +187,18 @@ def test_checkpoint_comes_back(lite, tmp_path):
     with pytest.raises(cli.InputError, match="another net"):
         start.backbone, start.stride = "resnet18", 8
         model.new_segmenter(start, 5)
+
+
+@pytest.mark.quick
+def test_class_confidence_is_its_definition():
+    torch.manual_seed(0)
+    logits, valid = 2 * torch.randn(2, 5, 3, 4), torch.rand(2, 17, 25) < 0.8
+    logits[:, 4] = -9  # nobody is predicted as that
+    found = {}
+    for n, y, x in itertools.product(range(2), range(3), range(4)):
+        p = logits[n, :, y, x].softmax(0)
+        if valid[n, 8 * y, 8 * x]:
+            found.setdefault(p.argmax().item(), []).append(p.max().item())
+    means = torch.tensor([sum(found.get(k, [0])) / len(found.get(k, [0])) for k in range(5)])
+    assert len(found) == 4
+    torch.testing.assert_close(model.class_confidence(logits, valid), means / means.max())

@@ -17,11 +17,13 @@ import model
 import parallel
 from csrc import ops
 
-EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --semi-start 3 --eval-every 100".split()
+EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --eval-every 100".split()
 SLOW = pytest.mark.slow
 GROUP = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)  # of processes
-# what train_semi.py does in a step the others do too
-EACH = [script if script == "train_semi" else pytest.param(script, marks=SLOW) for script in SCRIPTS]
+# what train_semi.py does in a step train_base.py and train_adv.py do too
+EACH = [pytest.param(script, marks=SLOW) if script in ("train_base", "train_adv") else script for script in SCRIPTS]
+STARTS = {"train_semi": "--semi-start 3 --d-unlabelled --upsample learned",
+          "train_match": "--u-start 3 --confidence 0.5"}
 
 
 def several(processes):
@@ -39,8 +41,7 @@ def torchrun(processes, *words):
 @pytest.mark.parametrize("script", EACH)
 def test_two_processes_are_one(voc, train, tmp_path, script):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
-    words = [w for w in EXACT if script == "train_semi" or w not in ("--semi-start", "3")]
-    words += ["--d-unlabelled", "--upsample", "learned"] if script == "train_semi" else []
+    words = EXACT + STARTS.get(script, "").split()
     said = torchrun(2, ROOT / f"{script}.py", "--data", voc, *SMALL, *words, "--out", tmp_path / "two")
     assert "2 processes" in said and said.count("mIoU") == 1
     alone = log(train(script, *words, out="one"))
@@ -203,10 +204,28 @@ def test_several_processes_stop_and_go_on(voc, tmp_path):
     assert file.read_text() == (tmp_path / "straight/log.jsonl").read_text()
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_is_killed(voc, tmp_path, killed):
+    """The other one ends within a minute, by one line and without a traceback; the checkpoint is there."""
+    words = list(map(str, ["--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1, "--out", tmp_path / "out"]))
+    run = subprocess.Popen([sys.executable, *several(2), ROOT / "train_base.py", *words], **GROUP,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (tmp_path / "out/last.pt").exists() and run.poll() is None:
+        time.sleep(0.1)
+    mine = subprocess.check_output(["pgrep", "-P", str(run.pid), "-f", "train_base.py"], text=True).split()
+    os.kill(int(mine[killed]), signal.SIGKILL)
+    _, error = run.communicate(timeout=60)
+    assert error.count("another process ended, so this one does") == 1 and "[rank" not in error, error
+    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] >= 1
+
+
 @pytest.mark.quick
 def test_what_cannot_be_shared_out(fails, blocks, monkeypatch):
     monkeypatch.setattr(parallel, "WORLD", 4)
-    assert "batch-size 2: 4 processes share it out; make it a multiple" in fails("train_base", "--data", blocks, *SMALL)
+    assert "batch-size 2: 4 processes share it out; make it a multiple of 4" in fails(
+        "train_base", "--data", blocks, *SMALL)
+    assert "batch-size 4: 4 processes share it out; make it a multiple of 8" in fails(
+        "train_match", "--data", blocks, *SMALL, "--batch-size", 4)
 
 
 def test_nets_and_losses_compile_whole():

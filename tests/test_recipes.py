@@ -38,7 +38,7 @@ def settings(*words, script=train_base):
 
 def settled(*words, script=train_base, defaults=data.VOC_DEFAULTS):
     args = settings(*words, script=script)
-    common.settle(args, types.SimpleNamespace(defaults=defaults), ["id"] * 8)
+    common.settle(args, types.SimpleNamespace(defaults=defaults, own=False), ["id"] * 8)
     return args
 
 
@@ -52,8 +52,9 @@ PIXELS, BN, SMOOTH, LARGE = dict(norm="none"), dict(bn="train"), dict(d_smooth=0
 SGD, STREET = (dict(d_optim="sgd", d_momentum=0.5, d_decay=1e-4),
                dict(crop=513, scale=[1, 1], input_scale=0.5, batch_size=2, iters=40000))
 ANIMALS = PAPER | dict(backbone="efficientnet_lite0", crop=161, batch_size=8, iters=1200, lr=2e-3, head_lr=10,
-                       d_input="soft", d_target="right", d_smooth=None, lam_adv_u=0.001, lam_semi=0.5, trust=0.5,
-                       threshold=None, semi_start=300)
+                       d_input="soft", d_target="right", d_smooth=None, lam_adv_u=0, lam_semi=1, trust=0.7,
+                       strong=True, threshold=None, semi_start=200, ema=0.99, confidence=0.8, lam_u=2,
+                       u_start=150)
 ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have the scripts' defaults
     "base101": PIXELS | dict(decay_every=10, upsample="learned"), "base102": PIXELS | dict(decay_every=0),
     "base103": PIXELS | dict(decay_every=10), "base104": PIXELS, "base105": {}, "base110": BN | dict(init="imagenet"),
@@ -64,7 +65,8 @@ ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have 
     **{f"final_{kind}_{n}": BN | dict(split=1 / n) for kind in ("base", "adv", "semi") for n in (2, 4, 8)},
     **{f"paper_{at}_{kind}": STREET if at == "cityscapes" else {} for at in ("voc", "cityscapes")
        for kind in ("base", "adv", "semi")},
-    **{f"animals_{kind}_{n}": dict(split=1 / n) for n in (8, 32) for kind in ("base", "adv", "semi")},
+    **{f"animals_{kind}_{n}": dict(split=1 / n) for n in (8, 32)
+       for kind in ("base", "adv", "semi", "match")},
 }
 
 

@@ -1,0 +1,89 @@
+"""predict.py: logits of large pictures and by several views, and what eval.py --images reads and writes."""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+
+import predict
+
+CPU = torch.device("cpu")
+
+
+class Points(torch.nn.Module):
+    """A net whose logits are the colours at every 16th pixel."""
+
+    def normalise(self, pixels):
+        return pixels.float() / 50
+
+    def forward(self, x):
+        return x[:, :, ::16, ::16]
+
+
+def settings(**more):
+    return argparse.Namespace(amp=False, backbone="resnet18", stride=16, **more)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [(161, 161), (65, 321), (337, 97), (65, 65), (97, 81)])
+@pytest.mark.parametrize("window", [65, 70, 97, 2049])
+def test_windows_are_the_whole(size, window):
+    """Where a logit depends on what lies at its place, and every picture is covered."""
+    pixels = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    seen, net = [], Points()
+    net.register_forward_hook(lambda net, x, y: seen.append(x[0].shape[2:]))
+    got = predict.logits(net, pixels, settings(window=window), CPU)
+    torch.testing.assert_close(got, predict.logits(Points(), pixels, settings(), CPU))
+    assert max(max(s) for s in seen) <= max(window, 65) and (len(seen) > 1) == (max(size) > window)
+
+
+@pytest.mark.quick
+def test_views_are_averaged():
+    """As probabilities; mirrored pictures give mirrored logits, and one colour what it gives alone."""
+    pixels = torch.randint(0, 256, (1, 3, 129, 193), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    args, seen, net = settings(tta=True), [], Points()
+    net.register_forward_hook(lambda net, x, y: seen.append(tuple(x[0].shape[2:])))
+    got = predict.logits(net, pixels, args, CPU)
+    assert sorted(seen) == [(97, 145)] * 2 + [(129, 193)] * 2 + [(161, 241)] * 2
+    torch.testing.assert_close(got.exp().sum(1), torch.ones(1, 9, 13))
+    torch.testing.assert_close(predict.logits(Points(), pixels.flip(3), args, CPU), got.flip(3))
+    plain = predict.logits(Points(), pixels, settings(), CPU)
+    assert not torch.allclose(got, plain.log_softmax(1), atol=0.01)
+    one = torch.full_like(pixels, 7)
+    torch.testing.assert_close(predict.logits(Points(), one, args, CPU), torch.full((1, 3, 9, 13), 1 / 3).log())
+
+
+def test_folders_globs_and_turned_pictures(trained, tmp_path, fails):
+    ckpt, rng = trained["train_base"] / "last.pt", np.random.RandomState(0)
+    (tmp_path / "in/deep").mkdir(parents=True)
+    picture = Image.fromarray(rng.randint(0, 255, (9, 14, 3), np.uint8).repeat(10, 0).repeat(10, 1))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned: to be shown turned by 90 degrees
+    picture.save(tmp_path / "in/deep/turned.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "in/upright.png")
+    (tmp_path / "in/notes.txt").write_text("no picture")
+    words = "--ckpt", ckpt, "--gpu", -1, "--images"
+    call("eval", *words, tmp_path / "in", "--out", tmp_path / "out", "--blend")
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "legend.png", "turned.png", "turned_blend.jpg", "upright.png", "upright_blend.jpg"]
+    one, two = (np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in ("turned", "upright"))
+    assert one.shape == (140, 90) and (one == two).all()
+    blend = np.asarray(Image.open(tmp_path / "out/turned_blend.jpg")).astype(float)
+    upright = np.asarray(Image.open(tmp_path / "in/upright.png")).astype(float)
+    colours = np.asarray(Image.open(tmp_path / "out/turned.png").convert("RGB")).astype(float)
+    assert abs(blend - 0.4 * upright - 0.6 * colours).mean() < 12  # JPEG's losses on noise
+    call("eval", *words, tmp_path / "in/*.png", "--out", tmp_path / "glob", "--window", 65, "--tta")
+    assert sorted(f.name for f in (tmp_path / "glob").iterdir()) == ["legend.png", "upright.png"]
+    for nothing in (tmp_path / "out/none*.jpg", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        assert "nothing there; name files" in fails("eval", *words, nothing, "--out", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.quick
+def test_a_legend_names_every_class():
+    names, palette = ["sky", "road", "tree"], [10, 200, 30, 250, 0, 0, 0, 0, 99]
+    image = np.asarray(predict.legend(names, palette))
+    assert all((image == palette[3 * k:3 * k + 3]).all(2).sum() > 200 for k in range(3))

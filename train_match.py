@@ -1,0 +1,89 @@
+"""Weak to strong: train_base.py plus the unlabelled pictures, where a teacher tells a strong view what it is.
+
+    python train_match.py --data shapes --split 0.125
+"""
+import copy
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import cli
+import common
+import data
+import model
+import parallel
+from csrc import ops
+from eval import evaluate
+from flags import number, shared_flags
+
+
+def flags():
+    p = shared_flags(__doc__, out="out/match")
+    p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
+    p.add_argument("--ema", type=number(below=1), default=0.99, help="of the teacher's weights, what stays each step "
+                   "(default 0.99)")
+    p.add_argument("--confidence", type=number(), default=0.8, help="a pixel is taught where the teacher's probability "
+                   "is above this times its class's mean, as a share of the surest class's (FlexMatch; default 0.8)")
+    p.add_argument("--lam-u", type=number(), default=2, help="weight of the loss on unlabelled pictures (default 2)")
+    p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
+    return p
+
+
+def main(args):
+    dataset = data.open_data(args.data)
+    labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
+    train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
+    train_u = dataset.samples(unlabelled, labels=False)
+    train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
+    common.settle(args, dataset, labelled)
+    run = common.Run(args, dataset, labelled)
+    device, num_classes = run.device, len(dataset.classes)
+
+    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
+    teacher = parallel.ready(copy.deepcopy(seg), device, args)
+    follow = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
+    opt_seg = model.seg_optimizer(seg, args)
+    done = run.resume(seg=teacher, student=seg, opt_seg=opt_seg)  # updates so far
+    seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
+
+    def scores():
+        return evaluate(teacher, val, args, device)[0]
+
+    labelled_batches = data.batches(train, "labelled", args, done, device)
+    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
+    seg.train()
+    teacher.train()
+    if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
+        run.save(done, scores())
+    for step in run.steps(done):
+        common.poly_lr(opt_seg, step - 1, args)
+        picture, target = next(labelled_batches)  # (B,3,H,W), (B,H,W) uint8
+        picture_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
+
+        with model.autocast(args.amp, device, args.backbone):
+            logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
+            with torch.no_grad():
+                weak = teacher(teacher.normalise(picture_u))  # (B,K,h,w)
+            limits = args.confidence * model.class_confidence(weak, valid_u)  # (K,)
+            taught = ops.pseudo_labels(weak, valid_u.shape[1:], limits, valid_u)  # (B,H,W) uint8
+            strong = data.strong_view(picture_u, args, step)
+            strong, taught, valid_u = data.cut_mix((strong, taught, valid_u), args, step)
+            logits_s = seg_ddp(seg.normalise(strong))  # (B,K,h,w)
+        loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
+        loss_u, kept = ops.masked_cross_entropy(logits_s, taught)
+        n = valid_u.sum()
+        loss_u, share = parallel.mean(loss_u * kept / n, n), parallel.mean(kept / n, n)
+        loss = loss_ce + (args.lam_u if step > args.u_start else 0) * loss_u
+
+        opt_seg.zero_grad()
+        loss.backward()
+        opt_seg.step()
+        follow([*teacher.parameters()], [*seg.parameters()], None)
+
+        run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=share, lr=opt_seg.param_groups[0]["lr"])
+        if run.to_evaluate(step) or run.to_save(step):
+            run.save(step, scores() if run.to_evaluate(step) else None)
+
+
+if __name__ == "__main__":
+    cli.launch(main, flags)
