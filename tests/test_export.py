@@ -1,0 +1,64 @@
+"""export.py: the exported net says of every pixel what eval.py says of it."""
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, python
+from PIL import Image
+
+import data
+import model
+import predict
+from csrc import ops
+
+SIZES = [(40, 33), (65, 131), (97, 97), (1, 70), (200, 123)]  # (W,H)
+
+
+def differing(net, ckpt):
+    """The share of pixels of pictures of SIZES for which net(pictures (N,3,H,W) uint8) is not what eval.py predicts."""
+    checkpoint, rng, wrong = model.read_checkpoint(ckpt, "--ckpt"), np.random.RandomState(0), []
+    seg, args = model.build_segmenter(checkpoint, ckpt), argparse.Namespace(**checkpoint["args"] | {"amp": False})
+    for w, h in SIZES:
+        picture = Image.fromarray(rng.randint(0, 255, (h, w, 3), np.uint8))
+        pixels, size = data.for_net(picture, args)
+        with torch.no_grad():
+            ids = ops.upsample_argmax(predict.logits(seg, pixels[None], args, torch.device("cpu")), size)[0, :h, :w]
+        twice = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
+        got = net(twice)
+        assert got.dtype == torch.uint8 and got.shape == (2, h, w) and torch.equal(got[0], got[1])
+        wrong.append((got[0] != ids).float().mean().item())
+    return max(wrong)
+
+
+@pytest.mark.parametrize("words", [(), ("--input-scale", 0.5), ("--backbone", "resnet18", "--upsample", "learned")])
+def test_exported(train, tmp_path, words):
+    ckpt = train("train_base", "--iters", 1, "--init", "none", *words) / "last.pt"
+    call("export", "--ckpt", ckpt, "--out", tmp_path / "net.pt2")
+    files = {"classes.json": ""}
+    program = torch.export.load(tmp_path / "net.pt2", extra_files=files)
+    assert differing(program.module(), ckpt) < 1e-3  # ties
+    assert json.loads(files["classes.json"])["classes"] == ["grey", "red", "green", "blue"]
+
+
+def test_onnx(trained, tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
+    call("export", "--ckpt", trained["train_base"] / "last.pt", "--out", tmp_path / "net.onnx")
+    net = runtime.InferenceSession(tmp_path / "net.onnx")
+    run = lambda x: torch.from_numpy(net.run(None, {"pictures": x.numpy()})[0])  # noqa: E731
+    assert differing(run, trained["train_base"] / "last.pt") < 1e-3
+    assert "red" in net.get_modelmeta().custom_metadata_map["classes.json"]
+
+
+def test_what_cannot_be_exported(trained, tmp_path, fails):
+    ckpt = trained["train_base"] / "last.pt"
+    for out in ("net", "net.pt", "no/net.pt2"):
+        assert "must end in .pt2 or .onnx" in fails("export", "--ckpt", ckpt, "--out", tmp_path / out)
+    assert "name a training's last.pt" in fails("export", "--ckpt", tmp_path / "no.pt", "--out", tmp_path / "net.pt2")
+    code = f"import sys; sys.modules['onnxscript'] = None; sys.path.insert(0, {str(ROOT)!r}); import cli, export; "
+    done = python("-c", code + "cli.launch(export.main, export.flags)", "--ckpt", ckpt, "--out", tmp_path / "net.onnx")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "onnxscript is not installed; pip install onnx onnxscript" in done.stderr
+    assert not list(tmp_path.iterdir())

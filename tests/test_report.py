@@ -1,0 +1,87 @@
+"""report.py: a page that holds what the runs logged and what their nets predict, and needs no other file."""
+import argparse
+import html
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import call
+
+import data
+import model
+import predict
+import report
+from csrc import ops
+
+
+@pytest.fixture(scope="module")
+def page(trained, blocks, tmp_path_factory):
+    """Of three of the runs of three steps, with what was found on the way."""
+    out = tmp_path_factory.mktemp("report") / "page.html"
+    call("report", *(trained[script] for script in ("train_base", "train_semi", "train_match")), "--out", out,
+         "--gpu", -1, "--workers", 0)
+    return out
+
+
+def test_what_is_on_the_page(page, trained, blocks):
+    text = html.unescape(page.read_text())
+    assert not re.search(r"(?:src|href|srcset)=\"(?!data:)|https?://(?!www\.w3\.org)|@import|url\(", text)
+    checkpoint = torch.load(trained["train_semi"] / "last.pt", weights_only=True)
+    seg, samples = model.load_segmenter(trained["train_semi"] / "last.pt"), data.open_data(blocks)
+    samples = samples.samples(samples.ids("val"))
+    matrix = torch.zeros(4, 4, dtype=torch.int64)
+    args = argparse.Namespace(**checkpoint["args"])
+    for picture, target in data.Whole(samples, args):
+        ops.confusion_matrix(predict.logits(seg, picture[None], args, torch.device("cpu")), target[None], out=matrix)
+    for truth, row in zip(checkpoint["classes"], matrix):
+        for guess, n in zip(checkpoint["classes"], row):
+            assert f"{truth} taken for {guess}: {n:,} pixels\">{100 * n / max(1, row.sum()):.1f}</td>" in text
+    assert f"<td>{100 * ops.mean_iou(matrix)[0]:.2f}</td>" in text
+    for words in ("mIoU, %", "loss_d, healthy", "kept: unlabelled", "loss_u", "--lam-semi", "train_semi: trusted",
+                  "Where the runs differ most", "train_match: ", "grey", "prefers-color-scheme: dark"):
+        assert words in text, words
+    assert text.count("D's confidence, white 1</figcaption>") == 3 * min(report.SHOWN, len(samples))
+
+
+@pytest.mark.parametrize("spoil, say", [
+    (lambda out: shutil.rmtree(out), "has no run.json; name the --out of a training"),
+    (lambda out: (out / "log.jsonl").unlink(), "has no log.jsonl; name the --out of a training"),
+    (lambda out: (out / "log.jsonl").write_text(""), "is empty; train first"),
+    (lambda out: (out / "last.pt").unlink(), "last.pt: No such file or directory; name a training's last.pt"),
+    (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),
+     "has other classes than")])
+def test_bad_runs(fails, trained, tmp_path, spoil, say):
+    out = shutil.copytree(trained["train_base"], tmp_path / "run")
+    spoil(out)
+    assert say in fails("report", trained["train_base"], out, "--out", tmp_path / "page.html", "--gpu", -1)
+    assert not list(tmp_path.glob("page*"))
+    assert "name a file" in fails("report", trained["train_base"], "--out", tmp_path, "--gpu", -1)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: apt install chromium")
+def test_in_a_browser(page):
+    """No error, all pictures load, no sideways scrolling, tables sort by a click and by a key."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for width, scheme in ((390, "light"), (1400, "dark")):
+            tab, said = browser.new_page(viewport=dict(width=width, height=800), color_scheme=scheme), []
+            tab.on("console", lambda message: said.append(message.text))
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            tab.goto(page.as_uri())
+            broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+            assert not said and broken == 0 and tab.evaluate("document.images.length") > 20
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            dark = tab.evaluate("[...document.querySelectorAll('.plots img')].every(i => i.currentSrc == i.src)")
+            assert dark == (scheme == "light")
+            heads = tab.locator("h2:text('Classes') ~ div table.sorted >> nth=0").locator("th button")
+            column = "[...document.querySelectorAll('.sorted')[1].tBodies[0].rows].map(r => r.cells[1].textContent)"
+            before = tab.evaluate(column)
+            heads.nth(1).click()
+            assert tab.evaluate(column) == sorted(before, key=float)
+            heads.nth(1).press("Enter")
+            assert tab.evaluate(column) == sorted(before, key=float, reverse=True)
+            heads.nth(0).press("Space")
+            assert tab.evaluate("document.querySelectorAll('[aria-sort]').length") == 1
+        browser.close()
