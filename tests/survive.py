@@ -1,0 +1,303 @@
+"""What a user's accidents do: broken files, wrong flags, kills, full disks, signals. Nothing may be lost.
+
+    python tests/survive.py             about 40 minutes on 2 cores
+    python tests/survive.py --share 0.02 --seed 7
+
+Each kind prints a line. Refused: one line on standard error and status 2. Survived: as if nothing had been, or a run
+that --resume takes to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read.
+"""
+import argparse
+import contextlib
+import importlib
+import io
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cli  # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
+
+SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()
+SCRIPTS = "train_base", "train_adv", "train_semi", "train_match", "eval", "report", "export", "data"
+VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "classes.txt", "@no.txt", "ü")
+SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
+MARK = "item "  # before a line that a child prints of its work
+
+
+def make(folder):
+    """A data set of 8 + 2 pictures of blocks, and a checkpoint of one step."""
+    rng = np.random.RandomState(0)
+    for part in ("images", "labels"):
+        (folder / "data" / part).mkdir(parents=True)
+    (folder / "data/classes.txt").write_text("grey\nred\ngreen\nblue\n")
+    for n in range(10):
+        label = rng.randint(0, 4, (5, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
+        kind = (".png", ".jpg", ".jpg")[n % 3]
+        Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8)).save(folder / f"data/images/{n}{kind}")
+        image = Image.fromarray(label)
+        if n % 2:
+            image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+        image.save(folder / f"data/labels/{n}.png")
+    done = train("train_semi", folder, "start", "--iters", "1")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(script, folder, out, *words):
+    return [sys.executable, str(ROOT / f"{script}.py"), "--data", str(folder / "data"), *SMALL, "--out",
+            str(folder / out), *map(str, words)]
+
+
+def train(script, folder, out, *words, code=None):
+    """A training in a process of its own; `code` runs in it first."""
+    words = command(script, folder, out, *words)
+    if code:
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli, {script}\n{code}\n"
+        words = [words[0], "-c", start + f"cli.launch({script}.main, {script}.flags)", *words[2:]]
+    return subprocess.run(words, capture_output=True, text=True, cwd=folder)
+
+
+def verdict(done):
+    """Of a process: refused, survived or lost."""
+    if done.returncode == 0:
+        return "survived"
+    return "refused" if done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 else "lost"
+
+
+def readable(folder, out):
+    """The step of a run's last.pt. Errors: whatever reading it raises."""
+    checkpoint = model.read_checkpoint(folder / out / "last.pt", "--ckpt")
+    model.build_segmenter(checkpoint, out)
+    return checkpoint["step"]
+
+
+def spoil(content, rng):
+    """Bytes with some changed, cut out, doubled or cut off."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 5, 50])):
+        at, length = rng.randrange(len(content)), rng.choice([1, 1, 4, 100])
+        how = rng.randrange(4)
+        if how == 0:
+            content[at:at + length] = rng.randbytes(min(length, len(content) - at))
+        elif how == 1:
+            del content[at:at + length]
+        elif how == 2:
+            content[at:at] = content[at:at + length]
+        else:
+            content[at] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.02 or not content:
+            return bytes(content[:at])
+    return bytes(content)
+
+
+# ---- what a child does: (folder, random.Random) -> "refused" or "survived"; all else is lost ----
+
+def pictures(folder, rng):
+    kind, file = rng.choice([("images", "jpg"), ("images", "png"), ("labels", "png")]), folder / "spoilt"
+    whole = rng.choice(sorted((folder / "data" / kind[0]).glob(f"*.{kind[1]}")))
+    file = file.with_suffix(whole.suffix)
+    file.write_bytes(spoil(whole.read_bytes(), rng))
+    try:
+        if kind[0] == "images":
+            assert data.read_picture(file).mode == "RGB"
+        else:
+            ids = data.read_label(data.Label(str(file), 4, ()), (96, 80))
+            assert ids.shape == (80, 96) and set(np.unique(ids)) <= {0, 1, 2, 3, 255}
+    except cli.InputError:
+        return "refused"
+    return "survived"
+
+
+def checkpoints(folder, rng):
+    whole, file = folder / "start/last.pt", folder / "spoilt.pt"
+    if rng.random() < 0.5:
+        file.write_bytes(spoil(whole.read_bytes(), rng))
+    else:
+        checkpoint = torch.load(whole, weights_only=True)
+        part = rng.choice([checkpoint, checkpoint["args"], checkpoint["seg"]])
+        key = rng.choice(sorted(part))
+        part[key] = rng.choice([None, 3, "x", [], {}, -1.5, torch.zeros(2), ["a"], {"a": 1}])
+        if rng.random() < 0.3:
+            del part[key]
+        torch.save(checkpoint, file)
+    try:
+        model.load_segmenter(file)
+    except cli.InputError:
+        return "refused"
+    return "survived"
+
+
+def wrong_flags(folder, rng):
+    script = rng.choice(SCRIPTS)
+    module = importlib.import_module("prepare" if script == "data" else script)
+    if script == "data":
+        words = [rng.choice(["check", "split", "camvid"]), *rng.choices(VALUES, k=rng.randrange(3))]
+    else:
+        known = [a for a in module.flags()._actions if a.option_strings and not SLOW & set(a.option_strings)]
+        words = []
+        for action in rng.sample(known, rng.randint(1, min(3, len(known)))):
+            values = [*VALUES, *map(str, action.choices or ())]
+            words += [rng.choice(action.option_strings), *rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))]
+        if script.startswith("train"):
+            words = [*SMALL, "--data", str(folder / "data"), "--out", str(folder / "flags"), *words, "--iters", "1"]
+        elif rng.random() < 0.7:
+            words = ["--ckpt", str(folder / "start/last.pt"), *words]
+    print(f"{script} {' '.join(words)}", file=sys.stderr)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main(module.flags().parse_args(words))
+    except cli.InputError as e:
+        assert "\n" not in str(e) and str(e), repr(e)
+        return "refused"
+    except SystemExit as e:
+        assert e.code in (0, None, False, True, 1, 2), e.code
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+    return "survived"
+
+
+# ---- the kinds: (folder, how many, seed) -> counts ----
+
+def in_children(kind, folder, many, seed):
+    """Do `kind` for items 0..many-1 in processes that may die."""
+    counts, done = dict(refused=0, survived=0, lost=0), 0
+    while done < many:
+        words = [sys.executable, __file__, "--child", kind, "--seed", seed, "--first", done, "--items", many,
+                 "--folder", folder]
+        words = list(map(str, words))
+        child = subprocess.run(words, capture_output=True, text=True, cwd=folder, errors="replace")
+        for line in child.stdout.splitlines():
+            if line.startswith(MARK):
+                counts[line.split()[2]] += 1
+                done += 1
+        if done < many:  # the child died of this one
+            print(f"{kind} {done}, seed {seed}: status {child.returncode}: {child.stderr.strip()[-2000:]}")
+            counts["lost"] += 1
+            done += 1
+    return counts
+
+
+def kills(folder, many, seed):
+    """kill -9 at random moments of a run that saves every step, then --resume: it never goes back."""
+    counts, rng, last = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0
+    words = command("train_semi", folder, "killed", "--iters", 10**5, "--save-every", 1, "--eval-every", 50, "--resume")
+    for n in range(many):
+        run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
+        for line in run.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(rng.uniform(0, 1.5))
+        run.kill()
+        error = run.communicate()[1]
+        try:
+            step = readable(folder, "killed") if last or (folder / "killed/last.pt").exists() else 0  # 0: not saved yet
+            assert step >= last and not error, f"from step {last} to {step}: {error}"
+            counts["survived"], last = counts["survived"] + 1, step
+        except Exception as e:
+            counts["lost"] += 1
+            print(f"kill {n}, seed {seed}: {e}")
+    return counts
+
+
+def full_disk(folder, many, seed):
+    """A disk of 30 to 150 MB that a run fills: refused, and what it had saved before can be read."""
+    counts, rng = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/disk")
+    for n in range(many):
+        size, place = rng.randint(30, 150), folder / f"disk{n}"
+        place.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", place]
+        if subprocess.run(mount, capture_output=True).returncode:
+            print("full disk: mounting a tmpfs is not allowed here")
+            return counts
+        try:
+            done = train("train_base", folder, f"disk{n}/out", "--iters", 6, "--save-every", 1, "--eval-every", 2)
+            result = verdict(done)
+            if (place / "out/last.pt").exists():
+                readable(folder, f"disk{n}/out")
+            left = [f.name for f in place.rglob("*.part")]
+            if left or result == "lost":
+                print(f"disk of {size} MB, seed {seed}: {left} {done.stderr[-500:]}")
+                result = "lost"
+        finally:
+            subprocess.run(["umount", place], check=True)
+        counts[result] += 1
+    return counts
+
+
+MOMENTS = {"load": "data.read_picture", "step": "common.poly_lr", "save": "torch.save", "evaluation": "data.for_net"}
+
+
+def signals(folder, many, seed):
+    """SIGTERM while a picture is loaded, in a step, a save, an evaluation: --resume gives the log of a straight run."""
+    counts, rng = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/signals")
+    words = "--iters", 8, "--eval-every", 4, "--save-every", 2
+    train("train_semi", folder, "straight", *words)
+    want = (folder / "straight/log.jsonl").read_text()
+    for n in range(many):
+        moment, out = list(MOMENTS)[n % len(MOMENTS)], f"signal{n}"
+        module, name = MOMENTS[moment].split(".")
+        at = rng.randint(1, {"load": 12, "step": 8, "save": 3, "evaluation": 3}[moment])
+        code = (f"import os, signal, itertools, {module}; calls = itertools.count(1); real = {module}.{name}\n"
+                f"def hooked(*a, **k):\n    if next(calls) == {at}: os.kill(os.getpid(), signal.SIGTERM)\n"
+                f"    return real(*a, **k)\n{module}.{name} = hooked")
+        stopped = train("train_semi", folder, out, *words, code=code)
+        resumed = train("train_semi", folder, out, *words, "--resume")
+        good = stopped.returncode in (0, -signal.SIGTERM) and not resumed.returncode
+        if good and (folder / out / "log.jsonl").read_text() == want:
+            counts["survived"] += 1
+        else:
+            counts["lost"] += 1
+            said = (stopped.stderr + resumed.stderr)[-500:]
+            print(f"SIGTERM in {moment} {at}, seed {seed}: {stopped.returncode} {said}")
+        shutil.rmtree(folder / out, ignore_errors=True)
+    return counts
+
+
+WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals}
+KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(SCRIPTS), "kills": 100, "full_disk": 10,
+         "signals": 16}
+
+
+def main(args):
+    lost = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = make(Path(folder))
+        for kind, many in KINDS.items():
+            many = max(4 if kind == "signals" else 1, round(many * args.share))
+            began = time.monotonic()
+            do = WHOLE_RUNS.get(kind, partial(in_children, kind))
+            counts = do(folder, many, args.seed)
+            lost += counts["lost"]
+            figures = "  ".join(f"{name} {n:4}" for name, n in counts.items())
+            print(f"{kind.replace('_', ' '):12} tried {sum(counts.values()):4}  {figures}  (seed {args.seed}, "
+                  f"{time.monotonic() - began:.0f} s)", flush=True)
+    return lost
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--share", type=float, default=1, help="of all tries (default 1)")
+    p.add_argument("--seed", type=int, default=0)
+    for flag, kind in (("--child", str), ("--folder", Path), ("--first", int), ("--items", int)):
+        p.add_argument(flag, type=kind, help=argparse.SUPPRESS)
+    given = p.parse_args()
+    if not given.child:
+        sys.exit(main(given) > 0)
+    for i in range(given.first, given.items):
+        outcome = globals()[given.child](given.folder, random.Random(f"{given.seed}/{given.child}/{i}"))
+        print(f"{MARK}{i} {outcome}", flush=True)
