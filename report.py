@@ -25,7 +25,7 @@ from csrc import ops
 from eval import trust
 from flags import WHOLE
 
-WIDTH = 200  # of a picture on the page, in pixels
+WIDTH = 240  # of a picture on the page, in pixels
 SHOWN = 4    # of the best pictures, of the worst, and of those where the runs differ most
 SCORES = {"miou": "mIoU, %", "auc": "area under the ROC curve: D's confidence, %", "precision": "right of the kept, %",
           "auc_net": "the same: the net's probability", "auc_both": "the same: the product of both"}
@@ -162,7 +162,7 @@ def rows_of_pictures(runs, ids, samples, palette, device):
             if run.disc:
                 sure, kept = run.trust(samples[i], device)
                 grey = predict.palette_png((255 * sure).astype(np.uint8), picture.size, [x // 3 for x in range(768)])
-                yield f"{run.name}: D's confidence, white 1", shown(grey)
+                yield f"{run.name}: D's confidence", shown(grey)
                 taught = np.where(kept, run.ids[i], data.IGNORE).astype(np.uint8)
                 yield f"{run.name}: trusted", shown(predict.palette_png(taught, picture.size, palette))
     return [(title, [(ids[i], list(row(i))) for i in chosen]) for title, chosen in groups]
