@@ -24,22 +24,29 @@ BINS = 1000  # of how sure D and the net are, 0..1: a threshold in thousandths l
 
 
 def flags():
-    p = cli.Parser(__doc__)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="a training's last.pt or best.pt, or a published file")
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--ckpt", required=True, metavar="FILE",
+                        help="a training's last.pt or best.pt, or a published file")
+
+    p = parser.add_argument_group("scores")
     p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
-    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
+    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids (default val)")
+    p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
+
+    p = parser.add_argument_group("pictures without labels")
     p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead, files, folders or "
                    "globs, turned as their EXIF says; needs --out, which gets legend.png too")
     p.add_argument("--blend", action="store_true", help="with --images: the prediction laid over each picture as well")
+
+    p = parser.add_argument_group("run")
+    p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--tta", action="store_true", help="mean over 3 scales and flipped pictures, at 6 times the time")
     p.add_argument("--window", type=number(int, 65), default=2049, metavar="SIDE", help="larger pictures go to the net "
-                   "in overlapping windows of this side, in pixels (default 2049)")
-    p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
-    p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
-    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes; 0 loads in this process")
+                   "in overlapping windows of this side, in pixels (default 2049); smaller where memory does not do")
+    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes (default 2); 0 loads in this process")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
-    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
-    return p
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
+    return parser
 
 
 @torch.inference_mode()

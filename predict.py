@@ -67,6 +67,8 @@ def images(seg, paths, args, device, classes, out, blend):
     """
     names = [f"{path.stem}.png" for path in paths]
     for path, name in zip(paths, names):
+        if name == "legend.png":
+            raise cli.InputError(f"--images {path}: {out / name} is the legend's name; rename the picture")
         if names.count(name) > 1:
             raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
         if path.resolve() == (out / name).resolve():
@@ -82,7 +84,7 @@ def images(seg, paths, args, device, classes, out, blend):
             with cli.writing(f"--out {out}"):
                 drawn.save(drafts / name)
                 if blend:
-                    Image.blend(picture, drawn.convert("RGB"), 0.6).save(drafts / f"{path.stem}_blend.jpg", quality=92)
+                    Image.blend(picture, drawn.convert("RGB"), 0.5).save(drafts / f"{path.stem}_blend.jpg", quality=92)
         if parallel.RANK == 0:
             with cli.writing(f"--out {out}"):
                 legend(classes, args.palette).save(drafts / "legend.png")

@@ -37,9 +37,9 @@ def flags():
     p.add_argument("runs", nargs="+", metavar="OUT", help="what a training wrote: run.json, log.jsonl, last.pt")
     p.add_argument("--out", required=True, metavar="FILE", help="the page, one file")
     p.add_argument("--data", metavar="ROOT", help="data set to look at; default: the first run's")
-    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids")
-    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes; 0 loads in this process")
-    p.add_argument("--gpu", type=int, default=0, help="CUDA device; -1 is the CPU")
+    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids (default val)")
+    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes (default 2); 0 loads in this process")
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
 
 
