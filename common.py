@@ -101,12 +101,17 @@ class Run:
         return checkpoint["step"]
 
     def begin(self):
-        """Write run.json, labelled.txt, the log so far; a new run first moves an earlier one's files to earlier-N."""
+        """Before the first file of a run: lock --out, move an earlier run's files to earlier-N, write run.json, the log.
+
+        Nothing where that is done. Errors: InputError where another run is writing there.
+        """
+        if self.written:
+            return
         self.written = True
-        old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
         with writing(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock()
+            old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
             if old and not (self.args.resume and self.rows):
                 aside = next(p for p in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not p.exists())
                 aside.mkdir()
@@ -154,7 +159,7 @@ class Run:
                 raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr, --d-lr or --lam-*")
         if not logged:
             return  # looked at only for a checkpoint of a run that diverged
-        if self.first and not self.written:
+        if self.first:
             self.begin()
         self.rows.append(row)
         if not self.first:
@@ -195,6 +200,7 @@ class Run:
             "step": step, "args": vars(self.args) | {"palette": self.data.palette}, "classes": list(self.data.classes),
             "rng": torch.get_rng_state(), "miou": scores and scores["miou"]}
         if self.first and not self.scored(step):
+            self.begin()
             replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
         if scores:
             self.score(step, scores)
@@ -215,7 +221,7 @@ class Run:
         if self.board and self.written:
             self.board.figures(step, scores)
             self.board.strip(step, self.parts["seg"], self.device)
-        if self.first:
+        if self.written:
             self.write_log()  # last: a run killed before this evaluates again
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*best) if best[1] else ""

@@ -1,16 +1,20 @@
-"""What a user's accidents do: broken files, wrong flags, kills, full disks, signals. Nothing may be lost.
+"""What a user's accidents and long runs do: broken files, wrong flags, kills, full disks, signals, 3,000 steps, 200,000
+pictures, operators under sanitizers. Nothing may be lost.
 
-    python tests/survive.py             about 40 minutes on 2 cores
-    python tests/survive.py --share 0.02 --seed 7
+    python tests/survive.py             about 90 minutes on 2 cores
+    python tests/survive.py --share 0.02 --seed 7 --kinds pictures kills
 
 Each kind prints a line. Refused: one line on standard error and status 2. Survived: as if nothing had been, or a run
-that --resume takes to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read.
+that --resume takes to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read,
+memory that grows.
 """
 import argparse
 import contextlib
 import importlib
 import io
+import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +23,8 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: nets here are small
 
 import numpy as np
 import torch
@@ -30,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import cli  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
+from csrc import build, ops  # noqa: E402
 
 SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()
 SCRIPTS = "train_base", "train_adv", "train_semi", "train_match", "eval", "report", "export", "data"
@@ -268,16 +275,172 @@ def signals(folder, many, seed):
     return counts
 
 
-WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals}
+def usage(pid):
+    """[(resident MB, open files, threads)] of a process and then of its children, oldest first.
+
+    Without the files of batches that are on their way from a worker to the script.
+    """
+    found = []
+    for n in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        status = dict(line.split(":", 1) for line in Path(f"/proc/{n}/status").read_text().splitlines())
+        names = []
+        for file in Path(f"/proc/{n}/fd").iterdir():
+            with contextlib.suppress(OSError):  # closed by now
+                names.append(os.readlink(file))
+        files = sum("/torch_" not in name and "socket:" not in name for name in names)
+        found.append((int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])))
+    return found
+
+
+def watched(words, folder):
+    """Run a training -> its exit status and {step: (seconds since the start, usage)} at each logged step."""
+    began, seen = time.monotonic(), {}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=folder) as run:
+        for line in run.stdout:
+            if line.startswith("step "):
+                seen[int(line.split()[1].split("/")[0])] = time.monotonic() - began, usage(run.pid)
+    return run.returncode, seen
+
+
+def soak(folder, many, seed):
+    """That many steps with workers, then --resume for a sixth more; lost where memory, files or threads grow."""
+    good, done, many = True, 0, max(120, many)
+    for end in many, many + many // 6:
+        words = command("train_semi", folder, "soak", "--data", "shapes", "--workers", 2, "--log-every", 10, "--resume",
+                        "--iters", end, "--semi-start", many // 4, "--seed", seed, "--eval-every", many // 3)
+        status, seen = watched(words, folder)
+        found, early = [], done + (end - done) // (6 if done == 0 else 2) // 10 * 10
+        for step in early, end // 10 * 10:  # in one process: a worker's share of what it was forked from counts
+            of = [seen[n][1] for n in range(max(done + 10, step - 40), step + 1, 10)]  # crops differ from step to step
+            mb = [np.median([u[i][0] for u in of]) for i in range(len(of[-1]))]
+            files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two pictures
+            print(f"soak: step {step}: {len(mb)} processes, {sum(mb):.0f} MB ({mb[0]:.0f} the script), {files} files, "
+                  f"{threads} threads")
+            found.append((sum(mb), files, threads))
+        (before, *figures), (after, *others) = found
+        good, done = good and not status and figures == others and after < 1.03 * before, end
+    return dict(refused=0, survived=done * good, lost=int(not good))
+
+
+def many_pictures(folder, many, seed):
+    """So many unlabelled pictures against 1,000: at most 10 s to the first step and 200 MB a worker more."""
+    found = {}
+    for number in 1000, many:
+        place = folder / f"pictures{number}"
+        place.mkdir()
+        for n in range(number):
+            (place / f"{n:06}.jpg").symlink_to(folder / f"copies/{n % 5}.jpg")
+    (folder / "copies").mkdir()
+    for n in range(5):
+        shutil.copy(folder / "data/images/1.jpg", folder / f"copies/{n}.jpg")
+    for number in (1000, many) * 3:
+        words = command("train_semi", folder, "many", "--iters", 1, "--workers", 2, "--unlabelled",
+                        folder / f"pictures{number}", "--seed", seed)
+        status, seen = watched(words, folder)
+        seconds, (_, *workers) = seen[1]
+        before = found.get(number, (seconds, 0))
+        found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
+    (few_s, few_mb), (many_s, many_mb) = found.values()
+    print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
+          f"{few_mb:.0f} and {many_mb:.0f} MB")
+    good = not status and many_s < few_s + 10 and many_mb < few_mb + 200
+    return dict(refused=0, survived=int(good), lost=int(not good))
+
+
+SANITIZERS = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+def operators(folder, many, seed):
+    """Drawn calls of all operators for that many seconds, their C++ under AddressSanitizer and UBSan."""
+    libraries = [subprocess.check_output([*shlex.split(build.cxx()), f"-print-file-name={name}"], text=True).strip()
+                 for name in ("libasan.so", "libubsan.so")]
+    env = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "SEG_OPS": "kernel",
+                        "SEG_OPS_CFLAGS": SANITIZERS}
+    words = map(str, [sys.executable, __file__, "--child", "operator_calls", "--seed", seed, "--items", many])
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    calls = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not calls:
+        print(f"operators, seed {seed}: status {done.returncode}: {done.stdout[-300:]} {done.stderr[-3000:]}")
+        return dict(refused=0, survived=0, lost=1)
+    return dict(refused=0, survived=int(calls[0]), lost=0)
+
+
+def operator_calls(seconds, seed):
+    """In a child: hypothesis draws sizes, strides, dtypes, values and masks until the time is up; prints how often."""
+    import hypothesis
+    from hypothesis import strategies as st
+    end, count = time.monotonic() + seconds, 0
+    side, odd = st.integers(1, 40), st.sampled_from([None, float("nan"), float("inf"), -float("inf"), 3e38, 1e-42])
+
+    def strided(x, how):
+        """The same numbers with gaps, from the back to the front of memory, or as they are."""
+        if how == 0:
+            wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1] + 1)
+            wide[..., 1::2] = x
+            return wide[..., 1::2]
+        order = list(range(x.dim()))[::-1]
+        return x.permute(order).contiguous().permute(order) if how == 1 else x[:1].expand(x.shape) if how == 2 else x
+
+    @hypothesis.settings(max_examples=25, deadline=None, database=None,
+                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(n=st.integers(1, 3), k=st.one_of(st.integers(1, 40), st.integers(41, 255)),
+                      low=st.tuples(side, side), high=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+                      scale=st.sampled_from([0, 0.1, 1, 30, 1e4]), how=st.lists(st.integers(0, 3), min_size=4,
+                      max_size=4), special=odd, half=st.booleans(), wide=st.booleans(),
+                      ignore=st.sampled_from([255, 0, -1, 300]), wrong=st.booleans(), places=st.tuples(side, side),
+                      threshold=st.floats(), masked=st.booleans(), sure=st.booleans(),
+                      divide=st.sampled_from(["kept", "all"]), run=st.integers(1, 60), number=st.integers(0, 2**31))
+    def calls(n, k, low, high, scale, how, special, half, wide, ignore, wrong, places, threshold, masked, sure, divide,
+              run, number):
+        nonlocal count
+        count += 1
+        g = torch.Generator().manual_seed(number)
+        logits = torch.randn(n, k, *low, generator=g) * scale
+        if special is not None:
+            logits.view(-1)[number % logits.numel()] = special
+        logits = strided(logits.to(torch.bfloat16 if half else torch.float32), how[0]).requires_grad_()
+        target = torch.randint(0, k, (n, high[0], -(-high[1] // run)), generator=g).repeat_interleave(run, 2)
+        target = target[..., :high[1]].clone()
+        target[torch.rand(target.shape, generator=g) < 0.2] = max(0, ignore) if wide else max(0, ignore) % 256
+        if wrong:
+            target.view(-1)[number % target.numel()] = k + number % 300
+        target = strided(target if wide else target.to(torch.uint8), how[1])
+        valid = strided(torch.rand(n, *high, generator=g) < 0.7, how[2]) if masked else None
+        confidence = strided(torch.randn(n, 1, *places, generator=g) * scale, how[3]) if sure else None
+        for labels in target, None:
+            with contextlib.suppress(ValueError):  # a label that is out of range, and a threshold that is no number
+                loss, kept = ops.masked_cross_entropy(logits, labels, confidence, valid=valid, threshold=threshold,
+                                                      size=high, ignore=ignore, divide=divide)
+                assert 0 <= kept <= target.numel()
+                loss.backward()
+        probabilities = ops.upsample_softmax(logits, high, valid=valid)
+        probabilities.backward(strided(torch.randn(n, k, *high, generator=g).to(probabilities.dtype), how[2]))
+        ids = ops.upsample_argmax(logits, high)
+        taught = ops.pseudo_labels(logits, high, threshold, valid)
+        assert ids.max() < k and ((taught == ids) | (taught == 255)).all()
+        for prediction in logits, ids, ids.long():
+            with contextlib.suppress(ValueError):
+                matrix = ops.confusion_matrix(prediction, target, k, ignore=ignore)
+                assert matrix.sum() == (target.long() != ignore).sum()
+
+    while time.monotonic() < end:
+        seed += 1
+        hypothesis.seed(seed)(calls)()
+    print(f"{MARK}{count}")
+
+
+WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals, "soak": soak, "many_pictures": many_pictures,
+              "operators": operators}
 KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(SCRIPTS), "kills": 100, "full_disk": 10,
-         "signals": 16}
+         "signals": 16, "soak": 3000, "many_pictures": 200_000, "operators": 600}  # tries, steps, files, seconds
 
 
 def main(args):
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = make(Path(folder))
-        for kind, many in KINDS.items():
+        for kind in args.kinds:
+            many = KINDS[kind]
             many = max(4 if kind == "signals" else 1, round(many * args.share))
             began = time.monotonic()
             do = WHOLE_RUNS.get(kind, partial(in_children, kind))
@@ -293,11 +456,15 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--share", type=float, default=1, help="of all tries (default 1)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="those to try (default all)")
     for flag, kind in (("--child", str), ("--folder", Path), ("--first", int), ("--items", int)):
         p.add_argument(flag, type=kind, help=argparse.SUPPRESS)
     given = p.parse_args()
     if not given.child:
         sys.exit(main(given) > 0)
+    if given.child == "operator_calls":
+        operator_calls(given.items, given.seed)
+        sys.exit()
     for i in range(given.first, given.items):
         outcome = globals()[given.child](given.folder, random.Random(f"{given.seed}/{given.child}/{i}"))
         print(f"{MARK}{i} {outcome}", flush=True)

@@ -61,6 +61,20 @@ def test_no_checkpoint_of_a_run_that_diverged(train, tmp_path):
     assert not (tmp_path / "out/last.pt").exists()
 
 
+def test_no_checkpoint_beside_another_run(train, monkeypatch):
+    """A resumed run saves before it logs; where another one has --out, nothing of that one's is written over."""
+    words = "train_base", "--log-every", 100, "--save-every", 1, "--eval-every", 100
+    out = train(*words, "--iters", 2)
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+
+    def taken(run):
+        raise cli.InputError("another run is writing there")
+    monkeypatch.setattr(common.Run, "lock", taken)
+    with pytest.raises(cli.InputError, match="another run"):
+        train(*words, "--iters", 5, "--resume")
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+
 def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
     first = (train("train_base", "--seed", 1, "--iters", 1) / "log.jsonl").read_text()
     train("train_base", "--seed", 2, "--iters", 1)

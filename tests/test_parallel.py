@@ -219,6 +219,36 @@ def test_a_process_is_killed(voc, tmp_path, killed):
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] >= 1
 
 
+def test_a_process_with_a_bad_picture(voc, tmp_path):
+    """Its line is the first thing that is read, and nobody's traceback is there."""
+    path = voc / "JPEGImages/train1.png"
+    path.write_bytes(path.read_bytes()[:-60])  # the header is whole: a process finds it when it is its turn
+    words = ["--data", voc, *SMALL, "--split", 1, "--iters", 9, "--out", tmp_path / "out"]
+    done = python(*several(2), ROOT / "train_base.py", *words, OMP_NUM_THREADS="1")
+    first, *more = [line for line in done.stderr.splitlines() if line.startswith("train_base.py: ")]
+    assert done.returncode and f"{path}: cannot be read" in first
+    assert len(more) <= 1 and all("another process ended" in line for line in more), done.stderr
+    assert "Traceback" not in done.stderr.split(first)[0] and "[rank" not in done.stderr, done.stderr
+
+
+def test_two_runs_start_at_once(voc, tmp_path):
+    """In one --out: one trains, the other is refused. The one is killed: no lock is left."""
+    words = [sys.executable, "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1,
+             "--out", tmp_path / "out"]
+    for more in [], ["--resume"]:
+        both = [subprocess.Popen(list(map(str, words + more)), cwd=ROOT, **GROUP) for _ in range(2)]
+        until = time.monotonic() + 120
+        while not (any(run.poll() for run in both) and (tmp_path / "out/last.pt").exists()) and (
+                time.monotonic() < until):
+            time.sleep(0.1)
+        ended = [run.poll() for run in both]
+        for run in both:
+            run.kill()
+        assert sorted(ended, key=str) == [2, None]
+        assert "another run is writing there" in both[ended.index(2)].communicate()[1]
+    assert not list((tmp_path / "out").glob("earlier-*"))
+
+
 @pytest.mark.quick
 def test_what_cannot_be_shared_out(fails, blocks, monkeypatch):
     monkeypatch.setattr(parallel, "WORLD", 4)
