@@ -27,8 +27,8 @@ from flags import WHOLE
 
 WIDTH = 240  # of a picture on the page, in pixels
 SHOWN = 4    # of the best pictures, of the worst, and of those where the runs differ most
-SCORES = {"miou": "mIoU, %", "auc": "area under the ROC curve: D's confidence, %", "precision": "right of the kept, %",
-          "auc_net": "the same: the net's probability", "auc_both": "the same: the product of both"}
+SCORES = {"miou": "mIoU, %", "auc": "area under the ROC curve, of D, %", "precision": "right of the kept, %",
+          "auc_net": "the area of the net's probability, %", "auc_both": "the area of the product of both, %"}
 TITLES = SCORES | {"kept": "kept: unlabelled pixels taught, a share", "loss_d": "loss_d, healthy in the band"}
 
 
