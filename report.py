@@ -48,13 +48,13 @@ class Run:
 
     def __init__(self, folder, name):
         self.folder, self.name = Path(folder), name
-        found = []
-        for file in ("run.json", "log.jsonl"):
-            try:
-                found.append((self.folder / file).read_text())
-            except OSError:
-                raise cli.InputError(f"{folder}: has no {file}; name the --out of a training") from None
-        self.facts, self.rows = json.loads(found[0]), [json.loads(s) for s in found[1].splitlines() if s[-1:] == "}"]
+        try:
+            self.facts = json.loads((self.folder / (file := "run.json")).read_text())
+            lines = (self.folder / (file := "log.jsonl")).read_text().splitlines()
+            self.rows = [json.loads(line) for line in lines if line[-1:] == "}"]  # not one that is being written
+        except (OSError, ValueError) as e:
+            what = "no" if isinstance(e, OSError) else "a damaged"
+            raise cli.InputError(f"{folder}: has {what} {file}; name the --out of a training") from None
         if not self.rows:
             raise cli.InputError(f"{folder}/log.jsonl: is empty; train first")
         self.checkpoint = model.read_checkpoint(last := self.folder / "last.pt", "OUT")

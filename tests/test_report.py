@@ -48,6 +48,7 @@ def test_what_is_on_the_page(page, trained, blocks):
     (lambda out: shutil.rmtree(out), "has no run.json; name the --out of a training"),
     (lambda out: (out / "log.jsonl").unlink(), "has no log.jsonl; name the --out of a training"),
     (lambda out: (out / "log.jsonl").write_text(""), "is empty; train first"),
+    (lambda out: (out / "run.json").write_text('{"args'), "has a damaged run.json; name the --out of a training"),
     (lambda out: (out / "last.pt").unlink(), "last.pt: No such file or directory; name a training's last.pt"),
     (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),
      "has other classes than")])
@@ -74,8 +75,8 @@ def test_in_a_browser(page, width, scheme):
         broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
         assert not said and broken == 0 and tab.evaluate("document.images.length") > 20
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        rows = "[...document.querySelectorAll('.pictures')].map(r => getComputedStyle(r).gridTemplateColumns.split(' '))"
-        assert all(len(columns) == (2 if width == 390 else 6) for columns in tab.evaluate(rows))
+        rows = "[...document.querySelectorAll('.pictures')].map(r => getComputedStyle(r).gridTemplateColumns)"
+        assert all(len(columns.split()) == (2 if width == 390 else 6) for columns in tab.evaluate(rows))
         light = tab.evaluate("[...document.querySelectorAll('.plots img')].every(i => i.currentSrc == i.src)")
         assert light == (scheme == "light")
         heads = tab.locator("h2:text('Classes') ~ div table.sorted >> nth=0").locator("th button")
