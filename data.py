@@ -482,7 +482,7 @@ def strong_view(pictures, args, step):
 
 
 def cut_mix(maps, args, step):
-    """`maps`, tensors (B,...,H,W) of one batch, with a box of each picture's neighbour in half of the pictures.
+    """`maps`, tensors (B,...,H,W) of one batch, with a box of its neighbour in a share --cutmix of the pictures.
 
     The box is the same in all maps, 2 to 40 % of the area, and its sides at most 1 : 3.3 (UniMatch's). Neighbours are
     the first two of a process's pictures, the next two, ...; the n-th draw is a pure function of (seed, n).
@@ -491,7 +491,7 @@ def cut_mix(maps, args, step):
     many = len(maps[0])
     for i in range(many):
         draw = random.Random(f"{args.seed}/mix/draw {(step - 1) * args.batch_size + parallel.RANK * many + i}")
-        if draw.random() < 0.5:
+        if draw.random() >= args.cutmix:
             continue
         area, ratio = draw.uniform(0.02, 0.4), math.exp(draw.uniform(-1.2, 1.2))
         h, w = (min(round(side * math.sqrt(x)), side) for side, x in ((height, area * ratio), (width, area / ratio)))

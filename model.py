@@ -1,4 +1,5 @@
 """The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the loss on D."""
+import contextlib
 import re
 from collections import OrderedDict
 from functools import lru_cache, partial
@@ -73,7 +74,18 @@ class DeepLabV2(nn.Module):
         return (x.flip(1) if self.norm == "caffe" else x).contiguous(memory_format=torch.channels_last)
 
     def batch_norms(self):
-        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        return [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    @contextlib.contextmanager
+    def same_statistics(self):
+        """Passes within normalise by their own batch, in training, and leave the running statistics as they are."""
+        layers = self.batch_norms()
+        momenta = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.momentum = 0
+        yield
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
 
     def train(self, mode=True):
         super().train(mode)

@@ -20,10 +20,10 @@ from flags import number, shared_flags
 def flags():
     p = shared_flags(__doc__, out="out/match")
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
-    p.add_argument("--ema", type=number(below=1), default=0.99, help="of the teacher's weights, what stays each step "
-                   "(default 0.99)")
+    p.add_argument("--ema", type=number(below=1), default=0.99, help="what a step leaves of the teacher (default 0.99)")
     p.add_argument("--confidence", type=number(), default=0.8, help="a pixel is taught where the teacher's probability "
                    "is above this times its class's mean, as a share of the surest class's (FlexMatch; default 0.8)")
+    p.add_argument("--cutmix", type=number(), default=0.5, help="share of views with a box of another (default 0.5)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the loss on unlabelled pictures (default 2)")
     p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
     return p
@@ -40,7 +40,7 @@ def main(args):
     device, num_classes = run.device, len(dataset.classes)
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    teacher = parallel.ready(copy.deepcopy(seg), device, args)
+    teacher = parallel.ready(copy.deepcopy(seg), device, args).eval()
     follow = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
     opt_seg = model.seg_optimizer(seg, args)
     done = run.resume(seg=teacher, student=seg, opt_seg=opt_seg)  # updates so far
@@ -52,7 +52,6 @@ def main(args):
     labelled_batches = data.batches(train, "labelled", args, done, device)
     unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg.train()
-    teacher.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
         run.save(done, scores())
     for step in run.steps(done):
@@ -68,7 +67,8 @@ def main(args):
             taught = ops.pseudo_labels(weak, valid_u.shape[1:], limits, valid_u)  # (B,H,W) uint8
             strong = data.strong_view(picture_u, args, step)
             strong, taught, valid_u = data.cut_mix((strong, taught, valid_u), args, step)
-            logits_s = seg_ddp(seg.normalise(strong))  # (B,K,h,w)
+            with seg.same_statistics():  # batch norm's, of labelled pictures
+                logits_s = seg_ddp(seg.normalise(strong))  # (B,K,h,w)
         loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
         loss_u, kept = ops.masked_cross_entropy(logits_s, taught)
         n = valid_u.sum()
@@ -79,6 +79,8 @@ def main(args):
         loss.backward()
         opt_seg.step()
         follow([*teacher.parameters()], [*seg.parameters()], None)
+        for mine, new in zip(teacher.buffers(), seg.buffers()):
+            mine.copy_(new)
 
         run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=share, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step) or run.to_save(step):

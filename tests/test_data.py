@@ -505,7 +505,7 @@ def test_mixed_by_the_same_boxes(monkeypatch, height, width):
     """In half of the pictures a box is the neighbour's, in all maps alike, for any number of processes."""
     first = torch.arange(64 * height * width).view(64, height, width)
     maps = first, torch.stack([first, 2 * first, 3 * first], 1), first % 3 == 0
-    args = argparse.Namespace(seed=0, batch_size=64)
+    args = argparse.Namespace(seed=0, batch_size=64, cutmix=0.5)
     one, three, mask = data.cut_mix(maps, args, 1)
     assert torch.equal(three, torch.stack([one, 2 * one, 3 * one], 1)) and torch.equal(mask, one % 3 == 0)
     changed, neighbour = one != first, first.view(32, 2, height, width).flip(1).view(first.shape)
@@ -515,6 +515,9 @@ def test_mixed_by_the_same_boxes(monkeypatch, height, width):
     share = changed.float().mean((1, 2))
     assert share.max() < 0.42 and share[share > 0].min() > 0.005 and 0.15 < share[share > 0].mean() < 0.27
     assert not torch.equal(one, data.cut_mix(maps, args, 2)[0])
+    args.cutmix = 0
+    assert torch.equal(data.cut_mix(maps, args, 1)[0], first)
+    args.cutmix = 0.5
     monkeypatch.setattr(parallel, "WORLD", 2)
     halves = []
     for rank in (0, 1):
