@@ -54,7 +54,7 @@ SGD, STREET = (dict(d_optim="sgd", d_momentum=0.5, d_decay=1e-4),
 ANIMALS = PAPER | dict(backbone="efficientnet_lite0", crop=161, batch_size=8, iters=1200, lr=2e-3, head_lr=10,
                        d_input="soft", d_target="right", d_smooth=None, lam_adv_u=0, lam_semi=1, trust=0.7,
                        strong=True, threshold=None, semi_start=200, ema=0.99, confidence=0.8, lam_u=2,
-                       u_start=150)
+                       u_start=150, cutmix=0)
 ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have the scripts' defaults
     "base101": PIXELS | dict(decay_every=10, upsample="learned"), "base102": PIXELS | dict(decay_every=0),
     "base103": PIXELS | dict(decay_every=10), "base104": PIXELS, "base105": {}, "base110": BN | dict(init="imagenet"),
@@ -67,6 +67,7 @@ ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have 
        for kind in ("base", "adv", "semi")},
     **{f"animals_{kind}_{n}": dict(split=1 / n) for n in (8, 32)
        for kind in ("base", "adv", "semi", "match")},
+    "animals_match_32": dict(split=1 / 32, cutmix=0.5),
 }
 
 
