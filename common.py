@@ -101,7 +101,7 @@ class Run:
         return checkpoint["step"]
 
     def begin(self):
-        """Before the first file of a run: lock --out, move an earlier run's files to earlier-N, write run.json, the log.
+        """Before a run's first file: lock --out, move an earlier run's files to earlier-N, write run.json and the log.
 
         Nothing where that is done. Errors: InputError where another run is writing there.
         """

@@ -236,7 +236,7 @@ def test_a_student_is_taught_what_its_teacher_says(train, monkeypatch):
     assert len(moved) > 100
     base = torch.load(train("train_base", "--iters", 1, "--scale", 0.4, 0.6, out="base") / "last.pt", weights_only=True)
     for k in (k for k in base["seg"] if "running" in k):  # statistics are of labelled pictures, for both
-        assert torch.equal(checkpoint["student"][k], base["seg"][k]) and torch.equal(checkpoint["seg"][k], base["seg"][k])
+        assert all(torch.equal(checkpoint[name][k], base["seg"][k]) for name in ("student", "seg"))
     out = train("train_match", "--ema", 0, "--confidence", 0.5, out="ema0")
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     assert all(torch.equal(checkpoint["seg"][k], checkpoint["student"][k]) for k, _ in first.named_parameters())
