@@ -310,6 +310,7 @@ def test_keys_that_do_not_fit_are_listed(weights, start, tmp_path):
 @pytest.mark.parametrize("broken", [
     {0: torch.zeros(1)}, [torch.zeros(1)], {}, {"conv1.weight": 1}, {"epoch": 1, "state_dict": None, "miou": 0.5},
     {"seg": {}, "args": [], "classes": ["a"], "step": 0}, {"seg": [], "args": {}, "classes": ["a"], "step": 0},
+    {"seg": {}, "args": {}, "classes": torch.zeros(2), "step": 0},
     {"seg": {}, "args": {"norm": "odd", "backbone": "resnet50"}, "classes": ["a"], "step": 0}])
 def test_files_that_are_no_net(voc, tmp_path, fails, broken):
     torch.save(broken, tmp_path / "broken.pth")
