@@ -36,7 +36,7 @@ def settle(args, dataset, labelled):
         epoch = len(labelled) // args.batch_size if args.drop_last else len(labelled) / args.batch_size  # in steps
         args.semi_start = math.ceil(args.semi_start_epoch * epoch)
     flags.check(args)
-    share = parallel.WORLD * (2 if hasattr(args, "ema") and parallel.WORLD > 1 else 1)  # train_match.py mixes pairs
+    share = parallel.WORLD * (2 if getattr(args, "cutmix", 0) and parallel.WORLD > 1 else 1)  # a process mixes pairs
     if args.batch_size % share:
         raise InputError(f"--batch-size {args.batch_size}: {parallel.WORLD} processes share it out; make it a multiple "
                          f"of {share}")

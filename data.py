@@ -467,17 +467,18 @@ def strong_view(pictures, args, step):
     blur of up to 2 pixels for 1 in 2: UniMatch's (Yang et al. 2023). The n-th draw is a pure function of (seed, n).
     """
     views, first = [], (step - 1) * args.batch_size + parallel.RANK * len(pictures)
-    for n, view in enumerate(pictures, first):
-        draw = random.Random(f"{args.seed}/strong/draw {n}")
-        if draw.random() < 0.8:
-            for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
-                view = adjust(view, draw.uniform(0.5, 1.5))
-            view = TF.adjust_hue(view, draw.uniform(-0.25, 0.25))
-        if draw.random() < 0.2:
-            view = TF.rgb_to_grayscale(view, 3)
-        if draw.random() < 0.5:
-            view = TF.gaussian_blur(view, [9, 9], [draw.uniform(0.1, 2)])
-        views.append(view)
+    with torch.autocast(pictures.device.type, enabled=False):  # a blur is a convolution
+        for n, view in enumerate(pictures, first):
+            draw = random.Random(f"{args.seed}/strong/draw {n}")
+            if draw.random() < 0.8:
+                for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+                    view = adjust(view, draw.uniform(0.5, 1.5))
+                view = TF.adjust_hue(view, draw.uniform(-0.25, 0.25))
+            if draw.random() < 0.2:
+                view = TF.rgb_to_grayscale(view, 3)
+            if draw.random() < 0.5:
+                view = TF.gaussian_blur(view, [9, 9], [draw.uniform(0.1, 2)])
+            views.append(view)
     return torch.stack(views)
 
 

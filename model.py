@@ -79,13 +79,11 @@ class DeepLabV2(nn.Module):
     @contextlib.contextmanager
     def same_statistics(self):
         """Passes within normalise by their own batch, in training, and leave the running statistics as they are."""
-        layers = self.batch_norms()
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.momentum = 0
+        for layer in self.batch_norms():
+            layer.track_running_stats = False
         yield
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
+        for layer in self.batch_norms():
+            layer.track_running_stats = True
 
     def train(self, mode=True):
         super().train(mode)
@@ -440,17 +438,18 @@ def trusted(logits, d_logits, valid, share):
 
 @torch.no_grad()
 def class_confidence(logits, valid):
-    """How sure predictions of each class are, (K,) float32, in shares of the surest class: FlexMatch's (Zhang 2021).
+    """How sure predictions of each class are, (K,) float32, in shares of the surest class; 1 where there are none.
 
     That is the mean of the largest probability over the points of logits (N,K,h,w) that are of the class and valid
-    (N,H,W), of all processes; 0 where there are none.
+    (N,H,W), of all processes. A limit by class is FlexMatch's (Zhang 2021), by its confidence FreeMatch's (Wang 2023),
+    which takes a moving average.
     """
     stride = (valid.shape[1] - 1) // (logits.shape[2] - 1)
     sure, ids = logits.float().softmax(1).max(1)  # (N,h,w)
     own = F.one_hot(ids, logits.shape[1]) * valid[:, ::stride, ::stride, None]  # (N,h,w,K)
     total, count = parallel.total(torch.stack([(own * sure[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]))
     mean = total / count.clamp(min=1)
-    return mean / mean.max()
+    return (mean / mean.max()).where(count > 0, 1)  # between two points a third class may win: not sure
 
 
 def sureness(logits, d_logits, size):

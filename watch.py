@@ -12,7 +12,7 @@ from csrc import ops
 # what a healthy run logs, and what to try where it leaves that for long
 HEALTHY = {
     "loss_d": (0.05, 0.7, "near 0 D always wins and starves the other losses: try a smaller --d-lr or --d-smooth 0.1"),
-    "kept": (0.01, 0.99, "the share of unlabelled pixels taught: see loss_d; --threshold or --confidence moves it"),
+    "kept": (0.01, 0.99, "the share of unlabelled pixels taught: --threshold (see loss_d) or --confidence moves it"),
 }
 PATIENCE = 10  # logged steps in a row before a warning
 SHOWN = 4  # pictures of val in a strip

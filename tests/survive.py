@@ -200,17 +200,23 @@ def in_children(kind, folder, many, seed):
 
 
 def kills(folder, many, seed):
-    """kill -9 at random moments of a run that saves every step, then --resume: it never goes back."""
+    """kill -9 at random moments of a run that saves every step, each second one in a save; --resume never goes back."""
     counts, rng, last = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0
+    part, inside = folder / "killed/last.pt.part", 0
     words = command("train_semi", folder, "killed", "--iters", 10**5, "--save-every", 1, "--eval-every", 50, "--resume")
     for n in range(many):
+        if n % 2:
+            part.unlink(missing_ok=True)  # an earlier kill's; the other runs must live with it
         run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
         for line in run.stdout:
             if line.startswith("step "):
                 break
         time.sleep(rng.uniform(0, 1.5))
+        while n % 2 and not part.exists() and run.poll() is None:
+            pass
         run.kill()
         error = run.communicate()[1]
+        inside += n % 2 and part.exists()
         try:
             step = readable(folder, "killed") if last or (folder / "killed/last.pt").exists() else 0  # 0: not saved yet
             assert step >= last and not error, f"from step {last} to {step}: {error}"
@@ -218,6 +224,7 @@ def kills(folder, many, seed):
         except Exception as e:
             counts["lost"] += 1
             print(f"kill {n}, seed {seed}: {e}")
+    print(f"kills: {inside} of {many} inside a save")
     return counts
 
 

@@ -482,13 +482,16 @@ def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
 @pytest.mark.quick
 def test_strong_views_are_draws_of_their_own(monkeypatch):
     """The same for any number of processes, other ones in the next step; sizes and places stay."""
-    pictures = torch.randint(0, 256, (16, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pictures = torch.randint(0, 128, (16, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    pictures[..., :6, :6] += 128
     args = argparse.Namespace(seed=0, batch_size=16)
     views = data.strong_view(pictures, args, 1)
     assert views.dtype == torch.uint8 and views.shape == pictures.shape
     changed = [not torch.equal(a, b) for a, b in zip(views, pictures)]
     grey = [torch.equal(v[0], v[1]) for v in views]
     assert 10 < sum(changed) and 0 < sum(grey) < 10
+    light = views.float().mean(1)
+    assert (light[:, :6, :6].mean((1, 2)) > 1.2 * light[:, -6:, -6:].mean((1, 2))).all()
     assert torch.equal(views, data.strong_view(pictures, args, 1))
     assert not torch.equal(views, data.strong_view(pictures, args, 2))
     monkeypatch.setattr(parallel, "WORLD", 2)

@@ -23,7 +23,7 @@ GROUP = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_ne
 # what train_semi.py does in a step train_base.py and train_adv.py do too
 EACH = [pytest.param(script, marks=SLOW) if script in ("train_base", "train_adv") else script for script in SCRIPTS]
 STARTS = {"train_semi": "--semi-start 3 --d-unlabelled --upsample learned",
-          "train_match": "--u-start 3 --confidence 0.5"}
+          "train_match": "--u-start 3 --confidence 0.2"}
 
 
 def several(processes):
@@ -47,6 +47,7 @@ def test_two_processes_are_one(voc, train, tmp_path, script):
     alone = log(train(script, *words, out="one"))
     both = log(tmp_path / "two")
     assert len(both) == 10 and len({row["loss_ce"] for row in both}) == 10
+    assert any(row.get("kept", 1) for row in both)
     for one, two in zip(alone, both, strict=True):
         assert one.keys() == two.keys()
         for name in one.keys() - {"miou"}:
@@ -124,7 +125,7 @@ def same(a, b):
 @pytest.mark.parametrize("script", EACH)
 def test_stopped_and_resumed_is_straight(train, tmp_path, monkeypatch, capsys, script):
     """20 steps, against 20 with SIGTERM in the tenth: the same log and, to the bit, the same checkpoint."""
-    words = "--iters", 20, "--workers", 1, "--eval-every", 8, "--save-every", 7
+    words = ["--iters", 20, "--workers", 1, "--eval-every", 8, "--save-every", 7, *STARTS.get(script, "").split()]
     straight = train(script, *words, out="straight")
     poly_lr = common.poly_lr
 
@@ -184,11 +185,13 @@ def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
 
 
 @SLOW
-def test_several_processes_stop_and_go_on(voc, tmp_path):
+@pytest.mark.parametrize("script", ["train_semi", "train_match"])
+def test_several_processes_stop_and_go_on(voc, tmp_path, script):
     """SIGTERM to torchrun and its processes, then --resume: the log of a straight run."""
     slow = tmp_path / "slow.py"
-    slow.write_text(slowly("train_semi", 0.1))
-    words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1]))
+    slow.write_text(slowly(script, 0.1))
+    words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1, "--batch-size", 4,
+                           *STARTS[script].split()]))
     run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], **GROUP,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})
     file, until = tmp_path / "stopped/log.jsonl", time.monotonic() + 120
@@ -199,8 +202,8 @@ def test_several_processes_stop_and_go_on(voc, tmp_path):
     step = log(tmp_path / "stopped")[-1]["step"]
     assert f"after step {step}, which is in" in said and 3 < step < 30, error
     assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["step"] == step
-    torchrun(2, ROOT / "train_semi.py", *words, "--out", tmp_path / "stopped", "--resume")
-    torchrun(2, ROOT / "train_semi.py", *words, "--out", tmp_path / "straight")
+    torchrun(2, ROOT / f"{script}.py", *words, "--out", tmp_path / "stopped", "--resume")
+    torchrun(2, ROOT / f"{script}.py", *words, "--out", tmp_path / "straight")
     assert file.read_text() == (tmp_path / "straight/log.jsonl").read_text()
 
 
@@ -285,12 +288,14 @@ def test_nets_and_losses_compile_whole():
 
 
 @SLOW
-def test_compiled_training(train, monkeypatch):
+@pytest.mark.parametrize("script, nets", [("train_semi", ["DeepLabV2", "Discriminator"]),
+                                          ("train_match", ["DeepLabV2", "DeepLabV2"])])
+def test_compiled_training(train, monkeypatch, script, nets):
     """But for the code that inductor makes of it, which takes minutes. The evaluations are not compiled."""
     compile, compiled = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(type(net).__name__) or compile(
         net, backend="aot_eager", fullgraph=True))
-    out = train("train_semi", "--compile", "--iters", 2)
-    assert compiled == ["DeepLabV2", "Discriminator"]
+    out = train(script, "--compile", "--iters", 2)
+    assert compiled == nets
     assert set(torch.load(out / "last.pt", weights_only=True)["seg"]) == set(
         model.DeepLabV2("efficientnet_lite0", 4, 16, "none").state_dict())

@@ -147,11 +147,11 @@ def test_threshold_one_trains_as_no_semi_loss(train):
     assert one != all_ and not all(torch.equal(a["seg"][k], c["seg"][k]) for k in a["seg"])
 
 
-def test_semi_loss_starts_when_told(train):
-    words = "--iters", 4, "--threshold", 0, "--eval-every", 9
-    late = train("train_semi", *words, "--semi-start", 2, out="late")
-    never = train("train_semi", *words, "--semi-start", 4, out="never")
-    late, never = (columns(out, LOSSES["train_adv"]) for out in (late, never))
+@pytest.mark.parametrize("script, start", [("train_semi", "--semi-start"), ("train_match", "--u-start")])
+def test_unlabelled_loss_starts_when_told(train, script, start):
+    words = "--iters", 4, "--threshold" if script == "train_semi" else "--confidence", 0, "--eval-every", 9
+    late, never = (train(script, *words, start, n, out=f"{start}{n}") for n in (2, 4))
+    late, never = (columns(out, ["loss_ce"]) for out in (late, never))
     assert late[:3] == never[:3] and late[3] != never[3]
 
 
@@ -221,6 +221,7 @@ def test_a_student_is_taught_what_its_teacher_says(train, monkeypatch):
     out = train("train_match", "--iters", 1, "--scale", 0.4, 0.6, "--confidence", 0.2)
     (student, _), (teacher, weak), (other, strong) = seen[:3]
     assert student is other and student is not teacher
+    assert len(seen) > 3 and all(net is teacher for net, _ in seen[3:])
     (logits, size, limits, valid), labels = taught[0]
     assert not logits.requires_grad and torch.equal(limits, 0.2 * model.class_confidence(logits, valid))
     args = argparse.Namespace(seed=0, batch_size=2, cutmix=0.5)
@@ -354,15 +355,16 @@ def test_a_run_that_ended_is_left_as_it_is(trained, blocks, tmp_path, monkeypatc
     assert log(out) == log(trained["train_semi"])
 
 
-def test_a_bad_file_of_val_costs_no_step(voc, tmp_path, fails):
+@pytest.mark.parametrize("script", ["train_base", "train_match"])
+def test_a_bad_file_of_val_costs_no_step(voc, tmp_path, fails, script):
     """The evaluation that finds it ends the run behind a checkpoint; --resume makes up for the score."""
     (voc / "SegmentationClassAug/val1.png").write_text("no picture")
     words = "--data", voc, *SMALL, "--out", tmp_path / "out", "--eval-every", 2
-    assert "val1.png: cannot be read" in fails("train_base", *words)
+    assert "val1.png: cannot be read" in fails(script, *words)
     checkpoint = torch.load(tmp_path / "out/last.pt", weights_only=True)
     assert checkpoint["step"] == 2 and checkpoint["miou"] is None
     shutil.copy(voc / "SegmentationClassAug/val0.png", voc / "SegmentationClassAug/val1.png")
-    call("train_base", *words, "--resume")
+    call(script, *words, "--resume")
     assert [r["step"] for r in log(tmp_path / "out") if "miou" in r] == [2, 3]
 
 
