@@ -101,10 +101,7 @@ class Run:
         return checkpoint["step"]
 
     def begin(self):
-        """Before a run's first file: lock --out, move an earlier run's files to earlier-N, write run.json and the log.
-
-        Nothing where that is done. Errors: InputError where another run is writing there.
-        """
+        """Once, before a run's first file: lock --out, move an earlier run's files to earlier-N. Errors: InputError."""
         if self.written:
             return
         self.written = True
@@ -211,9 +208,8 @@ class Run:
             sys.exit(0)
 
     def score(self, step, scores):
-        miou = scores["miou"]
         best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=(-1, 0))
-        if self.first and not self.scored(step) and miou > best[0]:
+        if self.first and not self.scored(step) and scores["miou"] > best[0]:
             replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
         if self.rows[-1]["step"] != step:  # --log-every left it out
             self.rows.append({"step": step})
@@ -226,4 +222,4 @@ class Run:
         self.clock = time.monotonic(), step
         other = ", best before {:.2f} at step {}".format(*best) if best[1] else ""
         more = "".join(f", {name} {value:.1f}" for name, value in scores.items() if name != "miou")
-        tqdm.write(f"data {self.data.name}, list val, step {step}{other}{more}\nmIoU {miou:.2f}")
+        tqdm.write(f"data {self.data.name}, list val, step {step}{other}{more}\nmIoU {scores['miou']:.2f}")

@@ -488,8 +488,7 @@ def cut_mix(maps, args, step):
     The box is the same in all maps, 2 to 40 % of the area, and its sides at most 1 : 3.3 (UniMatch's). Neighbours are
     the first two of a process's pictures, the next two, ...; the n-th draw is a pure function of (seed, n).
     """
-    mixed, (height, width) = [x.clone() for x in maps], maps[0].shape[-2:]
-    many = len(maps[0])
+    mixed, many, (height, width) = [x.clone() for x in maps], len(maps[0]), maps[0].shape[-2:]
     for i in range(many):
         draw = random.Random(f"{args.seed}/mix/draw {(step - 1) * args.batch_size + parallel.RANK * many + i}")
         if draw.random() >= args.cutmix:

@@ -144,11 +144,10 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
         prediction = upsample_argmax(prediction, target.shape[1:])
     if not _kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
-    matrix = out if out is not None else torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
-    counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix, memory_format=torch.contiguous_format)
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     prediction = prediction.detach() if prediction.is_floating_point() else prediction.contiguous()
-    _call(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, counts)
-    return matrix if counts is matrix else matrix.add_(counts)
+    _call(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, matrix)
+    return matrix if out is None else out.add_(matrix)
 
 
 def mean_iou(matrix, absent="exclude"):
@@ -175,10 +174,9 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
     k = logits.shape[1]
     upsampled = _upsample(logits, size)  # (N,K,H,W)
-    bad = None
     if target is None:
         labels = upsampled.argmax(1)  # (N,H,W)
-        counts = torch.ones_like(labels, dtype=torch.bool)
+        counts, bad = torch.ones_like(labels, dtype=torch.bool), labels.new_zeros((), dtype=torch.bool)
     else:
         counts = target.long() != ignore  # as bytes 300 would be 44
         labels, bad = _in_range(target, counts, k, "target")
@@ -193,11 +191,10 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     labels = labels.where(counts, labels.new_full((), -100))  # cross_entropy's own "ignore"
     loss = F.cross_entropy(upsampled, labels, ignore_index=-100, reduction="sum")
     loss = loss / (kept if divide == "kept" else everything).clamp(min=1)
-    return (loss if bad is None else loss.where(~bad, torch.nan)), kept
+    return loss.where(~bad, torch.nan), kept
 
 
 def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
-    checks.floating(logits, "logits")
     upsampled = _upsample(logits, checks.size_of(size, valid))
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if valid is None:
@@ -208,12 +205,10 @@ def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
 
 
 def upsample_argmax_reference(logits, size):
-    checks.floating(logits, "logits")
-    return _upsample(logits, checks.size_of(size)).argmax(1).to(torch.uint8)
+    return _upsample(logits, size).argmax(1).to(torch.uint8)
 
 
 def pseudo_labels_reference(logits, size, confidence, valid=None):
-    size = checks.pseudo_labels(logits, size, confidence, valid)
     upsampled = _upsample(logits.detach(), size)
     ids, largest = upsampled.argmax(1), upsampled.softmax(1).amax(1)  # (N,H,W)
     limits = upsampled.new_ones(upsampled.shape[1]) * confidence
@@ -233,8 +228,7 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
     matrix = torch.zeros(cells + 1, dtype=torch.int64, device=target.device)
     matrix.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
     matrix = matrix[:-1].view(num_classes, num_classes)
-    if bad is not None:
-        matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 44  # far below any count, and many of them do not wrap
+    matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 44  # far below any count, and many of them do not wrap
     return matrix if out is None else out.add_(matrix)
 
 
@@ -252,15 +246,12 @@ def _upsample(x, size):
 
 
 def _in_range(x, counts, k, name):
-    """int64 labels with 0 for those that do not count or are out of range, and, on CUDA, whether any was."""
+    """int64 labels with 0 for those that do not count or are out of range, and whether any was: on the CPU an error."""
     x = x.long()
     outside = ((x < 0) | (x >= k)) & counts
-    labels = x.where(counts & ~outside, x.new_zeros(()))
-    if not _can_look(x):
-        return labels, outside.any()
-    if outside.any():
+    if _can_look(x) and outside.any():
         raise ValueError(f"{name} holds {x[outside][0].item()}, outside 0..{k - 1} and not ignored")
-    return labels, None
+    return x.where(counts & ~outside, x.new_zeros(())), outside.any()
 
 
 def _can_look(x):

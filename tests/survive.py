@@ -54,7 +54,9 @@ def make(folder):
     for n in range(10):
         label = rng.randint(0, 4, (5, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
         kind = (".png", ".jpg", ".jpg")[n % 3]
-        Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8)).save(folder / f"data/images/{n}{kind}")
+        picture = Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8))
+        picture = picture.convert(("RGB", "RGBA", "P", "L")[n // 3] if kind == ".png" else "RGB")
+        picture.save(folder / f"data/images/{n}{kind}", progressive=n == 2)
         image = Image.fromarray(label)
         if n % 2:
             image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
@@ -124,7 +126,8 @@ def pictures(folder, rng):
         else:
             ids = data.read_label(data.Label(str(file), 4, ()), (96, 80))
             assert ids.shape == (80, 96) and set(np.unique(ids)) <= {0, 1, 2, 3, 255}
-    except cli.InputError:
+    except cli.InputError as e:
+        assert str(file) in str(e) and len(str(e).splitlines()) == 1, e
         return "refused"
     return "survived"
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -282,14 +281,6 @@ def test_losses_count_valid_pixels_only(train, monkeypatch):
     assert sorted(found["labelled"]) == [0, 0.75, 1] and found["unlabelled"] == [1] and len(masks) == 4
 
 
-def test_extra_unlabelled_pictures(train, tmp_path):
-    (tmp_path / "more/deep").mkdir(parents=True)
-    for n, size in enumerate([(40, 200, 3), (100, 30, 3), (70, 70, 3)]):
-        Image.fromarray(np.random.RandomState(n).randint(0, 255, size, np.uint8)).save(tmp_path / f"more/deep/{n}.jpg")
-    out = train("train_semi", "--split", 1, "--unlabelled", tmp_path / "more", "--iters", 1)
-    assert len((out / "labelled.txt").read_text().split()) == 8
-
-
 def test_a_picture_is_unlabelled_once(train, voc, monkeypatch):
     """--unlabelled may name a folder that holds the data set's own pictures: none comes twice, none of train or val."""
     seen, stream = {}, data.Stream
@@ -390,22 +381,6 @@ def test_a_score_of_a_step_that_was_not_logged(train, tmp_path, monkeypatch):
     assert [row["step"] for row in log(tmp_path / "out")] == [1]
     out = train(*words, "--eval-every", 2, "--resume")
     assert [(row["step"], "miou" in row) for row in log(out)] == [(1, False), (2, True), (4, True)]
-
-
-def test_one_run_in_a_folder(train, voc, tmp_path):
-    """Two would mix their files. A killed one leaves no lock."""
-    words = "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--out", tmp_path / "out"
-    with subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
-        try:
-            next(line for line in first.stdout if line.startswith("step "))
-            for more in ([], ["--resume"]):
-                with pytest.raises(cli.InputError, match="another run is writing there"):
-                    train("train_base", "--iters", 1, *more)
-            assert not list((tmp_path / "out").glob("earlier-*"))
-        finally:
-            first.kill()
-    train("train_base", "--iters", 1)
-    assert (tmp_path / "out/earlier-1").is_dir()
 
 
 @pytest.mark.parametrize("flags,say", [
