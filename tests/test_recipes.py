@@ -67,7 +67,6 @@ ROWS = {  # what a row has beside PAPER, ANIMALS or FIRST; all other flags have 
        for kind in ("base", "adv", "semi")},
     **{f"animals_{kind}_{n}": dict(split=1 / n) for n in (8, 32)
        for kind in ("base", "adv", "semi", "match")},
-    "animals_match_32": dict(split=1 / 32, cutmix=0.5),
 }
 
 
