@@ -68,7 +68,8 @@ def laptop_defaults(dataset, given):
         time = "" if "iters" in given else ", for about 20 minutes on 2 cores"
         dataset.note += (f"there is no CUDA here, so {' '.join(words)}{time}; the paper's settings are in "
                          "@recipes/paper_voc_semi.txt\n")
-    return VOC_DEFAULTS | chosen | dict(lr=2e-3)
+    short = {name: SHAPES_DEFAULTS[name] for name in ("lr", "d_lr", "d_smooth", "lam_semi")}  # the paper's D would win
+    return VOC_DEFAULTS | chosen | short
 
 
 class Label(NamedTuple):
