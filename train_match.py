@@ -40,7 +40,7 @@ def main(args):
     device, num_classes = run.device, len(dataset.classes)
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    teacher = parallel.ready(copy.deepcopy(seg), device, args)
+    teacher = parallel.ready(copy.deepcopy(seg), device, args).train()
     ema_update = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
     opt_seg = model.seg_optimizer(seg, args)
     done = run.resume(seg=teacher, student=seg, opt_seg=opt_seg)  # updates so far
@@ -52,7 +52,6 @@ def main(args):
     labelled_batches = data.batches(train, "labelled", args, done, device)
     unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg.train()
-    teacher.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
         run.save(done, scores())
     for step in run.steps(done):
