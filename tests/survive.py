@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def pictures(folder, rng):
     kind, file = rng.choice([("images", "jpg"), ("images", "png"), ("labels", "png")]), folder / "spoilt"
     whole = rng.choice(sorted((folder / "data" / kind[0]).glob(f"*.{kind[1]}")))
     file = file.with_suffix(whole.suffix)
+    warnings.simplefilter("error")  # one on the way is an error too
     file.write_bytes(spoil(whole.read_bytes(), rng))
     try:
         if kind[0] == "images":

@@ -208,6 +208,11 @@ def test_mean_iou_by_hand():
         ops.mean_iou(matrix - 1)
 
 
+def test_ties_go_to_the_lowest_class():
+    matrix = ops.confusion_matrix(torch.zeros(1, 4, 2, 2), torch.full((1, 3, 3), 2))
+    assert matrix[2].tolist() == [9, 0, 0, 0]
+
+
 Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2)
 
 
