@@ -49,23 +49,25 @@ SHAPES_DEFAULTS = VOC_DEFAULTS | dict(backbone="resnet18", init="none", crop=97,
 def laptop_defaults(dataset, given):
     """Defaults for a folder of one's own without CUDA: what trains for about 20 minutes on 2 cores.
 
-    Pictures are shrunk to at most 320 pixels in the median, crops are at most 161. The dataset's note tells what was
-    chosen, but for what is in `given`, the flags that have a value.
+    Pictures are halved where their longer side, in the median, is above 320 pixels, and quartered above 640; crops are
+    at most 161. The dataset's note tells what was chosen, but for what is in `given`, the flags that have a value.
     """
-    rate = 1.2 if {"ema", "lam_adv_u"} & set(given) else 2 if "d_input" in given else 3  # steps a second at crop 161
+    # steps a second at crop 161 of train_semi, train_match, train_adv and train_base
+    rate = 0.85 if "lam_adv_u" in given else 1.2 if "ema" in given else 2 if "d_input" in given else 3
     sizes = []
     for path in list(dataset.pictures.values())[::max(1, len(dataset.pictures) // 50)]:
         with reading(path), Image.open(path) as picture:
             sizes.append(picture.size)
     short, long = (int(np.median([pick(size) for size in sizes])) for pick in (min, max))
-    scale = next((x for x in (1, 0.5) if long * x <= 320), 0.25)
-    crop = 16 * max(4, min(10, int(short * scale) // 16)) + 1
+    scale = given.get("input_scale") or next((x for x in (1, 0.5) if long * x <= 320), 0.25)
+    crop = given.get("crop") or 16 * max(4, min(10, int(short * scale) // 16)) + 1
     iters = max(100, round(12 * rate * (161 / crop) ** 2) * 100)
     chosen = dict(backbone="efficientnet_lite0", crop=crop, input_scale=scale, batch_size=8, iters=iters)
     words = [f"--{name.replace('_', '-')} {value}" for name, value in chosen.items()
              if name not in given and value != VOC_DEFAULTS[name]]
     if words:
-        time = "" if "iters" in given else ", for about 20 minutes on 2 cores"
+        timed = not {"iters", "backbone", "stride", "batch_size"} & set(given)
+        time = ", for about 20 minutes on 2 cores" if timed else ""
         dataset.note += (f"there is no CUDA here, so {' '.join(words)}{time}; the paper's settings are in "
                          "@recipes/paper_voc_semi.txt\n")
     short = {name: SHAPES_DEFAULTS[name] for name in ("lr", "d_lr", "d_smooth", "lam_semi")}  # the paper's D would win
@@ -371,6 +373,8 @@ def cityscapes_ids():
 
 def resize(pictures, size):
     """(N,3,H,W) uint8 -> (N,3,h,w) uint8, bilinear; where it shrinks, over the area of a pixel."""
+    if pictures.is_cuda:  # which knows no uint8 there
+        return F.interpolate(pictures.float(), size, mode="bilinear", antialias=True).round().byte()
     pictures = pictures.contiguous(memory_format=torch.channels_last)  # twice as fast as planes
     return F.interpolate(pictures, size, mode="bilinear", antialias=True)
 

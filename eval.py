@@ -41,8 +41,9 @@ def flags():
     p = parser.add_argument_group("run")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--tta", action="store_true", help="mean over 3 scales and flipped pictures, at 6 times the time")
-    p.add_argument("--window", type=number(int, 65), default=2049, metavar="SIDE", help="larger pictures go to the net "
-                   "in overlapping windows of this side, in pixels (default 2049); smaller where memory does not do")
+    p.add_argument("--window", type=number(int, 65), default=predict.WINDOW, metavar="SIDE", help="larger pictures go "
+                   "to the net in overlapping windows of this side, in pixels (default %(default)s); smaller where "
+                   "memory does not do")
     p.add_argument("--workers", type=WHOLE, default=2, help="loader processes (default 2); 0 loads in this process")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
@@ -142,11 +143,7 @@ def main(args):
         return predict.images(seg, paths, trained, device, classes, out, args.blend)
 
     dataset = data.open_data(args.data or trained.data)
-    if len(dataset.classes) != len(classes):
-        raise cli.InputError(f"--ckpt {args.ckpt}: has {len(classes)} classes, {dataset.root} has "
-                             f"{len(dataset.classes)}; name the data it was trained on with --data")
-    renamed = classes != dataset.classes and classes[0] != "class 0"  # of a file that names none
-    note = dataset.note + (f"{dataset.root} names its classes otherwise than {args.ckpt}; " if renamed else "")
+    note = dataset.note + predict.same_classes(classes, dataset, args.ckpt)
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
     device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)

@@ -24,7 +24,10 @@ def flags():
 
 
 class Predictor(torch.nn.Module):
-    """Pictures (N,3,H,W) uint8, RGB -> the class ids (N,H,W) uint8 that eval.py predicts for them in float32."""
+    """Pictures (N,3,H,W) uint8, RGB -> the class ids (N,H,W) uint8 that eval.py predicts for them in float32.
+
+    Where --input-scale shrinks pictures it runs on the CPU only: CUDA cannot shrink uint8 (see data.resize).
+    """
 
     def __init__(self, seg, stride, input_scale):
         super().__init__()

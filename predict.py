@@ -1,4 +1,5 @@
 """What a net says of pictures: its logits, for eval.py and report.py, and the files that `eval.py --images` writes."""
+import collections
 import contextlib
 import glob
 import itertools
@@ -17,6 +18,7 @@ import parallel
 from csrc import ops
 
 SCALES = 1, 0.75, 1.25  # of --tta, each also flipped
+WINDOW = 2049  # the largest side that goes to the net at once, in pixels
 
 
 def logits(seg, pixels, args, device):
@@ -59,20 +61,30 @@ def logits(seg, pixels, args, device):
     return torch.stack(found).mean(0).log()
 
 
+def same_classes(classes, dataset, ckpt):
+    """A note for a run's first line where the data set names the net's classes otherwise. Errors: InputError."""
+    if len(dataset.classes) != len(classes):
+        raise cli.InputError(f"{ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; name the "
+                             "data it was trained on with --data")
+    renamed = classes != dataset.classes and classes[0] != "class 0"  # of a file that names none
+    return f"{dataset.root} names its classes otherwise than {ckpt}; " if renamed else ""
+
+
 @torch.inference_mode()
 def images(seg, paths, args, device, classes, out, blend):
     """Write the prediction of each picture to `out`/STEM.png; `args` are the training's. blend: also laid over it.
 
     Errors: InputError, before any is written.
     """
-    names = [f"{path.stem}.png" for path in paths]
+    names, given = [f"{path.stem}.png" for path in paths], {path.resolve() for path in paths}
+    counts = collections.Counter(names)
     for path, name in zip(paths, names):
         if name == "legend.png":
             raise cli.InputError(f"--images {path}: {out / name} is the legend's name; rename the picture")
-        if names.count(name) > 1:
+        if counts[name] > 1:
             raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
-        if path.resolve() == (out / name).resolve():
-            raise cli.InputError(f"--out {out}: the prediction would overwrite {path}; name another folder")
+        if given & {(out / name).resolve(), (out / f"{path.stem}_blend.jpg").resolve()}:
+            raise cli.InputError(f"--out {out}: predictions would overwrite pictures of --images; name another folder")
         upright(path)  # all are sound before one is predicted
     seg, mine = seg.to(device), [*zip(paths, names)][parallel.RANK::parallel.WORLD]
     with drafts_of(out) as drafts:
@@ -93,13 +105,15 @@ def images(seg, paths, args, device, classes, out, blend):
 
 
 def named(words):
-    """The files that --images names: files, folders (their pictures at any depth) and globs. Errors: InputError."""
+    """The files that --images names: files, globs, and folders with their pictures at any depth. Errors: InputError."""
     found = []
     for word in words:
         if Path(word).is_dir():
-            more = sorted(f for f in Path(word).rglob("*") if f.suffix.lower() in data.PICTURES)
+            more = sorted(f for f in Path(word).rglob("[!.]*") if f.suffix.lower() in data.PICTURES)
+        elif Path(word).exists() or not glob.has_magic(word):
+            more = [Path(word)]
         else:
-            more = [Path(f) for f in sorted(glob.glob(word, recursive=True))] if glob.has_magic(word) else [Path(word)]
+            more = [f for f in map(Path, sorted(glob.glob(word, recursive=True))) if f.is_file()]
         if not more:
             raise cli.InputError(f"--images {word}: nothing there; name files, or folders of {' '.join(data.PICTURES)}")
         found += more
@@ -108,7 +122,8 @@ def named(words):
 
 def upright(path):
     """The picture at `path`, turned as its EXIF orientation says. Errors: InputError."""
-    return ImageOps.exif_transpose(data.read_picture(path))
+    with data.reading(path):
+        return ImageOps.exif_transpose(data.read_picture(path))
 
 
 def palette_png(ids, size, palette):

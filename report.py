@@ -52,29 +52,29 @@ class Run:
             self.facts = json.loads((self.folder / (file := "run.json")).read_text())
             lines = (self.folder / (file := "log.jsonl")).read_text().splitlines()
             self.rows = [json.loads(line) for line in lines if line[-1:] == "}"]  # not one that is being written
-        except (OSError, ValueError) as e:
-            what = "no" if isinstance(e, OSError) else "a damaged"
+            self.rows[0]
+        except (OSError, ValueError, IndexError) as e:
+            what = "no" if isinstance(e, OSError) else "an empty or damaged"
             raise cli.InputError(f"{folder}: has {what} {file}; name the --out of a training") from None
-        if not self.rows:
-            raise cli.InputError(f"{folder}/log.jsonl: is empty; train first")
-        self.checkpoint = model.read_checkpoint(last := self.folder / "last.pt", "OUT")
-        self.seg = model.build_segmenter(self.checkpoint, last)
-        self.args = argparse.Namespace(**self.checkpoint["args"])
-        self.disc = None
-        if self.checkpoint["disc"]:
-            self.disc = model.Discriminator(len(self.checkpoint["classes"])).eval()
-            model.load_weights(self.disc, self.checkpoint["disc"], f"OUT {last}")
+        checkpoint = model.read_checkpoint(last := self.folder / "last.pt", "OUT")
+        self.seg = model.build_segmenter(checkpoint, last)
+        self.classes, self.step = checkpoint["classes"], checkpoint["step"]
+        self.flags, self.disc = checkpoint["args"], None
+        self.args = argparse.Namespace(**self.flags, window=predict.WINDOW)
+        if checkpoint["disc"]:
+            self.disc = model.Discriminator(len(self.classes)).eval()
+            model.load_weights(self.disc, checkpoint["disc"], f"OUT {last}")
         self.minutes = (last.stat().st_mtime - (self.folder / "run.json").stat().st_mtime) / 60
 
     @torch.inference_mode()
     def look(self, samples, args, device):
-        """Predict all samples: their ids (H,W) uint8, and for each the confusion matrix (K,K)."""
+        """Predict all samples: each one's confusion matrix (K,K), and the ids (n,) of every 16th labelled pixel."""
         pairs = data.loader(data.Whole(samples, self.args), args.workers, batch_size=1)
         self.ids, self.matrices = [], []
-        self.seg.to(device)
         for picture, target in cli.progress(pairs, len(samples), self.name):  # (1,3,h,w), (1,H,W) uint8
-            ids = ops.upsample_argmax(predict.logits(self.seg, picture, self.args, device), target.shape[1:])
-            self.ids.append(ids[0].cpu().numpy())
+            logits = predict.logits(self.seg.to(device), picture, self.args, device)
+            ids = ops.upsample_argmax(logits, target.shape[1:])
+            self.ids.append(ids.cpu()[target != data.IGNORE][::16])
             self.matrices.append(ops.confusion_matrix(ids, target.to(device), self.seg.num_classes).cpu())
         self.matrix = sum(self.matrices)
         miou, per_class = ops.mean_iou(self.matrix)
@@ -82,12 +82,19 @@ class Run:
         self.scores = np.array([100 * ops.mean_iou(matrix)[0] for matrix in self.matrices])
 
     @torch.inference_mode()
-    def trust(self, sample, device):
-        """D's confidence in the prediction of a picture, and whether it is trusted: (H,W) floats and bool."""
+    def figures(self, i, sample, size, palette, device):
+        """(caption, URI) of what the nets say of a picture: classes, D's confidence in them, those that are trusted."""
         pixels, target = data.Whole([sample], self.args)[0]
         logits = predict.logits(self.seg, pixels[None], self.args, device)
-        sure, kept = trust(self.disc.to(device), logits, (target[None] != data.IGNORE).to(device), self.args)
-        return sure[0, 0].cpu().numpy(), kept[0].cpu().numpy()
+        ids = ops.upsample_argmax(logits, target.shape)[0].cpu()
+        yield f"{self.name}: {self.scores[i]:.1f}", shown(predict.palette_png(ids, size, palette))
+        if self.disc:
+            sure, kept = trust(self.disc.to(device), logits, (target[None] != data.IGNORE).to(device), self.args)
+            grey = (255 * sure[0, 0]).byte().cpu()
+            yield f"{self.name}: D's confidence", shown(predict.palette_png(grey, size, [x // 3 for x in range(768)]))
+            if hasattr(self.args, "threshold"):  # a training on unlabelled pictures
+                taught = ids.where(kept[0].cpu(), data.IGNORE)
+                yield f"{self.name}: trusted", shown(predict.palette_png(taught, size, palette))
 
 
 def uri(kind, content):
@@ -107,7 +114,8 @@ def plot(draw, height=2.6):
     for style in ("default", "dark_background"):
         with matplotlib.style.context([style, {"savefig.transparent": True, "font.size": 9}]):
             figure, file = Figure(figsize=(5, height), layout="constrained"), io.BytesIO()
-            draw(figure.subplots())
+            draw(axes := figure.subplots())
+            axes.legend()
             figure.savefig(file, format="svg")
             found.append(uri("svg+xml", file.getvalue()))
     return found
@@ -120,13 +128,12 @@ def curves(runs):
         def draw(axes):
             for run in runs:
                 rows = [row for row in run.rows if name in row]
-                marker = "." if name in SCORES else ""
-                axes.plot([row["step"] for row in rows], [row[name] for row in rows], marker=marker, label=run.name)
-            if name in watch.HEALTHY:
-                axes.axhspan(*watch.HEALTHY[name][:2], alpha=0.12, color="tab:green", lw=0)
+                line = ".-" if name in SCORES else "-"
+                axes.plot([row["step"] for row in rows], [row[name] for row in rows], line, label=run.name)
+                if rows and name in watch.HEALTHY:
+                    axes.axhspan(*watch.healthy(name, run.args)[:2], alpha=0.15 / len(runs), color="tab:green", lw=0)
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
-            axes.legend()
         yield TITLES.get(name, name), plot(draw)
 
 
@@ -138,7 +145,6 @@ def bars(runs, classes):
         axes.set_yticks(places + 0.4 - thick / 2, classes)
         axes.invert_yaxis()
         axes.set_xlabel("IoU, %")
-        axes.legend()
     return plot(draw, 1 + 0.35 * len(classes) * max(1, 0.6 * len(runs)))
 
 
@@ -146,7 +152,7 @@ def rows_of_pictures(runs, ids, samples, palette, device):
     """(title, rows) of the best and worst pictures and those where runs differ most; a row is (name, figures)."""
     means, apart = np.mean([run.scores for run in runs], 0), np.zeros(len(ids))
     for one, two in itertools.combinations(runs, 2):
-        apart = np.maximum(apart, [(a != b).mean() for a, b in zip(one.ids, two.ids)])
+        apart = np.maximum(apart, [(a != b).float().mean() for a, b in zip(one.ids, two.ids)])
     order = [i for i in np.argsort(means) if not np.isnan(means[i])]
     groups = [("Worst", order[:SHOWN]), ("Best", order[::-1][:SHOWN])]
     if len(runs) > 1:
@@ -154,17 +160,11 @@ def rows_of_pictures(runs, ids, samples, palette, device):
 
     def row(i):
         picture = data.read_picture(samples[i][0])
-        label = predict.palette_png(data.read_label(samples[i][1], picture.size), picture.size, palette)
+        label = data.read_label(samples[i][1], picture.size)
         yield "picture", shown(picture, "jpeg", quality=80)
-        yield "label", shown(label)
+        yield "label", shown(predict.palette_png(label, picture.size, palette))
         for run in runs:
-            yield f"{run.name}: {run.scores[i]:.1f}", shown(predict.palette_png(run.ids[i], picture.size, palette))
-            if run.disc:
-                sure, kept = run.trust(samples[i], device)
-                grey = predict.palette_png((255 * sure).astype(np.uint8), picture.size, [x // 3 for x in range(768)])
-                yield f"{run.name}: D's confidence", shown(grey)
-                taught = np.where(kept, run.ids[i], data.IGNORE).astype(np.uint8)
-                yield f"{run.name}: trusted", shown(predict.palette_png(taught, picture.size, palette))
+            yield from run.figures(i, samples[i], picture.size, palette, device)
     return [(title, [(ids[i], list(row(i))) for i in chosen]) for title, chosen in groups]
 
 
@@ -172,25 +172,25 @@ def main(args):
     out, names = Path(args.out), [Path(folder).resolve().name for folder in args.runs]
     names = names if len(names) == len(set(names)) else args.runs
     runs = [Run(folder, name) for folder, name in zip(args.runs, names)]
-    classes = runs[0].checkpoint["classes"]
-    for run in runs:
-        if run.checkpoint["classes"] != classes:
-            raise cli.InputError(f"{run.folder}: has other classes than {runs[0].folder}; make a page of each")
+    classes = runs[0].classes
+    if other := [run.folder for run in runs if run.classes != classes]:
+        raise cli.InputError(f"{other[0]}: has other classes than {runs[0].folder}; make a page of each")
     if out.is_dir() or not out.parent.is_dir():
         raise cli.InputError(f"--out {out}: is a folder, or its folder is not there; name a file, as page.html")
     dataset = data.open_data(args.data or runs[0].args.data)
     ids = dataset.ids(args.list)
     samples = dataset.samples(ids)
-    device = common.announce(f"{dataset.note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
+    note = dataset.note + predict.same_classes(classes, dataset, runs[0].folder)
+    device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
     for run in runs:
         run.look(samples, args, device)
-    varied = [name for name in sorted({name for run in runs for name in vars(run.args)} - {"out", "palette", "resume"})
-              if len({str(getattr(run.args, name, "")) for run in runs}) > 1]
+    varied = [name for name in sorted({name for run in runs for name in run.flags} - {"out", "palette", "resume"})
+              if len({str(run.flags.get(name, "")) for run in runs}) > 1]
     template = jinja2.Environment(autoescape=True).from_string((Path(__file__).parent / "docs/report.html").read_text())
     page = template.render(
         runs=runs, classes=classes, varied=varied, data=dataset.name, list=args.list, count=len(ids), width=WIDTH,
         curves=list(curves(runs)), bars=bars(runs, classes),
-        colours=[dataset.palette[3 * k:3 * k + 3] for k in range(len(classes))],
+        colours=[dataset.palette[3 * k:3 * k + 3] for k in (*range(len(classes)), data.IGNORE)],
         groups=rows_of_pictures(runs, ids, samples, dataset.palette, device))
     cli.replace(out, lambda file: file.write_text(page))
     print(f"{out}: {len(page) / 1e6:.1f} MB, {len(runs)} runs, {len(ids)} pictures")

@@ -18,12 +18,19 @@ PATIENCE = 10  # logged steps in a row before a warning
 SHOWN = 4  # pictures of val in a strip
 
 
+def healthy(name, args):
+    """What the figure `name` is between in a run of `args` that goes well, and what to try where it is not."""
+    (low, high, advice), smooth = HEALTHY[name], getattr(args, "d_smooth", 0)
+    if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
+        low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
+    return low, high, advice
+
+
 def warnings(rows, args):
-    """A line for each figure that the last row is the PATIENCE-th in a row to have outside HEALTHY."""
-    smooth, start = getattr(args, "d_smooth", 0), getattr(args, "semi_start", getattr(args, "u_start", 0))
-    for name, (low, high, advice) in HEALTHY.items():
-        if name == "loss_d" and smooth:  # smoothed labels keep half their entropy in the loss of a D that always wins
-            low -= (smooth * math.log(smooth) + (1 - smooth) * math.log(1 - smooth)) / 2
+    """A line for each figure that the last row is the PATIENCE-th in a row to have outside what is healthy."""
+    start = getattr(args, "semi_start", getattr(args, "u_start", 0))
+    for name in HEALTHY:
+        low, high, advice = healthy(name, args)
         values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and (name != "kept" or r["step"] > start)]
         ill = [not low <= value <= high for value in values]
         if len(ill) >= PATIENCE and all(ill[-PATIENCE:]) and ill[:-PATIENCE] != [True]:
@@ -51,6 +58,7 @@ class Board:
         self.writer.flush()
 
     @torch.inference_mode()
+    @torch.compiler.set_stance("force_eager")  # sizes vary
     def strip(self, step, seg, device):
         """Draw what `seg` says of the first pictures of val."""
         rows, was_training = [], seg.training

@@ -85,10 +85,13 @@ def train(voc, tmp_path):
 
 @pytest.fixture(scope="session")
 def trained(blocks, tmp_path_factory):
-    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there."""
+    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there.
+
+    From ImageNet's weights: what a net without them predicts does not depend on the picture.
+    """
     out = tmp_path_factory.mktemp("trained")
     for script in SCRIPTS:
-        call(script, "--data", blocks, *SMALL, "--out", out / script)
+        call(script, "--data", blocks, *SMALL, "--init", "imagenet", "--out", out / script)
     return {script: out / script for script in SCRIPTS}
 
 
@@ -108,10 +111,10 @@ def fails(capsys, monkeypatch):
     return run
 
 
-def python(*words, cwd=ROOT, **env):
+def python(*words, cwd=ROOT, timeout=None, **env):
     """Run a script as a user would, in a process of its own."""
     command, env = [sys.executable, *map(str, words)], os.environ | env
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 def log(out):

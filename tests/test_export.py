@@ -18,23 +18,28 @@ SIZES = [(40, 33), (65, 131), (97, 97), (1, 70), (200, 123)]  # (W,H)
 
 def differing(net, ckpt):
     """The share of pixels of pictures of SIZES for which net(pictures (N,3,H,W) uint8) is not what eval.py predicts."""
-    checkpoint, rng, wrong = model.read_checkpoint(ckpt, "--ckpt"), np.random.RandomState(0), []
+    checkpoint, rng, wrong, seen = model.read_checkpoint(ckpt, "--ckpt"), np.random.RandomState(0), [], set()
     seg, args = model.build_segmenter(checkpoint, ckpt), argparse.Namespace(**checkpoint["args"] | {"amp": False})
     for w, h in SIZES:
-        picture = Image.fromarray(rng.randint(0, 255, (h, w, 3), np.uint8))
+        squares = rng.randint(0, 255, (h // 16 + 1, w // 16 + 1, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        picture = Image.fromarray(squares[:h, :w])
         pixels, size = data.for_net(picture, args)
         with torch.no_grad():
             ids = ops.upsample_argmax(predict.logits(seg, pixels[None], args, torch.device("cpu")), size)[0, :h, :w]
         twice = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].repeat(2, 1, 1, 1)
         got = net(twice)
         assert got.dtype == torch.uint8 and got.shape == (2, h, w) and torch.equal(got[0], got[1])
+        seen |= set(ids.unique().tolist())
         wrong.append((got[0] != ids).float().mean().item())
+    assert len(seen) > 1  # a net that says the same of all could be exported wrong
     return max(wrong)
 
 
-@pytest.mark.parametrize("words", [(), ("--input-scale", 0.5), ("--backbone", "resnet18", "--upsample", "learned")])
+@pytest.mark.parametrize("words", [
+    ("--init", "imagenet"), ("--init", "imagenet", "--input-scale", 0.5),
+    ("--backbone", "resnet18", "--upsample", "learned", "--iters", 20, "--lr", 0.02)])
 def test_exported(train, tmp_path, words):
-    ckpt = train("train_base", "--iters", 1, "--init", "none", *words) / "last.pt"
+    ckpt = train("train_base", "--iters", 1, *words) / "last.pt"
     call("export", "--ckpt", ckpt, "--out", tmp_path / "net.pt2")
     files = {"classes.json": ""}
     program = torch.export.load(tmp_path / "net.pt2", extra_files=files)

@@ -69,7 +69,7 @@ def test_folders_globs_and_turned_pictures(trained, tmp_path, fails):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "legend.png", "turned.png", "turned_blend.jpg", "upright.png", "upright_blend.jpg"]
     one, two = (np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in ("turned", "upright"))
-    assert one.shape == (140, 90) and (one == two).all()
+    assert one.shape == (140, 90) and (one == two).all() and (one != one[::-1, ::-1]).any()
     blend = np.asarray(Image.open(tmp_path / "out/turned_blend.jpg")).astype(float)
     upright = np.asarray(Image.open(tmp_path / "in/upright.png")).astype(float)
     colours = np.asarray(Image.open(tmp_path / "out/turned.png").convert("RGB")).astype(float)
@@ -78,6 +78,19 @@ def test_folders_globs_and_turned_pictures(trained, tmp_path, fails):
     assert sorted(f.name for f in (tmp_path / "glob").iterdir()) == ["legend.png", "upright.png"]
     picture.save(tmp_path / "legend.jpg")
     assert "is the legend's name; rename" in fails("eval", *words, tmp_path / "legend.jpg", "--out", tmp_path / "no")
+    picture.save(tmp_path / "in/[1].png")
+    picture.save(tmp_path / "in/._upright.png")  # as a Mac leaves them
+    Image.new("L", (9, 9)).save(tmp_path / "in/broken.jpg")
+    content = (tmp_path / "in/broken.jpg").read_bytes()
+    (tmp_path / "in/broken.jpg").write_bytes(content[:20] + b"\xff\xe1\x00\x0eExif\0\0broken" + content[20:])
+    assert [f.name for f in predict.named([tmp_path / "in"])] == ["[1].png", "broken.jpg", "turned.png", "upright.png"]
+    files = [tmp_path / "in/[1].png", tmp_path / "legend.jpg"]  # the first is there; the second word matches folders too
+    assert predict.named([str(files[0]), str(tmp_path / "*")]) == files
+    assert "in/broken.jpg: cannot be read" in fails("eval", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
+    assert "would overwrite" in fails("eval", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
+    picture.save(tmp_path / "in/deep/one_blend.jpg")
+    picture.save(tmp_path / "in/deep/one.jpg")
+    assert "would overwrite" in fails("eval", *words, tmp_path / "in/deep", "--out", tmp_path / "in/deep")
     for nothing in (tmp_path / "out/none*.jpg", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert "nothing there; name files" in fails("eval", *words, nothing, "--out", tmp_path / "no")

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 from conftest import call
+from PIL import Image
 
+import cli
 import data
 import model
 import predict
@@ -44,11 +46,25 @@ def test_what_is_on_the_page(page, trained, blocks):
     assert text.count("D's confidence</figcaption>") == 3 * min(report.SHOWN, len(samples))
 
 
+def test_nets_of_different_strides(train, tmp_path, voc):
+    """Pictures whose padding depends on the net, and a data set of other classes."""
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        for file in (voc / folder).glob("val*.png"):
+            Image.open(file).crop((0, 0, 75, 60)).save(file)
+    one, two = train("train_base"), train("train_adv", "--input-scale", 0.5, out="two")
+    call("report", one, two, "--out", tmp_path / "page.html", "--gpu", -1, "--workers", 0)
+    text = (tmp_path / "page.html").read_text()
+    assert "Where the runs differ most" in text and "D&#39;s confidence</fig" in text and "trusted</fig" not in text
+    (voc / "classes.txt").write_text("grey\nred\ngreen\n")
+    with pytest.raises(cli.InputError, match="has 4 classes, .* has 3; name the data"):
+        call("report", one, "--out", tmp_path / "page.html", "--gpu", -1)
+
+
 @pytest.mark.parametrize("spoil, say", [
     (lambda out: shutil.rmtree(out), "has no run.json; name the --out of a training"),
     (lambda out: (out / "log.jsonl").unlink(), "has no log.jsonl; name the --out of a training"),
-    (lambda out: (out / "log.jsonl").write_text(""), "is empty; train first"),
-    (lambda out: (out / "run.json").write_text('{"args'), "has a damaged run.json; name the --out of a training"),
+    (lambda out: (out / "log.jsonl").write_text(""), "has an empty or damaged log.jsonl"),
+    (lambda out: (out / "run.json").write_text('{"args'), "has an empty or damaged run.json; name the --out"),
     (lambda out: (out / "last.pt").unlink(), "last.pt: No such file or directory; name a training's last.pt"),
     (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),
      "has other classes than")])
