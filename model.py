@@ -1,5 +1,6 @@
 """The nets and what belongs to them: DeepLabv2, the discriminator, parameter groups, loading, the loss on D."""
 import contextlib
+import pickle
 import re
 from collections import OrderedDict
 from functools import lru_cache, partial
@@ -124,8 +125,11 @@ def bilinear_deconvolution(channels, stride):
 def resnet(name, pretrained, caffe=False):
     """torchvision's ResNet as a list of blocks, or Caffe's of the same layers. Errors: InputError, no weights."""
     try:
-        net = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
-    except (OSError, RuntimeError) as e:  # no network, or a broken download
+        net = torchvision.models.get_model(name)
+        if pretrained:
+            weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+            net.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+    except (OSError, RuntimeError, pickle.UnpicklingError) as e:  # no network, or a broken download
         raise InputError(f"--init imagenet: the weights of {name} cannot be downloaded ({e}); use --init none, or "
                          "--backbone efficientnet_lite0, whose weights pip has installed") from None
     if caffe:

@@ -111,10 +111,10 @@ def fails(capsys, monkeypatch):
     return run
 
 
-def python(*words, cwd=ROOT, timeout=None, **env):
+def python(*words, cwd=ROOT, **env):
     """Run a script as a user would, in a process of its own."""
     command, env = [sys.executable, *map(str, words)], os.environ | env
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def log(out):

@@ -37,11 +37,13 @@ sys.path.insert(0, str(ROOT))
 import cli  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
+import predict  # noqa: E402
 from csrc import build, ops  # noqa: E402
 
 SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()
 SCRIPTS = "train_base", "train_adv", "train_semi", "train_match", "eval", "report", "export", "data"
-VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "classes.txt", "@no.txt", "ü")
+VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "data/classes.txt", "@no.txt",
+          "ü")
 SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
 MARK = "item "  # before a line that a child prints of its work
 
@@ -124,7 +126,7 @@ def pictures(folder, rng):
     file.write_bytes(spoil(whole.read_bytes(), rng))
     try:
         if kind[0] == "images":
-            assert data.read_picture(file).mode == "RGB"
+            assert predict.upright(file).mode == "RGB"
         else:
             ids = data.read_label(data.Label(str(file), 4, ()), (96, 80))
             assert ids.shape == (80, 96) and set(np.unique(ids)) <= {0, 1, 2, 3, 255}
@@ -191,7 +193,7 @@ def in_children(kind, folder, many, seed):
     while done < many:
         words = [sys.executable, __file__, "--child", kind, "--seed", seed, "--first", done, "--items", many,
                  "--folder", folder]
-        words = list(map(str, words))
+        words = [*map(str, words)]
         child = subprocess.run(words, capture_output=True, text=True, cwd=folder, errors="replace")
         for line in child.stdout.splitlines():
             if line.startswith(MARK):
@@ -205,7 +207,7 @@ def in_children(kind, folder, many, seed):
 
 
 def kills(folder, many, seed):
-    """kill -9 at random moments of a run that saves every step, each second one in a save; --resume never goes back."""
+    """kill -9 at random moments of a run that saves every step, each second one in a save: --resume never goes back."""
     counts, rng, last = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0
     part, inside = folder / "killed/last.pt.part", 0
     words = command("train_semi", folder, "killed", "--iters", 10**5, "--save-every", 1, "--eval-every", 50, "--resume")
@@ -224,20 +226,22 @@ def kills(folder, many, seed):
         inside += n % 2 and part.exists()
         try:
             step = readable(folder, "killed") if last or (folder / "killed/last.pt").exists() else 0  # 0: not saved yet
-            assert step >= last and not error, f"from step {last} to {step}: {error}"
+            assert run.returncode == -signal.SIGKILL and not error, f"status {run.returncode} {error}"
+            assert step >= last, f"from step {last} to {step}"
             counts["survived"], last = counts["survived"] + 1, step
         except Exception as e:
             counts["lost"] += 1
             print(f"kill {n}, seed {seed}: {e}")
     print(f"kills: {inside} of {many} inside a save")
+    counts["lost"] += many > 1 and not inside  # then it has not shown what it is for
     return counts
 
 
 def full_disk(folder, many, seed):
-    """A disk of 30 to 150 MB that a run fills: refused, and what it had saved before can be read."""
+    """A disk of 30 to 150 MB that a run fills or not: what it had saved last goes on, elsewhere."""
     counts, rng = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/disk")
     for n in range(many):
-        size, place = rng.randint(30, 150), folder / f"disk{n}"
+        size, place = rng.randint(30, 150 if n % 2 else 60), folder / f"disk{n}"
         place.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", place]
         if subprocess.run(mount, capture_output=True).returncode:
@@ -245,15 +249,18 @@ def full_disk(folder, many, seed):
             return counts
         try:
             done = train("train_base", folder, f"disk{n}/out", "--iters", 6, "--save-every", 1, "--eval-every", 2)
-            result = verdict(done)
-            if (place / "out/last.pt").exists():
-                readable(folder, f"disk{n}/out")
-            left = [f.name for f in place.rglob("*.part")]
-            if left or result == "lost":
-                print(f"disk of {size} MB, seed {seed}: {left} {done.stderr[-500:]}")
-                result = "lost"
+            result, left = verdict(done), [f.name for f in place.rglob("*.part")]
+            shutil.copytree(place, folder / f"copy{n}")
         finally:
             subprocess.run(["umount", place], check=True)
+        saved = readable(folder, f"copy{n}/out") if (folder / f"copy{n}/out/last.pt").exists() else 0
+        logged = done.stdout.count("\nstep ")
+        more = train("train_base", folder, f"copy{n}/out", "--iters", 7, "--save-every", 1, "--resume")
+        if left or more.returncode or saved not in (logged, logged - 1):  # a step's line stands before its save
+            result = "lost"
+        if result == "lost":
+            said = done.stderr + more.stderr
+            print(f"disk of {size} MB, seed {seed}: {left} step {saved} of {logged}: {said[-500:]}")
         counts[result] += 1
     return counts
 
@@ -276,7 +283,8 @@ def signals(folder, many, seed):
                 f"    return real(*a, **k)\n{module}.{name} = hooked")
         stopped = train("train_semi", folder, out, *words, code=code)
         resumed = train("train_semi", folder, out, *words, "--resume")
-        good = stopped.returncode in (0, -signal.SIGTERM) and not resumed.returncode
+        heard = "stopped by SIGTERM" in stopped.stdout or stopped.returncode == -signal.SIGTERM  # before it listens
+        good = heard and not resumed.returncode
         if good and (folder / out / "log.jsonl").read_text() == want:
             counts["survived"] += 1
         else:
@@ -336,7 +344,7 @@ def soak(folder, many, seed):
 
 def many_pictures(folder, many, seed):
     """So many unlabelled pictures against 1,000: at most 10 s to the first step and 200 MB a worker more."""
-    found = {}
+    found, bad = {}, 0
     for number in 1000, many:
         place = folder / f"pictures{number}"
         place.mkdir()
@@ -349,13 +357,14 @@ def many_pictures(folder, many, seed):
         words = command("train_semi", folder, "many", "--iters", 1, "--workers", 2, "--unlabelled",
                         folder / f"pictures{number}", "--seed", seed)
         status, seen = watched(words, folder)
+        bad |= status
         seconds, (_, *workers) = seen[1]
         before = found.get(number, (seconds, 0))
         found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
     (few_s, few_mb), (many_s, many_mb) = found.values()
     print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
           f"{few_mb:.0f} and {many_mb:.0f} MB")
-    good = not status and many_s < few_s + 10 and many_mb < few_mb + 200
+    good = not bad and many_s < few_s + 10 and many_mb < few_mb + 200
     return dict(refused=0, survived=int(good), lost=int(not good))
 
 
@@ -451,15 +460,14 @@ KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(SCRIPTS)
 
 
 def main(args):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which cleans up
     lost = 0
     with tempfile.TemporaryDirectory() as folder:
         folder = make(Path(folder))
         for kind in args.kinds:
-            many = KINDS[kind]
-            many = max(4 if kind == "signals" else 1, round(many * args.share))
+            many = max(4 if kind == "signals" else 2, round(KINDS[kind] * args.share))
             began = time.monotonic()
-            do = WHOLE_RUNS.get(kind, partial(in_children, kind))
-            counts = do(folder, many, args.seed)
+            counts = WHOLE_RUNS.get(kind, partial(in_children, kind))(folder, many, args.seed)
             lost += counts["lost"]
             figures = "  ".join(f"{name} {n:4}" for name, n in counts.items())
             print(f"{kind.replace('_', ' '):12} tried {sum(counts.values()):4}  {figures}  (seed {args.seed}, "

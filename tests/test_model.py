@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torchvision
 
 import model
 import train_base
+from cli import InputError
 from csrc import ops
 
 
@@ -49,6 +51,23 @@ def test_logits_are_one_more_than_strides(backbone, stride, width):
         assert seg(torch.randn(1, 3, 65, 97)).shape == (1, 7, 64 // stride + 1, 96 // stride + 1)
     assert [c.dilation[0] * stride for c in seg.head] == [48, 96, 144, 192]  # pixels: 6, 12, 18, 24 at stride 8
     assert all(c.weight.shape == (7, width, 3, 3) for c in seg.head)
+
+
+def test_imagenet_s_resnet_is_read_and_not_run(tmp_path, monkeypatch):
+    """Where torch keeps what it has downloaded; a file that would run code when it is unpickled is refused."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    theirs, file = torchvision.models.resnet18(), tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(theirs.state_dict(), file)
+    assert torch.equal(model.resnet("resnet18", True)[0].conv1.weight, theirs.conv1.weight)
+
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+    torch.save({"fc.bias": Payload()}, file)
+    with pytest.raises(InputError, match="the weights of resnet18 cannot be downloaded"):
+        model.resnet("resnet18", True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_imagenet_weights_and_their_pixels():

@@ -1,4 +1,5 @@
 """Several processes, torch.compile; signals to stop, and going on."""
+import contextlib
 import json
 import os
 import signal
@@ -18,12 +19,30 @@ import parallel
 from csrc import ops
 
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --eval-every 100".split()
-SLOW = pytest.mark.slow
-GROUP = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)  # of processes
+SLOW, ONE_THREAD = pytest.mark.slow, os.environ | {"OMP_NUM_THREADS": "1"}
 # what train_semi.py does in a step train_base.py and train_adv.py do too
 EACH = [pytest.param(script, marks=SLOW) if script in ("train_base", "train_adv") else script for script in SCRIPTS]
 STARTS = {"train_semi": "--semi-start 3 --d-unlabelled --upsample learned",
           "train_match": "--u-start 3 --confidence 0.2"}
+
+
+@contextlib.contextmanager
+def group(*words, **more):
+    """A command in a group of processes of its own, of which nothing is left at the end."""
+    with subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True, **more) as run:
+        try:
+            yield run
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+
+
+def until(true, seconds=120):
+    """Wait for it, but not for ever."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not true():
+        time.sleep(0.1)
 
 
 def several(processes):
@@ -173,13 +192,11 @@ def slowly(script, seconds):
 
 def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
     """SIGTERM to the whole group of processes while the workers load, as a scheduler sends it."""
-    words = map(str, ["--data", voc, *SMALL, "--iters", 500, "--workers", 2, "--out", tmp_path / "out"])
-    run = subprocess.Popen([sys.executable, "-c", slowly("train_base", 0.2), *words], **GROUP)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (tmp_path / "out/log.jsonl").exists():
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)
-    said, error = run.communicate(timeout=60)
+    words = "--data", voc, *SMALL, "--iters", 500, "--workers", 2, "--out", tmp_path / "out"
+    with group("-c", slowly("train_base", 0.2), *words) as run:
+        until((tmp_path / "out/log.jsonl").exists)
+        os.killpg(run.pid, signal.SIGTERM)
+        said, error = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped by SIGTERM after step" in said and not error, error
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] == log(tmp_path / "out")[-1]["step"]
 
@@ -190,15 +207,13 @@ def test_several_processes_stop_and_go_on(voc, tmp_path, script):
     """SIGTERM to torchrun and its processes, then --resume: the log of a straight run."""
     slow = tmp_path / "slow.py"
     slow.write_text(slowly(script, 0.1))
-    words = list(map(str, ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1, "--batch-size", 4,
-                           *STARTS[script].split()]))
-    run = subprocess.Popen([sys.executable, *several(2), slow, *words, "--out", tmp_path / "stopped"], **GROUP,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    file, until = tmp_path / "stopped/log.jsonl", time.monotonic() + 120
-    while time.monotonic() < until and not (file.exists() and file.read_text().count("\n") > 3):
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)
-    said, error = run.communicate(timeout=60)
+    words = ["--data", voc, *SMALL, "--iters", 30, "--eval-every", 100, "--workers", 1, "--batch-size", 4,
+             *STARTS[script].split()]
+    file = tmp_path / "stopped/log.jsonl"
+    with group(*several(2), slow, *words, "--out", tmp_path / "stopped", env=ONE_THREAD) as run:
+        until(lambda: file.exists() and file.read_text().count("\n") > 3)
+        os.killpg(run.pid, signal.SIGTERM)
+        said, error = run.communicate(timeout=60)
     step = log(tmp_path / "stopped")[-1]["step"]
     assert f"after step {step}, which is in" in said and 3 < step < 30, error
     assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["step"] == step
@@ -210,14 +225,12 @@ def test_several_processes_stop_and_go_on(voc, tmp_path, script):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_is_killed(voc, tmp_path, killed):
     """The other one ends within a minute, by one line and without a traceback; the checkpoint is there."""
-    words = list(map(str, ["--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1, "--out", tmp_path / "out"]))
-    run = subprocess.Popen([sys.executable, *several(2), ROOT / "train_base.py", *words], **GROUP,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (tmp_path / "out/last.pt").exists() and run.poll() is None:
-        time.sleep(0.1)
-    mine = subprocess.check_output(["pgrep", "-P", str(run.pid), "-f", "train_base.py"], text=True).split()
-    os.kill(int(mine[killed]), signal.SIGKILL)
-    _, error = run.communicate(timeout=60)
+    words = "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1, "--out", tmp_path / "out"
+    with group(*several(2), ROOT / "train_base.py", *words, env=ONE_THREAD) as run:
+        until(lambda: (tmp_path / "out/last.pt").exists() or run.poll() is not None)
+        mine = subprocess.check_output(["pgrep", "-P", str(run.pid), "-f", "train_base.py"], text=True).split()
+        os.kill(int(mine[killed]), signal.SIGKILL)
+        _, error = run.communicate(timeout=60)
     assert error.count("another process ended, so this one does") == 1 and "[rank" not in error, error
     assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] >= 1
 
@@ -226,29 +239,25 @@ def test_a_process_with_a_bad_picture(voc, tmp_path):
     """Its line is the first thing that is read, and nobody's traceback is there."""
     path = voc / "JPEGImages/train1.png"
     path.write_bytes(path.read_bytes()[:-60])  # the header is whole: a process finds it when it is its turn
-    words = ["--data", voc, *SMALL, "--split", 1, "--iters", 9, "--out", tmp_path / "out"]
-    done = python(*several(2), ROOT / "train_base.py", *words, OMP_NUM_THREADS="1")
-    first, *more = [line for line in done.stderr.splitlines() if line.startswith("train_base.py: ")]
-    assert done.returncode and f"{path}: cannot be read" in first
-    assert len(more) <= 1 and all("another process ended" in line for line in more), done.stderr
-    assert "Traceback" not in done.stderr.split(first)[0] and "[rank" not in done.stderr, done.stderr
+    words = "--data", voc, *SMALL, "--split", 1, "--iters", 9, "--out", tmp_path / "out"
+    with group(*several(2), ROOT / "train_base.py", *words, env=ONE_THREAD) as run:
+        _, error = run.communicate(timeout=60)
+    first, *more = [line for line in error.splitlines() if line.startswith("train_base.py: ")]
+    assert run.returncode and f"{path}: cannot be read" in first
+    assert len(more) <= 1 and all("another process ended" in line for line in more), error
+    assert "Traceback" not in error.split(first)[0] and "[rank" not in error, error
 
 
 def test_two_runs_start_at_once(voc, tmp_path):
     """In one --out: one trains, the other is refused. The one is killed: no lock is left."""
-    words = [sys.executable, "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1,
+    words = [ROOT / "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1,
              "--out", tmp_path / "out"]
     for more in [], ["--resume"]:
-        both = [subprocess.Popen(list(map(str, words + more)), cwd=ROOT, **GROUP) for _ in range(2)]
-        until = time.monotonic() + 120
-        while not (any(run.poll() for run in both) and (tmp_path / "out/last.pt").exists()) and (
-                time.monotonic() < until):
-            time.sleep(0.1)
-        ended = [run.poll() for run in both]
-        for run in both:
-            run.kill()
-        assert sorted(ended, key=str) == [2, None]
-        assert "another run is writing there" in both[ended.index(2)].communicate()[1]
+        with group(*words, *more) as one, group(*words, *more) as two:
+            until(lambda: (one.poll() or two.poll()) and (tmp_path / "out/last.pt").exists())
+            ended = [one.poll(), two.poll()]
+            assert sorted(ended, key=str) == [2, None]
+            assert "another run is writing there" in (one, two)[ended.index(2)].communicate()[1]
     assert not list((tmp_path / "out").glob("earlier-*"))
 
 

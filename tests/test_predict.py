@@ -84,9 +84,9 @@ def test_folders_globs_and_turned_pictures(trained, tmp_path, fails):
     content = (tmp_path / "in/broken.jpg").read_bytes()
     (tmp_path / "in/broken.jpg").write_bytes(content[:20] + b"\xff\xe1\x00\x0eExif\0\0broken" + content[20:])
     assert [f.name for f in predict.named([tmp_path / "in"])] == ["[1].png", "broken.jpg", "turned.png", "upright.png"]
-    files = [tmp_path / "in/[1].png", tmp_path / "legend.jpg"]  # the first is there; the second word matches folders too
+    files = [tmp_path / "in/[1].png", tmp_path / "legend.jpg"]  # that is there; what is beside folders
     assert predict.named([str(files[0]), str(tmp_path / "*")]) == files
-    assert "in/broken.jpg: cannot be read" in fails("eval", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
+    assert "broken.jpg: cannot be read" in fails("eval", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
     assert "would overwrite" in fails("eval", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
     picture.save(tmp_path / "in/deep/one_blend.jpg")
     picture.save(tmp_path / "in/deep/one.jpg")
