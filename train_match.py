@@ -23,7 +23,7 @@ def flags():
     p.add_argument("--ema", type=number(below=1), default=0.99, help="what a step leaves of the teacher (default 0.99)")
     p.add_argument("--confidence", type=number(), default=0.8, help="a pixel is taught where the teacher's probability "
                    "is above this times (its class's mean / the surest class's mean), as in FreeMatch (default 0.8)")
-    p.add_argument("--cutmix", type=number(), default=0.5, help="share of views with a box of another (default 0.5)")
+    p.add_argument("--cutmix", type=number(), default=0.5, help="share with a box of another (default 0.5; 0 if short)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the loss on unlabelled pictures (default 2)")
     p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
     return p
