@@ -83,16 +83,22 @@ def train(voc, tmp_path):
     return run
 
 
+def of_each_script(blocks, out, *words):
+    for script in SCRIPTS:
+        call(script, "--data", blocks, *SMALL, *words, "--out", out / script)
+    return {script: out / script for script in SCRIPTS}
+
+
 @pytest.fixture(scope="session")
 def trained(blocks, tmp_path_factory):
-    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there.
+    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there."""
+    return of_each_script(blocks, tmp_path_factory.mktemp("trained"))
 
-    From ImageNet's weights: what a net without them predicts does not depend on the picture.
-    """
-    out = tmp_path_factory.mktemp("trained")
-    for script in SCRIPTS:
-        call(script, "--data", blocks, *SMALL, "--init", "imagenet", "--out", out / script)
-    return {script: out / script for script in SCRIPTS}
+
+@pytest.fixture(scope="session")
+def seeing(blocks, tmp_path_factory):
+    """The same from ImageNet's weights: what `trained` nets predict hardly depends on the picture."""
+    return of_each_script(blocks, tmp_path_factory.mktemp("seeing"), "--init", "imagenet")
 
 
 @pytest.fixture

@@ -47,18 +47,18 @@ def test_exported(train, tmp_path, words):
     assert json.loads(files["classes.json"])["classes"] == ["grey", "red", "green", "blue"]
 
 
-def test_onnx(trained, tmp_path):
+def test_onnx(seeing, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install onnx onnxscript onnxruntime")
     pytest.importorskip("onnxscript", reason="pip install onnx onnxscript onnxruntime")
-    call("export", "--ckpt", trained["train_base"] / "last.pt", "--out", tmp_path / "net.onnx")
+    call("export", "--ckpt", seeing["train_base"] / "last.pt", "--out", tmp_path / "net.onnx")
     net = runtime.InferenceSession(tmp_path / "net.onnx")
     run = lambda x: torch.from_numpy(net.run(None, {"pictures": x.numpy()})[0])  # noqa: E731
-    assert differing(run, trained["train_base"] / "last.pt") < 1e-3
+    assert differing(run, seeing["train_base"] / "last.pt") < 1e-3
     assert "red" in net.get_modelmeta().custom_metadata_map["classes.json"]
 
 
-def test_what_cannot_be_exported(trained, tmp_path, fails):
-    ckpt = trained["train_base"] / "last.pt"
+def test_what_cannot_be_exported(seeing, tmp_path, fails):
+    ckpt = seeing["train_base"] / "last.pt"
     for out in ("net", "net.pt", "no/net.pt2"):
         assert "must end in .pt2 or .onnx" in fails("export", "--ckpt", ckpt, "--out", tmp_path / out)
     assert "name a training's last.pt" in fails("export", "--ckpt", tmp_path / "no.pt", "--out", tmp_path / "net.pt2")

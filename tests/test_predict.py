@@ -55,8 +55,8 @@ def test_views_are_averaged():
     torch.testing.assert_close(predict.logits(Points(), one, args, CPU), torch.full((1, 3, 9, 13), 1 / 3).log())
 
 
-def test_folders_globs_and_turned_pictures(trained, tmp_path, fails):
-    ckpt, rng = trained["train_base"] / "last.pt", np.random.RandomState(0)
+def test_folders_globs_and_turned_pictures(seeing, tmp_path, fails):
+    ckpt, rng = seeing["train_base"] / "last.pt", np.random.RandomState(0)
     (tmp_path / "in/deep").mkdir(parents=True)
     picture = Image.fromarray(rng.randint(0, 255, (9, 14, 3), np.uint8).repeat(10, 0).repeat(10, 1))
     exif = Image.Exif()

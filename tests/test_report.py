@@ -18,19 +18,19 @@ from csrc import ops
 
 
 @pytest.fixture(scope="module")
-def page(trained, blocks, tmp_path_factory):
+def page(seeing, blocks, tmp_path_factory):
     """Of three of the runs of three steps, with what was found on the way."""
     out = tmp_path_factory.mktemp("report") / "page.html"
-    call("report", *(trained[script] for script in ("train_base", "train_semi", "train_match")), "--out", out,
+    call("report", *(seeing[script] for script in ("train_base", "train_semi", "train_match")), "--out", out,
          "--gpu", -1, "--workers", 0)
     return out
 
 
-def test_what_is_on_the_page(page, trained, blocks):
+def test_what_is_on_the_page(page, seeing, blocks):
     text = html.unescape(page.read_text())
     assert not re.search(r"(?:src|href|srcset)=\"(?!data:)|https?://(?!www\.w3\.org)|@import|url\(", text)
-    checkpoint = torch.load(trained["train_semi"] / "last.pt", weights_only=True)
-    seg, samples = model.load_segmenter(trained["train_semi"] / "last.pt"), data.open_data(blocks)
+    checkpoint = torch.load(seeing["train_semi"] / "last.pt", weights_only=True)
+    seg, samples = model.load_segmenter(seeing["train_semi"] / "last.pt"), data.open_data(blocks)
     samples = samples.samples(samples.ids("val"))
     matrix = torch.zeros(4, 4, dtype=torch.int64)
     args = argparse.Namespace(**checkpoint["args"])
@@ -68,12 +68,12 @@ def test_nets_of_different_strides(train, tmp_path, voc):
     (lambda out: (out / "last.pt").unlink(), "last.pt: No such file or directory; name a training's last.pt"),
     (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),
      "has other classes than")])
-def test_bad_runs(fails, trained, tmp_path, spoil, say):
-    out = shutil.copytree(trained["train_base"], tmp_path / "run")
+def test_bad_runs(fails, seeing, tmp_path, spoil, say):
+    out = shutil.copytree(seeing["train_base"], tmp_path / "run")
     spoil(out)
-    assert say in fails("report", trained["train_base"], out, "--out", tmp_path / "page.html", "--gpu", -1)
+    assert say in fails("report", seeing["train_base"], out, "--out", tmp_path / "page.html", "--gpu", -1)
     assert not list(tmp_path.glob("page*"))
-    assert "name a file" in fails("report", trained["train_base"], "--out", tmp_path, "--gpu", -1)
+    assert "name a file" in fails("report", seeing["train_base"], "--out", tmp_path, "--gpu", -1)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: apt install chromium")
