@@ -296,10 +296,9 @@ def signals(folder, many, seed):
 
 
 def usage(pid):
-    """[(MB, open files, threads, resident MB)] of a process and then of its children, oldest first.
+    """[(resident MB, open files, threads)] of a process and then of its children, oldest first.
 
-    Of the MB a page that processes share counts once in all (PSS). Files of batches on their way to the script are left
-    out.
+    Without the files of batches that are on their way from a worker to the script.
     """
     found = []
     for n in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
@@ -309,9 +308,7 @@ def usage(pid):
             with contextlib.suppress(OSError):  # closed by now
                 names.append(os.readlink(file))
         files = sum("/torch_" not in name and "socket:" not in name for name in names)
-        pages = dict(line.split(":", 1) for line in Path(f"/proc/{n}/smaps_rollup").read_text().splitlines()[1:])
-        shared, resident = (int(pages[name].split()[0]) / 1024 for name in ("Pss", "Rss"))
-        found.append((shared, files, int(status["Threads"]), resident))
+        found.append((int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])))
     return found
 
 
@@ -327,22 +324,21 @@ def watched(words, folder):
 
 def soak(folder, many, seed):
     """That many steps with workers, then --resume for a sixth more; lost where memory, files or threads grow."""
-    found, good, done, many = [], True, 0, max(120, many)
+    good, done, many = True, 0, max(120, many)
     for end in many, many + many // 6:
         words = command("train_semi", folder, "soak", "--data", "shapes", "--workers", 2, "--log-every", 10, "--resume",
                         "--iters", end, "--semi-start", many // 4, "--seed", seed, "--eval-every", many // 3)
         status, seen = watched(words, folder)
-        early = done + (end - done) // (6 if done == 0 else 2) // 10 * 10
-        for step in early, end // 10 * 10:
+        found, early = [], done + (end - done) // (6 if done == 0 else 2) // 10 * 10
+        for step in early, end // 10 * 10:  # in one process: a worker's share of what it was forked from counts
             of = [seen[n][1] for n in range(max(done + 10, step - 40), step + 1, 10)]  # crops differ from step to step
             mb = [np.median([u[i][0] for u in of]) for i in range(len(of[-1]))]
             files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two pictures
             print(f"soak: step {step}: {len(mb)} processes, {sum(mb):.0f} MB ({mb[0]:.0f} the script), {files} files, "
                   f"{threads} threads")
             found.append((sum(mb), files, threads))
-        good, done = good and not status, end
-    (before, *figures), *later = found
-    good = good and all(others == figures and after < 1.03 * before for after, *others in later)
+        (before, *figures), (after, *others) = found
+        good, done = good and not status and figures == others and after < 1.03 * before, end
     return dict(refused=0, survived=done * good, lost=int(not good))
 
 
@@ -364,7 +360,7 @@ def many_pictures(folder, many, seed):
         bad |= status
         seconds, (_, *workers) = seen[1]
         before = found.get(number, (seconds, 0))
-        found[number] = min(seconds, before[0]), max(before[1], *(u[3] for u in workers))
+        found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
     (few_s, few_mb), (many_s, many_mb) = found.values()
     print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
           f"{few_mb:.0f} and {many_mb:.0f} MB")
