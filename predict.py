@@ -83,8 +83,9 @@ def images(seg, paths, args, device, classes, out, blend):
             raise cli.InputError(f"--images {path}: {out / name} is the legend's name; rename the picture")
         if counts[name] > 1:
             raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
-        if given & {(out / name).resolve(), (out / f"{path.stem}_blend.jpg").resolve()}:
-            raise cli.InputError(f"--out {out}: predictions would overwrite pictures of --images; name another folder")
+        files = [out / name, out / f"{path.stem}_blend.jpg"][:1 + blend]
+        if lost := given & {file.resolve() for file in files}:
+            raise cli.InputError(f"--out {out}: the prediction would overwrite {lost.pop()}; name another folder")
         upright(path)  # all are sound before one is predicted
     seg, mine = seg.to(device), [*zip(paths, names)][parallel.RANK::parallel.WORLD]
     with drafts_of(out) as drafts:

@@ -90,7 +90,8 @@ def test_folders_globs_and_turned_pictures(seeing, tmp_path, fails):
     assert "would overwrite" in fails("eval", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
     picture.save(tmp_path / "in/deep/one_blend.jpg")
     picture.save(tmp_path / "in/deep/one.jpg")
-    assert "would overwrite" in fails("eval", *words, tmp_path / "in/deep", "--out", tmp_path / "in/deep")
+    one = tmp_path / "in/deep/one.jpg", tmp_path / "in/deep/one_blend.jpg", "--out", tmp_path / "in/deep"
+    assert "would overwrite" in fails("eval", *words, *one, "--blend")
     for nothing in (tmp_path / "out/none*.jpg", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert "nothing there; name files" in fails("eval", *words, nothing, "--out", tmp_path / "no")
