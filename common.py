@@ -80,21 +80,21 @@ class Run:
 
     def load(self, last):
         checkpoint, log = model.read_checkpoint(last, "--resume"), self.out / "log.jsonl"
-        for key, value in checkpoint["args"].items():
-            now = getattr(self.args, key, value)
-            if now != value and key not in MAY_CHANGE:
-                raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; give "
-                                 "the flags of its run.json or another --out")
-        if checkpoint["step"] > self.args.iters:
-            raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
         try:
+            for key, value in checkpoint["args"].items():
+                now = getattr(self.args, key, value)
+                if now != value and key not in MAY_CHANGE:
+                    raise InputError(f"--resume: --{key.replace('_', '-')} was {value} in {last} and is now {now}; "
+                                     "give the flags of its run.json or another --out")
+            if checkpoint["step"] > self.args.iters:
+                raise InputError(f"--iters {self.args.iters}: {last} is at step {checkpoint['step']} already")
             if {name for name in (*NETS, "student") if checkpoint.get(name)} != set(self.parts):
                 raise KeyError
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
+            torch.set_rng_state(checkpoint["rng"])
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
             raise InputError(f"--resume: {last} is of another script or data; name another --out") from None
-        torch.set_rng_state(checkpoint["rng"])
         lines = log.read_text().splitlines() if log.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # not one cut off by a kill
         self.rows = [r for r in rows if r["step"] <= checkpoint["step"]] or [{"step": checkpoint["step"]}]

@@ -246,7 +246,7 @@ def read_checkpoint(path, flag):
         raise InputError(f"{flag} {path}: {why}; name a training's last.pt or best.pt, or a published file") from None
     ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
     found = checkpoint if ours else translate(checkpoint)
-    kinds = {"args": dict, "classes": (list, tuple)}
+    kinds = {"args": dict, "classes": (list, tuple), "step": int}
     if found is None or not is_weights(found["seg"]) or any(not isinstance(found[k], kinds[k]) for k in kinds):
         raise InputError(f"{flag} {path}: no net known here; name a training's last.pt or best.pt, or a published file")
     return found | {"args": OLDER | found["args"]}

@@ -4,14 +4,14 @@ pictures, operators under sanitizers. Nothing may be lost.
     python tests/survive.py             about 90 minutes on 2 cores
     python tests/survive.py --share 0.02 --seed 7 --kinds pictures kills
 
-Each kind prints a line. Refused: one line on standard error and status 2. Survived: as if nothing had been, or a run
-that --resume takes to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read,
-memory that grows.
+Each kind prints a line. Refused: one line on standard error and status 2. Survived: it worked, or --resume took the run
+to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read, memory that grows.
 """
 import argparse
 import contextlib
 import importlib
 import io
+import json
 import os
 import random
 import shlex
@@ -38,10 +38,16 @@ import cli  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import predict  # noqa: E402
+import train_semi  # noqa: E402
 from csrc import build, ops  # noqa: E402
 
 SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()
-SCRIPTS = "train_base", "train_adv", "train_semi", "train_match", "eval", "report", "export", "data"
+NET = ["--ckpt", "start/last.pt"]
+RIGHT = {  # a command line of each script that flags drawn at random are added to; trainings have SMALL besides
+    **{f"train_{name}": ["--data", "data", "--out", "flags"] for name in ("base", "adv", "semi", "match")},
+    "eval": NET, "report": ["start", "--out", "page.html"], "export": [*NET, "--out", "net.pt2"], "data": []}
+COMMANDS = {"check": "--data data", "split": "--data data --out lists", "camvid": "--from data --root made",
+            "cityscapes": "--root data"}  # of data.py; `voc --from ""` would download
 VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "data/classes.txt", "@no.txt",
           "ü")
 SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
@@ -83,13 +89,6 @@ def train(script, folder, out, *words, code=None):
     return subprocess.run(words, capture_output=True, text=True, cwd=folder)
 
 
-def verdict(done):
-    """Of a process: refused, survived or lost."""
-    if done.returncode == 0:
-        return "survived"
-    return "refused" if done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 else "lost"
-
-
 def readable(folder, out):
     """The step of a run's last.pt. Errors: whatever reading it raises."""
     checkpoint = model.read_checkpoint(folder / out / "last.pt", "--ckpt")
@@ -116,9 +115,21 @@ def spoil(content, rng):
     return bytes(content)
 
 
-# ---- what a child does: (folder, random.Random) -> "refused" or "survived"; all else is lost ----
+def call(module, words):
+    """Run a script's main in this process, at most to a SystemExit. Errors: InputError and what is none."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            module.main(module.flags().parse_args([*map(str, words)]))
+    except SystemExit as e:
+        assert e.code in (0, None, False, True, 1, 2), e.code
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
 
-def pictures(folder, rng):
+
+# ---- what a child does: (folder, random.Random, number of the item) -> "refused" or "survived"; all else is lost ----
+
+def pictures(folder, rng, _):
     kind, file = rng.choice([("images", "jpg"), ("images", "png"), ("labels", "png")]), folder / "spoilt"
     whole = rng.choice(sorted((folder / "data" / kind[0]).glob(f"*.{kind[1]}")))
     file = file.with_suffix(whole.suffix)
@@ -136,8 +147,11 @@ def pictures(folder, rng):
     return "survived"
 
 
-def checkpoints(folder, rng):
-    whole, file = folder / "start/last.pt", folder / "spoilt.pt"
+def checkpoints(folder, rng, number):
+    """By turns read as eval.py does and as --resume does."""
+    whole, file = folder / "start/last.pt", folder / "resumed/last.pt"
+    shutil.rmtree(file.parent, ignore_errors=True)
+    file.parent.mkdir()
     if rng.random() < 0.5:
         file.write_bytes(spoil(whole.read_bytes(), rng))
     else:
@@ -149,39 +163,34 @@ def checkpoints(folder, rng):
             del part[key]
         torch.save(checkpoint, file)
     try:
-        model.load_segmenter(file)
+        if number % 2:
+            call(train_semi, command("train_semi", folder, "resumed", "--iters", 1, "--resume")[2:])
+        else:
+            model.load_segmenter(file)
     except cli.InputError:
         return "refused"
     return "survived"
 
 
-def wrong_flags(folder, rng):
-    script = rng.choice(SCRIPTS)
+def wrong_flags(folder, rng, number):
+    script = list(RIGHT)[number % len(RIGHT)]
     module = importlib.import_module("prepare" if script == "data" else script)
+    parser, words = module.flags(), [*RIGHT[script]]
     if script == "data":
-        words = [rng.choice(["check", "split", "camvid"]), *rng.choices(VALUES, k=rng.randrange(3))]
-    else:
-        known = [a for a in module.flags()._actions if a.option_strings and not SLOW & set(a.option_strings)]
-        words = []
-        for action in rng.sample(known, rng.randint(1, min(3, len(known)))):
-            values = [*VALUES, *map(str, action.choices or ())]
-            words += [rng.choice(action.option_strings), *rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))]
-        if script.startswith("train"):
-            words = [*SMALL, "--data", str(folder / "data"), "--out", str(folder / "flags"), *words, "--iters", "1"]
-        elif rng.random() < 0.7:
-            words = ["--ckpt", str(folder / "start/last.pt"), *words]
+        name = rng.choice(list(COMMANDS))
+        parser, words = parser._subparsers._group_actions[0].choices[name], [name, *COMMANDS[name].split()]
+    known = [a for a in parser._actions if a.option_strings and not SLOW & set(a.option_strings)]
+    for action in rng.sample(known, rng.randint(1, min(3, len(known)))):
+        values = [*VALUES, *map(str, action.choices or ())]
+        words += [rng.choice(action.option_strings), *rng.choices(values, k=rng.choice([0, 1, 1, 1, 2]))]
+    if script.startswith("train"):
+        words = [*SMALL, *words, "--iters", "1"]
     print(f"{script} {' '.join(words)}", file=sys.stderr)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            module.main(module.flags().parse_args(words))
+        call(module, words)
     except cli.InputError as e:
         assert "\n" not in str(e) and str(e), repr(e)
         return "refused"
-    except SystemExit as e:
-        assert e.code in (0, None, False, True, 1, 2), e.code
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
     return "survived"
 
 
@@ -207,33 +216,40 @@ def in_children(kind, folder, many, seed):
 
 
 def kills(folder, many, seed):
-    """kill -9 at random moments of a run that saves every step, each second one in a save: --resume never goes back."""
-    counts, rng, last = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0
-    part, inside = folder / "killed/last.pt.part", 0
-    words = command("train_semi", folder, "killed", "--iters", 10**5, "--save-every", 1, "--eval-every", 50, "--resume")
+    """kill -9, by turns at a random moment from the start on and inside a save: --resume never goes back."""
+    counts, rng, last, inside = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0, 0
+    out = folder / "killed"
+    part = out / "last.pt.part"
+    flags = "--save-every", 1, "--eval-every", 5, "--semi-start", 3, "--resume"
+    words = command("train_semi", folder, "killed", "--iters", 10**5, *flags)
     for n in range(many):
         if n % 2:
             part.unlink(missing_ok=True)  # an earlier kill's; the other runs must live with it
-        run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
-        for line in run.stdout:
-            if line.startswith("step "):
+        run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder)
+        time.sleep(0 if n % 2 else rng.uniform(0, 15))
+        while n % 2 and run.poll() is None:
+            run.send_signal(signal.SIGSTOP)  # so that the save cannot end between this look and the kill
+            time.sleep(1e-3)
+            if part.exists():
                 break
-        time.sleep(rng.uniform(0, 1.5))
-        while n % 2 and not part.exists() and run.poll() is None:
-            pass
+            run.send_signal(signal.SIGCONT)
+            time.sleep(1e-3)
         run.kill()
         error = run.communicate()[1]
         inside += n % 2 and part.exists()
         try:
-            step = readable(folder, "killed") if last or (folder / "killed/last.pt").exists() else 0  # 0: not saved yet
+            step = readable(folder, "killed") if last or (out / "last.pt").exists() else 0  # 0: not saved yet
             assert run.returncode == -signal.SIGKILL and not error, f"status {run.returncode} {error}"
             assert step >= last, f"from step {last} to {step}"
             counts["survived"], last = counts["survived"] + 1, step
         except Exception as e:
             counts["lost"] += 1
             print(f"kill {n}, seed {seed}: {e}")
-    print(f"kills: {inside} of {many} inside a save")
-    counts["lost"] += many > 1 and not inside  # then it has not shown what it is for
+    done = train("train_semi", folder, "killed", "--iters", last + 5, *flags)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    whole = [row["step"] for row in rows] == [*range(1, last + 6)] and model.read_checkpoint(out / "best.pt", "--ckpt")
+    print(f"kills: {inside} inside a save; step {last}, the log is {'whole' if whole else 'broken'} {done.stderr}")
+    counts["lost"] += bool(done.returncode) or not whole or inside < many // 2
     return counts
 
 
@@ -249,7 +265,9 @@ def full_disk(folder, many, seed):
             return counts
         try:
             done = train("train_base", folder, f"disk{n}/out", "--iters", 6, "--save-every", 1, "--eval-every", 2)
-            result, left = verdict(done), [f.name for f in place.rglob("*.part")]
+            one_line = done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+            result = "refused" if one_line else "lost" if done.returncode else "survived"
+            left = [f.name for f in place.rglob("*.part")]
             shutil.copytree(place, folder / f"copy{n}")
         finally:
             subprocess.run(["umount", place], check=True)
@@ -283,8 +301,7 @@ def signals(folder, many, seed):
                 f"    return real(*a, **k)\n{module}.{name} = hooked")
         stopped = train("train_semi", folder, out, *words, code=code)
         resumed = train("train_semi", folder, out, *words, "--resume")
-        heard = "stopped by SIGTERM" in stopped.stdout or stopped.returncode == -signal.SIGTERM  # before it listens
-        good = heard and not resumed.returncode
+        good = "stopped by SIGTERM" in stopped.stdout and not stopped.returncode and not resumed.returncode
         if good and (folder / out / "log.jsonl").read_text() == want:
             counts["survived"] += 1
         else:
@@ -296,9 +313,10 @@ def signals(folder, many, seed):
 
 
 def usage(pid):
-    """[(resident MB, open files, threads)] of a process and then of its children, oldest first.
+    """[(MB, open files, threads, resident MB)] of a process and then of its children, oldest first.
 
-    Without the files of batches that are on their way from a worker to the script.
+    MB: proportional (PSS) and without files, so that a page which n processes share counts 1/n in each. Sockets and
+    batches on their way to the script are not counted as open files.
     """
     found = []
     for n in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
@@ -308,7 +326,9 @@ def usage(pid):
             with contextlib.suppress(OSError):  # closed by now
                 names.append(os.readlink(file))
         files = sum("/torch_" not in name and "socket:" not in name for name in names)
-        found.append((int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])))
+        pages = dict(line.split(":", 1) for line in Path(f"/proc/{n}/smaps_rollup").read_text().splitlines()[1:])
+        share, of_files, resident = (int(pages[name].split()[0]) / 1024 for name in ("Pss", "Pss_File", "Rss"))
+        found.append((share - of_files, files, int(status["Threads"]), resident))
     return found
 
 
@@ -323,28 +343,34 @@ def watched(words, folder):
 
 
 def soak(folder, many, seed):
-    """That many steps with workers, then --resume for a sixth more; lost where memory, files or threads grow."""
-    good, done, many = True, 0, max(120, many)
+    """That many steps with workers, then --resume for a sixth more, against what was there after the first sixth.
+
+    Lost where memory is 3 % above that, or the number of open files or threads is another.
+    """
+    found, done, many = [], 0, max(120, many)
     for end in many, many + many // 6:
         words = command("train_semi", folder, "soak", "--data", "shapes", "--workers", 2, "--log-every", 10, "--resume",
                         "--iters", end, "--semi-start", many // 4, "--seed", seed, "--eval-every", many // 3)
         status, seen = watched(words, folder)
-        found, early = [], done + (end - done) // (6 if done == 0 else 2) // 10 * 10
-        for step in early, end // 10 * 10:  # in one process: a worker's share of what it was forked from counts
-            of = [seen[n][1] for n in range(max(done + 10, step - 40), step + 1, 10)]  # crops differ from step to step
+        if status:
+            return dict(refused=0, survived=0, lost=1)
+        early = done + (end - done) // (6 if done == 0 else 2) // 10 * 10
+        for step in early, end // 10 * 10:  # crops differ by step; an evaluation has workers of its own
+            of = [seen[n][1] for n in range(max(done + 10, step - 50), step, 10)]
             mb = [np.median([u[i][0] for u in of]) for i in range(len(of[-1]))]
             files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two pictures
             print(f"soak: step {step}: {len(mb)} processes, {sum(mb):.0f} MB ({mb[0]:.0f} the script), {files} files, "
                   f"{threads} threads")
             found.append((sum(mb), files, threads))
-        (before, *figures), (after, *others) = found
-        good, done = good and not status and figures == others and after < 1.03 * before, end
+        done = end
+    (before, *figures), *later = found
+    good = all(others == figures and after < 1.03 * before for after, *others in later)
     return dict(refused=0, survived=done * good, lost=int(not good))
 
 
 def many_pictures(folder, many, seed):
     """So many unlabelled pictures against 1,000: at most 10 s to the first step and 200 MB a worker more."""
-    found, bad = {}, 0
+    found = {}
     for number in 1000, many:
         place = folder / f"pictures{number}"
         place.mkdir()
@@ -357,14 +383,15 @@ def many_pictures(folder, many, seed):
         words = command("train_semi", folder, "many", "--iters", 1, "--workers", 2, "--unlabelled",
                         folder / f"pictures{number}", "--seed", seed)
         status, seen = watched(words, folder)
-        bad |= status
+        if status:
+            return dict(refused=0, survived=0, lost=1)
         seconds, (_, *workers) = seen[1]
         before = found.get(number, (seconds, 0))
-        found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
+        found[number] = min(seconds, before[0]), max(before[1], *(u[3] for u in workers))
     (few_s, few_mb), (many_s, many_mb) = found.values()
     print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
           f"{few_mb:.0f} and {many_mb:.0f} MB")
-    good = not bad and many_s < few_s + 10 and many_mb < few_mb + 200
+    good = many_s < few_s + 10 and many_mb < few_mb + 200
     return dict(refused=0, survived=int(good), lost=int(not good))
 
 
@@ -410,10 +437,11 @@ def operator_calls(seconds, seed):
                       scale=st.sampled_from([0, 0.1, 1, 30, 1e4]), how=st.lists(st.integers(0, 3), min_size=4,
                       max_size=4), special=odd, half=st.booleans(), wide=st.booleans(),
                       ignore=st.sampled_from([255, 0, -1, 300]), wrong=st.booleans(), places=st.tuples(side, side),
-                      threshold=st.floats(), masked=st.booleans(), sure=st.booleans(),
-                      divide=st.sampled_from(["kept", "all"]), run=st.integers(1, 60), number=st.integers(0, 2**31))
-    def calls(n, k, low, high, scale, how, special, half, wide, ignore, wrong, places, threshold, masked, sure, divide,
-              run, number):
+                      threshold=st.one_of(st.floats(0, 1), st.floats()), by_class=st.booleans(), masked=st.booleans(),
+                      sure=st.booleans(), divide=st.sampled_from(["kept", "all"]), run=st.integers(1, 60),
+                      dtype=st.sampled_from([None, torch.float32, torch.bfloat16]), number=st.integers(0, 2**31))
+    def calls(n, k, low, high, scale, how, special, half, wide, ignore, wrong, places, threshold, by_class, masked,
+              sure, divide, run, dtype, number):
         nonlocal count
         if time.monotonic() > end:
             return
@@ -437,10 +465,10 @@ def operator_calls(seconds, seed):
                                                       size=high, ignore=ignore, divide=divide)
                 assert 0 <= kept <= target.numel()
                 loss.backward()
-        probabilities = ops.upsample_softmax(logits, high, valid=valid)
+        probabilities = ops.upsample_softmax(logits, high, dtype, valid)
         probabilities.backward(strided(torch.randn(n, k, *high, generator=g).to(probabilities.dtype), how[2]))
         ids = ops.upsample_argmax(logits, high)
-        taught = ops.pseudo_labels(logits, high, threshold, valid)
+        taught = ops.pseudo_labels(logits, high, torch.rand(k, generator=g) if by_class else threshold, valid)
         assert ids.max() < k and ((taught == ids) | (taught == 255)).all()
         for prediction in logits, ids, ids.long():
             with contextlib.suppress(ValueError):
@@ -455,7 +483,7 @@ def operator_calls(seconds, seed):
 
 WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals, "soak": soak, "many_pictures": many_pictures,
               "operators": operators}
-KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(SCRIPTS), "kills": 100, "full_disk": 10,
+KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(RIGHT), "kills": 100, "full_disk": 10,
          "signals": 16, "soak": 3000, "many_pictures": 200_000, "operators": 600}  # tries, steps, files, seconds
 
 
@@ -489,5 +517,5 @@ if __name__ == "__main__":
         operator_calls(given.items, given.seed)
         sys.exit()
     for i in range(given.first, given.items):
-        outcome = globals()[given.child](given.folder, random.Random(f"{given.seed}/{given.child}/{i}"))
+        outcome = globals()[given.child](given.folder, random.Random(f"{given.seed}/{given.child}/{i}"), i)
         print(f"{MARK}{i} {outcome}", flush=True)

@@ -224,7 +224,7 @@ def test_several_processes_stop_and_go_on(voc, tmp_path, script):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_is_killed(voc, tmp_path, killed):
-    """The other one ends within a minute, by one line and without a traceback; the checkpoint is there."""
+    """The other one ends within a minute, by one line before all tracebacks; --resume goes on from the checkpoint."""
     words = "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1, "--out", tmp_path / "out"
     with group(*several(2), ROOT / "train_base.py", *words, env=ONE_THREAD) as run:
         until(lambda: (tmp_path / "out/last.pt").exists() or run.poll() is not None)
@@ -232,7 +232,10 @@ def test_a_process_is_killed(voc, tmp_path, killed):
         os.kill(int(mine[killed]), signal.SIGKILL)
         _, error = run.communicate(timeout=60)
     assert error.count("another process ended, so this one does") == 1 and "[rank" not in error, error
-    assert torch.load(tmp_path / "out/last.pt", weights_only=True)["step"] >= 1
+    assert "Traceback" not in error.split("another process ended")[0], error
+    step = torch.load(tmp_path / "out/last.pt", weights_only=True)["step"]
+    done = python("train_base.py", *words, "--iters", step + 1, "--resume")
+    assert done.stdout.count("\nstep ") == 1 and f"\nstep {step + 1}/" in done.stdout, done.stderr
 
 
 def test_a_process_with_a_bad_picture(voc, tmp_path):
@@ -249,15 +252,26 @@ def test_a_process_with_a_bad_picture(voc, tmp_path):
 
 
 def test_two_runs_start_at_once(voc, tmp_path):
-    """In one --out: one trains, the other is refused. The one is killed: no lock is left."""
-    words = [ROOT / "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1,
+    """In one --out: one trains, the other is refused. That one is killed: no lock is left, though its worker lives."""
+    words = [ROOT / "train_base.py", "--data", voc, *SMALL, "--iters", 10**5, "--save-every", 1, "--workers", 1,
              "--out", tmp_path / "out"]
-    for more in [], ["--resume"]:
-        with group(*words, *more) as one, group(*words, *more) as two:
-            until(lambda: (one.poll() or two.poll()) and (tmp_path / "out/last.pt").exists())
-            ended = [one.poll(), two.poll()]
-            assert sorted(ended, key=str) == [2, None]
-            assert "another run is writing there" in (one, two)[ended.index(2)].communicate()[1]
+
+    def one_trains(one, two):
+        until(lambda: (one.poll() or two.poll()) and (tmp_path / "out/last.pt").exists())
+        ended = [one.poll(), two.poll()]
+        assert sorted(ended, key=str) == [2, None]
+        assert "another run is writing there" in (one, two)[ended.index(2)].communicate()[1]
+        return (one, two)[ended.index(None)]
+
+    with group(*words) as one, group(*words) as two:
+        running = one_trains(one, two)
+        worker, = subprocess.check_output(["pgrep", "-P", str(running.pid)], text=True).split()
+        os.kill(int(worker), signal.SIGSTOP)  # or it would notice and end
+        running.kill()
+        running.wait()
+        with group(*words, "--resume") as one, group(*words, "--resume") as two:
+            one_trains(one, two)
+            os.kill(int(worker), 0)  # it is there
     assert not list((tmp_path / "out").glob("earlier-*"))
 
 
