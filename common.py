@@ -65,18 +65,20 @@ class Run:
         self.args, self.data, self.labelled, self.out = args, dataset, labelled, folder("--out", args.out)
         self.device = announce(f"{dataset.note}data {dataset.name}: {len(labelled)} labelled pictures, "
                                f"{len(dataset.classes)} classes", args.gpu)
-        self.rows, self.written, self.first = [], False, parallel.RANK == 0
+        self.rows, self.written, self.first, self.last = [], False, parallel.RANK == 0, self.out / "last.pt"
+        self.resumed = args.resume and self.last.exists()
+        self.done = model.read_checkpoint(self.last, "--resume")["step"] if self.resumed else 0
+        if parallel.total(torch.tensor(self.done)) != self.done * parallel.WORLD:
+            raise InputError("--resume: the processes found different checkpoints; all machines must share --out")
         self.board = watch.Board(dataset, args) if args.tensorboard and self.first else None
         torch.manual_seed(args.seed)
 
     def resume(self, **parts):
-        """With --resume, load OUT/last.pt into `parts` (seg, opt_seg, ...) -> updates so far. Errors: InputError."""
+        """With --resume, load OUT/last.pt into `parts` (seg, opt_seg, ...). Errors: InputError."""
         parallel.listen()
-        self.parts, last = parts, self.out / "last.pt"
-        done = self.load(last) if self.args.resume and last.exists() else 0
-        if parallel.total(torch.tensor(done)) != done * parallel.WORLD:
-            raise InputError("--resume: the processes found different checkpoints; all machines must share --out")
-        return done
+        self.parts = parts
+        if self.resumed:
+            self.load(self.last)
 
     def load(self, last):
         checkpoint, log = model.read_checkpoint(last, "--resume"), self.out / "log.jsonl"
@@ -98,7 +100,6 @@ class Run:
         lines = log.read_text().splitlines() if log.exists() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # not one cut off by a kill
         self.rows = [r for r in rows if r["step"] <= checkpoint["step"]] or [{"step": checkpoint["step"]}]
-        return checkpoint["step"]
 
     def begin(self):
         """Once, before a run's first file: lock --out, move an earlier run's files to earlier-N. Errors: InputError."""
@@ -198,7 +199,7 @@ class Run:
             "rng": torch.get_rng_state(), "miou": scores and scores["miou"]}
         if self.first and not self.scored(step):
             self.begin()
-            replace(self.out / "last.pt", lambda f: torch.save(checkpoint, f))
+            replace(self.last, lambda f: torch.save(checkpoint, f))
         if scores:
             self.score(step, scores)
         if (heard := parallel.stopping()) and (scores is None or step < self.args.iters):
@@ -210,7 +211,7 @@ class Run:
     def score(self, step, scores):
         best = max(((r["miou"], r["step"]) for r in self.rows if "miou" in r and r["step"] != step), default=(-1, 0))
         if self.first and not self.scored(step) and scores["miou"] > best[0]:
-            replace(self.out / "best.pt", lambda f: shutil.copyfile(self.out / "last.pt", f))
+            replace(self.out / "best.pt", lambda f: shutil.copyfile(self.last, f))
         if self.rows[-1]["step"] != step:  # --log-every left it out
             self.rows.append({"step": step})
         self.rows[-1] = self.rows[-1] | scores | self.rows[-1]  # of a run that had ended: what it has

@@ -456,13 +456,15 @@ def batches(samples, name, args, done, device):
     """Yield this process's part of each batch of the stream `name` from update `done` to --iters, on `device`.
 
     (pictures (B,3,crop,crop) uint8, channels last in memory, labels (B,crop,crop) uint8, or bool where samples have
-    none): the same for any number of workers, and together for any number of processes. Errors: InputError.
+    none): the same for any number of workers, and together for any number of processes. Workers start with the call:
+    make it before there are nets, which they would keep copies of. Errors: InputError.
     """
     stream, size = Stream(samples, args, name), args.batch_size // parallel.WORLD
     mine = range(size * parallel.RANK, size * parallel.RANK + size)  # of each batch
     draws = [step * args.batch_size + n for step in range(done, args.iters) for n in mine]
-    for pixels, other in loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"):
-        yield pixels.permute(0, 3, 1, 2).to(device, non_blocking=True), other.to(device, non_blocking=True)
+    loaded = iter(loader(stream, args.workers, batch_size=size, sampler=draws, pin_memory=device.type == "cuda"))
+    return ((pixels.permute(0, 3, 1, 2).to(device, non_blocking=True), other.to(device, non_blocking=True))
+            for pixels, other in loaded)
 
 
 def strong_view(pictures, args, step):

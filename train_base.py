@@ -22,17 +22,17 @@ def main(args):
     train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
     common.settle(args, dataset, labelled)
     run = common.Run(args, dataset, labelled)
-    device, num_classes = run.device, len(dataset.classes)
+    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
+    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     opt_seg = model.seg_optimizer(seg, args)
-    done = run.resume(seg=seg, opt_seg=opt_seg)  # updates so far
+    run.resume(seg=seg, opt_seg=opt_seg)
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
 
     def scores():
         return evaluate(seg, val, args, device)[0]
 
-    labelled_batches = data.batches(train, "labelled", args, done, device)
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
         run.save(done, scores())

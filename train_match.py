@@ -37,20 +37,20 @@ def main(args):
     train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
     common.settle(args, dataset, labelled)
     run = common.Run(args, dataset, labelled)
-    device, num_classes = run.device, len(dataset.classes)
+    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
+    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
+    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     teacher = parallel.ready(copy.deepcopy(seg), device, args).train()
     ema_update = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
     opt_seg = model.seg_optimizer(seg, args)
-    done = run.resume(seg=teacher, student=seg, opt_seg=opt_seg)  # updates so far
+    run.resume(seg=teacher, student=seg, opt_seg=opt_seg)
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
 
     def scores():
         return evaluate(teacher, val, args, device)[0]
 
-    labelled_batches = data.batches(train, "labelled", args, done, device)
-    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
         run.save(done, scores())

@@ -35,21 +35,21 @@ def main(args):
     train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
     common.settle(args, dataset, labelled)
     run = common.Run(args, dataset, labelled)
-    device, num_classes = run.device, len(dataset.classes)
+    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
+    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
+    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
 
     seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
     opt_seg = model.seg_optimizer(seg, args)
     disc = parallel.ready(model.Discriminator(num_classes), device, args)
     opt_disc = model.disc_optimizer(disc, args)
-    done = run.resume(seg=seg, opt_seg=opt_seg, disc=disc, opt_disc=opt_disc)  # updates so far
+    run.resume(seg=seg, opt_seg=opt_seg, disc=disc, opt_disc=opt_disc)
     seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
     disc_ddp = parallel.ddp(disc)
 
     def scores():
         return evaluate(seg, val, args, device, disc)[0]
 
-    labelled_batches = data.batches(train, "labelled", args, done, device)
-    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
     seg.train()
     if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended

@@ -355,8 +355,8 @@ def soak(folder, many, seed):
         if status:
             return dict(refused=0, survived=0, lost=1)
         early = done + (end - done) // (6 if done == 0 else 2) // 10 * 10
-        for step in early, end // 10 * 10:  # crops differ by step; an evaluation has workers of its own
-            of = [seen[n][1] for n in range(max(done + 10, step - 50), step, 10)]
+        for step in early, end // 10 * 10:  # crops differ by step; without what an evaluation starts
+            of = [seen[n][1][:5] for n in range(max(done + 10, step - 40), step + 1, 10)]
             mb = [np.median([u[i][0] for u in of]) for i in range(len(of[-1]))]
             files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two pictures
             print(f"soak: step {step}: {len(mb)} processes, {sum(mb):.0f} MB ({mb[0]:.0f} the script), {files} files, "
