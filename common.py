@@ -130,7 +130,7 @@ class Run:
         try:
             import fcntl  # Windows has none
             self.held = open(self.out / ".lock", "w")
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: loaders' workers do not inherit it
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not an evaluation's workers'
         except BlockingIOError:
             raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out") from None
         except (ImportError, OSError):  # a disk that has no locks
