@@ -313,10 +313,9 @@ def signals(folder, many, seed):
 
 
 def usage(pid):
-    """[(MB, open files, threads, resident MB)] of a process and then of its children, oldest first.
+    """[(resident MB, open files, threads)] of a process and then of its children, oldest first.
 
-    MB: proportional (PSS) and without files, so that a page which n processes share counts 1/n in each. Sockets and
-    batches on their way to the script are not counted as open files.
+    Sockets and batches on their way to the script are not counted as open files.
     """
     found = []
     for n in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
@@ -326,9 +325,7 @@ def usage(pid):
             with contextlib.suppress(OSError):  # closed by now
                 names.append(os.readlink(file))
         files = sum("/torch_" not in name and "socket:" not in name for name in names)
-        pages = dict(line.split(":", 1) for line in Path(f"/proc/{n}/smaps_rollup").read_text().splitlines()[1:])
-        share, of_files, resident = (int(pages[name].split()[0]) / 1024 for name in ("Pss", "Pss_File", "Rss"))
-        found.append((share - of_files, files, int(status["Threads"]), resident))
+        found.append((int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])))
     return found
 
 
@@ -387,7 +384,7 @@ def many_pictures(folder, many, seed):
             return dict(refused=0, survived=0, lost=1)
         seconds, (_, *workers) = seen[1]
         before = found.get(number, (seconds, 0))
-        found[number] = min(seconds, before[0]), max(before[1], *(u[3] for u in workers))
+        found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
     (few_s, few_mb), (many_s, many_mb) = found.values()
     print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
           f"{few_mb:.0f} and {many_mb:.0f} MB")
