@@ -76,12 +76,10 @@ class Run:
     def resume(self, **parts):
         """With --resume, load OUT/last.pt into `parts` (seg, opt_seg, ...). Errors: InputError."""
         parallel.listen()
-        self.parts = parts
-        if self.resumed:
-            self.load(self.last)
-
-    def load(self, last):
-        checkpoint, log = model.read_checkpoint(last, "--resume"), self.out / "log.jsonl"
+        self.parts, last, log = parts, self.last, self.out / "log.jsonl"
+        if not self.resumed:
+            return
+        checkpoint = model.read_checkpoint(last, "--resume")
         try:
             for key, value in checkpoint["args"].items():
                 now = getattr(self.args, key, value)
