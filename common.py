@@ -80,6 +80,8 @@ class Run:
         if not self.resumed:
             return
         checkpoint = model.read_checkpoint(last, "--resume")
+        if checkpoint["step"] != self.done:
+            raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out")
         try:
             for key, value in checkpoint["args"].items():
                 now = getattr(self.args, key, value)
@@ -128,7 +130,7 @@ class Run:
         try:
             import fcntl  # Windows has none
             self.held = open(self.out / ".lock", "w")
-            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not an evaluation's workers'
+            fcntl.lockf(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the process's: forked workers do not have it
         except BlockingIOError:
             raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out") from None
         except (ImportError, OSError):  # a disk that has no locks

@@ -3,7 +3,7 @@ import contextlib
 import pickle
 import re
 from collections import OrderedDict
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +343,6 @@ def load_segmenter(path):
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
 
-@lru_cache(maxsize=1)
 def start_weights(init):
     """The checkpoint that --init names, None for imagenet and none. Errors: InputError where it cannot be read."""
     if init in ("imagenet", "none"):
@@ -364,7 +363,6 @@ def origin(init):
 def new_segmenter(args, num_classes):
     """The DeepLabV2 that a training's settled flags ask for. Errors: InputError where the start weights do not fit."""
     start = start_weights(args.init)
-    start_weights.cache_clear()  # origin() has read it; nobody will again
     seg = DeepLabV2(args.backbone, num_classes, args.stride, "none" if start else args.init, args.bn, args.norm,
                     args.aspp_branches, args.upsample, args.caffe)
     if start:

@@ -46,8 +46,9 @@ NET = ["--ckpt", "start/last.pt"]
 RIGHT = {  # a command line of each script that flags drawn at random are added to; trainings have SMALL besides
     **{f"train_{name}": ["--data", "data", "--out", "flags"] for name in ("base", "adv", "semi", "match")},
     "eval": NET, "report": ["start", "--out", "page.html"], "export": [*NET, "--out", "net.pt2"], "data": []}
-COMMANDS = {"check": "--data data", "split": "--data data --out lists", "camvid": "--from data --root made",
-            "cityscapes": "--root data"}  # of data.py; `voc --from ""` would download
+COMMANDS = {  # of data.py; not voc, which `--from ""` would let download
+    "check": "--data data", "split": "--data data --out lists", "camvid": "--from camvid --root made",
+    "cityscapes": "--root cityscapes", "bench": "--data data --crop 65 --pictures 8 --rounds 1"}
 VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "data/classes.txt", "@no.txt",
           "ü")
 SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
@@ -70,6 +71,13 @@ def make(folder):
         if n % 2:
             image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
         image.save(folder / f"data/labels/{n}.png")
+    for n, part in (0, "train"), (3, "val"):  # the same in the layouts that data.py converts
+        for name, source in ((f"camvid/{part}/{n}", "images"), (f"camvid/{part}annot/{n}", "labels"),
+                             (f"cityscapes/leftImg8bit/{part}/a/a_1_{n}_leftImg8bit", "images"),
+                             (f"cityscapes/gtFine/{part}/a/a_1_{n}_gtFine_labelIds", "labels")):
+            file = folder / f"{name}.png"
+            file.parent.mkdir(parents=True)
+            shutil.copy(folder / f"data/{source}/{n}.png", file)
     done = train("train_semi", folder, "start", "--iters", "1")
     assert done.returncode == 0, done.stderr
     return folder
@@ -164,7 +172,7 @@ def checkpoints(folder, rng, number):
         torch.save(checkpoint, file)
     try:
         if number % 2:
-            call(train_semi, command("train_semi", folder, "resumed", "--iters", 1, "--resume")[2:])
+            call(train_semi, command("train_semi", folder, "resumed", "--iters", 2, "--resume")[2:])
         else:
             model.load_segmenter(file)
     except cli.InputError:
@@ -216,17 +224,18 @@ def in_children(kind, folder, many, seed):
 
 
 def kills(folder, many, seed):
-    """kill -9, by turns at a random moment from the start on and inside a save: --resume never goes back."""
-    counts, rng, last, inside = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 0, 0
+    """kill -9 at a random moment, start-up counts, and by turns inside the save after it: --resume never goes back."""
+    counts, rng, last, inside = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/kills"), 1, 0
     out = folder / "killed"
     part = out / "last.pt.part"
     flags = "--save-every", 1, "--eval-every", 5, "--semi-start", 3, "--resume"
     words = command("train_semi", folder, "killed", "--iters", 10**5, *flags)
+    train("train_semi", folder, "killed", "--iters", 1, *flags)
     for n in range(many):
         if n % 2:
             part.unlink(missing_ok=True)  # an earlier kill's; the other runs must live with it
         run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=folder)
-        time.sleep(0 if n % 2 else rng.uniform(0, 15))
+        time.sleep(rng.uniform(0, 12))
         while n % 2 and run.poll() is None:
             run.send_signal(signal.SIGSTOP)  # so that the save cannot end between this look and the kill
             time.sleep(1e-3)
@@ -238,7 +247,7 @@ def kills(folder, many, seed):
         error = run.communicate()[1]
         inside += n % 2 and part.exists()
         try:
-            step = readable(folder, "killed") if last or (out / "last.pt").exists() else 0  # 0: not saved yet
+            step = readable(folder, "killed")
             assert run.returncode == -signal.SIGKILL and not error, f"status {run.returncode} {error}"
             assert step >= last, f"from step {last} to {step}"
             counts["survived"], last = counts["survived"] + 1, step

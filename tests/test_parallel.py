@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -188,6 +189,15 @@ def slowly(script, seconds):
     """The code of a script whose loaders take so long for a picture."""
     return (f"import sys, time; sys.path[:0] = {[str(ROOT)]!r}; import cli, data, {script}; r = data.read_picture; "
             f"data.read_picture = lambda f: time.sleep({seconds}) or r(f); cli.launch({script}.main, {script}.flags)")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_workers_start_before_there_are_nets(train, monkeypatch, script):
+    """Which they would keep copies of."""
+    net, started = model.DeepLabV2, []
+    monkeypatch.setattr(model, "DeepLabV2", lambda *a: started.append(len(active_children())) or net(*a))
+    train(script, "--workers", 1, "--iters", 1)
+    assert started == [2 if script in ("train_semi", "train_match") else 1]
 
 
 def test_workers_leave_the_signal_to_the_script(voc, tmp_path):
