@@ -67,7 +67,7 @@ class Run:
                                f"{len(dataset.classes)} classes", args.gpu)
         self.rows, self.written, self.first, self.last = [], False, parallel.RANK == 0, self.out / "last.pt"
         self.resumed = args.resume and self.last.exists()
-        self.done = model.read_checkpoint(self.last, "--resume")["step"] if self.resumed else 0
+        self.done = model.read_checkpoint(self.last, "--resume", mmap=True)["step"] if self.resumed else 0
         if parallel.total(torch.tensor(self.done)) != self.done * parallel.WORLD:
             raise InputError("--resume: the processes found different checkpoints; all machines must share --out")
         self.board = watch.Board(dataset, args) if args.tensorboard and self.first else None

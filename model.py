@@ -231,16 +231,16 @@ def disc_optimizer(disc, args):
     return torch.optim.SGD(disc.parameters(), args.d_lr, momentum=args.d_momentum, weight_decay=decay, fused=True)
 
 
-def read_checkpoint(path, flag):
+def read_checkpoint(path, flag, mmap=False):
     """The dict that Run.save wrote to `path`, on the CPU; of a public DeepLabv2 or ResNet file one like it.
 
-    Errors: InputError naming `flag` where it is neither.
+    mmap: its tensors stay in the file, which must be Run.save's. Errors: InputError naming `flag` where it is neither.
     """
     scalar = np.float64().__reduce__()[0]  # in the first implementation's snapshots, under either of numpy's names
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; name a training's last.pt or best.pt, or a published file") from None
