@@ -2,6 +2,7 @@
 import contextlib
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -234,13 +235,14 @@ def disc_optimizer(disc, args):
 def read_checkpoint(path, flag, mmap=False):
     """The dict that Run.save wrote to `path`, on the CPU; of a public DeepLabv2 or ResNet file one like it.
 
-    mmap: its tensors stay in the file, which must be Run.save's. Errors: InputError naming `flag` where it is neither.
+    mmap: its tensors stay in the file where its format allows that. Errors: InputError naming `flag` where it is
+    neither.
     """
     scalar = np.float64().__reduce__()[0]  # in the first implementation's snapshots, under either of numpy's names
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # whatever the unpickler meets in a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; name a training's last.pt or best.pt, or a published file") from None
@@ -343,18 +345,18 @@ def load_segmenter(path):
     return build_segmenter(read_checkpoint(path, "--ckpt"), path)
 
 
-def start_weights(init):
-    """The checkpoint that --init names, None for imagenet and none. Errors: InputError where it cannot be read."""
+def start_weights(init, mmap=False):
+    """What read_checkpoint finds at --init, None for imagenet and none. Errors: InputError where it cannot be read."""
     if init in ("imagenet", "none"):
         return None
     if init == "coco" and not COCO_FILE.is_file():
         raise InputError(f"--init coco: {COCO_FILE} is not there; put the file there or name it with --init FILE")
-    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init")
+    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init", mmap)
 
 
 def origin(init):
     """(caffe, norm) of the net that the start weights come from, as DeepLabV2 takes them. Errors: InputError."""
-    args = (start_weights(init) or {"args": OLDER})["args"]
+    args = (start_weights(init, mmap=True) or {"args": OLDER})["args"]
     if args["norm"] not in ("imagenet", "caffe", "none"):
         raise InputError(f"--init {init}: its args do not name a net of this repository; name another file")
     return bool(args["caffe"]), args["norm"]

@@ -50,6 +50,9 @@ def test_three_steps(trained, blocks, script):
     checkpoint = torch.load(out / "last.pt", weights_only=True)
     more = {"student"} if script == "train_match" else set()
     assert set(checkpoint) == {"step", "args", "classes", "seg", "disc", "opt_seg", "opt_disc", "rng", "miou"} | more
+    backbone, head = checkpoint["opt_seg"]["param_groups"]
+    assert (backbone["momentum"], backbone["nesterov"], backbone["weight_decay"]) == (0.9, True, 1e-4)
+    assert head["initial_lr"] == 10 * backbone["initial_lr"]
     assert checkpoint["step"] == 3 and checkpoint["classes"] == ["grey", "red", "green", "blue"]
     assert (checkpoint["disc"] is None) == (script in ("train_base", "train_match"))
     assert checkpoint["miou"] == rows[-1]["miou"]
@@ -384,10 +387,13 @@ def test_a_score_of_a_step_that_was_not_logged(train, tmp_path, monkeypatch):
     (["--data", "nowhere"], "--data nowhere: no data there"), (["--split", 0], "--split 0.0: "),
     (["--split", 1.5], "--split 1.5: "), (["--split", "nan"], "--split nan"), (["--stride", 12], "--stride: "),
     (["--split", 0.01], "leaves none of 8 pictures labelled"), (["--batch-size", 0], "--batch-size: 0 is out"),
-    (["--crop", 66], "--crop 66: it must be 16*k+1 and at least 65; the nearest is 65"), (["--crop", 75], "is 81"),
-    (["--crop", 49], "is 65"), (["--backbone", "resnet18", "--stride", 16], "--stride 16"), (["--nonsense"], "--nons"),
-    (["--lr", "fast"], "--lr: invalid float value: 'fast'"), (["--lr", "nan"], "--lr: nan"),
-    (["--scale", 2, 1], "--scale 2 1"), (["--scale", 1, "inf"], "--scale: inf"), (["--init", "coco"], "--init coco"),
+    (["--crop", 66], "--crop 66: it must be 16*k+1 and at least 65; the nearest is 65"), (["--seed", -1], "--seed: -1"),
+    (["--crop", 49], "the nearest is 65"), (["--crop", 75], "the nearest is 81"), (["--nonsense"], "--nonsense"),
+    (["--backbone", "resnet18", "--stride", 16], "--stride 16"), (["--backbone", "vgg"], "--backbone"),
+    (["--iters", 0], "--iters: 0 is out of range: it must be at "), (["--workers", -1], "--workers: -1"),
+    (["--lr", "fast"], "--lr: invalid float value: 'fast'"), (["--init", "coco"], "--init coco"),
+    (["--eval-every", 0], "--eval-every: 0"), (["--scale", 2, 1], "--scale 2 1"), (["--lr", "nan"], "--lr: nan"),
+    (["--scale", 1, "inf"], "--scale: inf"), (["--input-scale", 0.3], "--input-scale: "), (["--lr", -1], "--lr: -1"),
     (["--init", "nowhere.pt"], "--init nowhere.pt: No such file"), (["--labelled-ids", "nowhere.txt"], "nowhere.txt"),
 ])
 def test_bad_flags_are_named_and_nothing_is_written(blocks, tmp_path, fails, flags, say):
@@ -426,13 +432,17 @@ def test_a_worker_finds_a_bad_picture(voc, tmp_path):
 
 def test_bad_checkpoints(trained, voc, tmp_path, fails):
     (tmp_path / "text.pt").write_text("no checkpoint")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "words.pt").write_text("torch==2.14.1\n")
-    for name in ("text.pt", "words.pt", "missing.pt"):
+    torch.save({"seg": {}, "args": {}, "classes": ["a", "b"]}, tmp_path / "empty.pt")
+    for name in ("text.pt", "words.pt", "other.pt", "missing.pt", "empty.pt"):
         assert f"{name}: " in fails("eval", "--ckpt", tmp_path / name)
     ckpt = trained["train_base"] / "last.pt"
     assert "--workers: -1" in fails("eval", "--ckpt", ckpt, "--workers", -1)
     assert "--json" in fails("eval", "--ckpt", ckpt, "--json", tmp_path / "no/x.json")
     assert "no list test.txt" in fails("eval", "--ckpt", ckpt, "--list", "test")
+    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:100000])
+    assert "cut.pt: " in fails("eval", "--ckpt", tmp_path / "cut.pt")
     (voc / "classes.txt").write_text("grey\nred\ngreen\nblue\nextra\n")
     assert "has 4 classes" in fails("eval", "--ckpt", ckpt, "--data", voc)
     assert "--resume" in fails("train_base", "--data", voc, *SMALL, "--out", ckpt.parent, "--resume")
