@@ -8,6 +8,7 @@ rounds. Best eager: one upsampling, argmax as max(1).indices, pairs of ids as in
 time goes to page faults. Floor: moving inputs and results once or, if slower, an exponential for each pixel and class.
 Memory: what a call adds at its peak, in % of a float32 (N,K,H,W) tensor; on the CPU in a process of its own.
 """
+import argparse
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from cli import InputError, Parser, commit, launch  # noqa: E402
+from common.console import InputError, git_commit, launch  # noqa: E402
 from csrc import ops  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W
@@ -36,7 +37,7 @@ IDS = ["confusion matrix, ids in runs", "confusion matrix, random ids"]
 
 
 def flags():
-    p = Parser(__doc__)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the operators run (default cpu)")
     p.add_argument("--only", default="", metavar="TEXT", help="only rows with TEXT, as in `ids` or `41, 321) float32`")
     p.add_argument("--seconds", type=float, default=6, help="of rounds for each row (default 6)")
@@ -50,7 +51,7 @@ def main(args):
         raise InputError(f"--device {args.device}: the kernels are not in use: {use}")
     cpu = re.search("model name.*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     machine = torch.cuda.get_device_name() if cuda else f"{cpu}, {torch.get_num_threads()} threads"
-    print(f"{machine}, torch {torch.__version__}, commit {commit()}\n")
+    print(f"{machine}, torch {torch.__version__}, commit {git_commit()}\n")
     rivals, (bandwidth, exponentials) = ["reference", "eager", *["compile"] * cuda], speeds(cuda)
     print(f"| operator | N, K, h, H | dtype | ours, ms | ours / floor | {' | '.join(rivals)} | memory, ours / eager |")
     print("|---" * (6 + len(rivals)) + "|")

@@ -1,80 +1,75 @@
-"""The arguments of the operators in ops.py: ValueError in one line that names the argument where one is wrong."""
+"""Checks of the arguments of the operators in ops.py: each raises a ValueError that names the argument."""
 import torch
+
+IDS, FLOATS = (torch.uint8, torch.int64), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def tensor(x, name, shape, dtypes, device):
+    """Check shape, dtype and device. shape: sizes, None for any size of at least 1."""
+    fits = x.dim() == len(shape) and all(n >= 1 if m is None else n == m for n, m in zip(x.shape, shape))
+    if not fits or x.dtype not in dtypes or x.device != device:
+        sizes = ",".join("*" if m is None else str(m) for m in shape)
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be ({sizes}) {kinds} on {device}, got {tuple(x.shape)} {x.dtype} on {x.device}")
+
+
+def logits(x, name="logits"):
+    tensor(x, name, (x.shape[0] if x.dim() else 0, None, None, None), FLOATS, x.device)
+    if x.shape[1] > 255:
+        raise ValueError(f"{name} must have at most 255 classes, got {x.shape[1]}")
 
 
 def size_of(size, valid=None):
-    """(H,W): `size`, or where that is None that of the mask `valid`."""
+    """Return (H,W): `size`, or that of the mask `valid`."""
     size = valid.shape[-2:] if size is None and valid is not None else size
     if size is None:
-        raise ValueError("size=(H,W) is needed where neither target nor valid has it")
+        raise ValueError("size=(H,W) is needed if neither target nor valid gives it")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
     return tuple(size)
 
 
-def valid_mask(valid, shape, like):
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != shape or valid.device != like.device):
-        raise ValueError(f"valid must be {tuple(shape)} bool on {like.device}, got {tuple(valid.shape)} {valid.dtype} "
-                         f"on {valid.device}")
+def masks(n, size, device, valid, confidence=None):
+    """Check valid (N,H,W) bool and confidence (N,1,a,b), each optional."""
+    if valid is not None:
+        tensor(valid, "valid", (n, *size), (torch.bool,), device)
+    if confidence is not None:
+        tensor(confidence, "confidence", (n, 1, None, None), FLOATS, device)
 
 
-def pseudo_labels(logits, size, confidence, valid):
-    floating(logits, "logits")
-    size, (n, k), c = size_of(size, valid), logits.shape[:2], confidence
-    valid_mask(valid, (n, *size), logits)
-    if isinstance(c, torch.Tensor) and (c.shape != (k,) or c.dtype != torch.float32 or c.device != logits.device):
-        raise ValueError(f"confidence must be a number or ({k},) float32 on {logits.device}, got {tuple(c.shape)} "
-                         f"{c.dtype} on {c.device}")
+def pseudo_labels(x, size, confidence, valid):
+    logits(x)
+    size = size_of(size, valid)
+    masks(len(x), size, x.device, valid)
+    if isinstance(confidence, torch.Tensor):
+        tensor(confidence, "confidence", (x.shape[1],), (torch.float32,), x.device)
     return size
 
 
-def cross_entropy(logits, target, confidence, valid, size, divide):
-    floating(logits, "logits")
+def cross_entropy(x, target, confidence, valid, size, divide):
+    logits(x)
     if divide not in ("kept", "all"):
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     if target is not None:
-        integers(target, "target", logits)
+        tensor(target, "target", (len(x), None, None), IDS, x.device)
         if size is not None and tuple(size) != tuple(target.shape[-2:]):
             raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
     size = size_of(size if target is None else target.shape[-2:], valid)
-    n = logits.shape[0]
-    valid_mask(valid, (n, *size), logits)
-    if confidence is not None:
-        floating(confidence, "confidence")
-        if confidence.shape[:2] != (n, 1) or confidence.device != logits.device:
-            raise ValueError(f"confidence must be ({n},1,a,b) on {logits.device}, got {tuple(confidence.shape)} on "
-                             f"{confidence.device}")
+    masks(len(x), size, x.device, valid, confidence)
     return size
 
 
 def confusion(prediction, target, num_classes, out):
     if prediction.is_floating_point():
-        floating(prediction, "prediction")
+        logits(prediction, "prediction")
         if num_classes not in (None, prediction.shape[1]):
             raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
         num_classes = prediction.shape[1]
-    elif num_classes is None:
-        raise ValueError("num_classes is needed where prediction holds class ids")
-    else:
-        integers(prediction, "prediction", target)
-        if prediction.shape != target.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ in shape")
-    if not 1 <= num_classes <= 255:
-        raise ValueError(f"num_classes must be in 1..255, got {num_classes}")
-    integers(target, "target", prediction)
-    shape, device = (num_classes, num_classes), target.device
-    if out is not None and (out.shape != shape or out.dtype != torch.int64 or out.device != device):
-        raise ValueError(f"out must be {shape} int64 on {device}, got {tuple(out.shape)} {out.dtype} on {out.device}")
+    if num_classes is None or not 1 <= num_classes <= 255:
+        raise ValueError(f"num_classes must be in 1..255 if prediction has class ids, got {num_classes}")
+    tensor(target, "target", (len(prediction), None, None), IDS, prediction.device)
+    if not prediction.is_floating_point():
+        tensor(prediction, "prediction", target.shape, IDS, target.device)
+    if out is not None:
+        tensor(out, "out", (num_classes, num_classes), (torch.int64,), target.device)
     return num_classes
-
-
-def floating(x, name):
-    if x.dim() != 4 or not x.is_floating_point() or 0 in x.shape[1:] or x.shape[1] > 255:
-        raise ValueError(f"{name} must be (N,K,h,w) floating point with 1 <= K <= 255, got {tuple(x.shape)} {x.dtype}")
-
-
-def integers(x, name, like):
-    if x.dim() != 3 or x.dtype not in (torch.uint8, torch.int64) or x.shape[0] != like.shape[0] or 0 in x.shape[1:]:
-        raise ValueError(f"{name} must be ({like.shape[0]},H,W) uint8 or int64, got {tuple(x.shape)} {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, the other argument on {like.device}")

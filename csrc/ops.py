@@ -11,7 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from cli import InputError
+from common.console import InputError
 from csrc import build, checks
 
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
@@ -25,6 +25,11 @@ def in_use(device="cpu"):
     Errors: InputError where SEG_OPS is wrong, or asks for kernels that do not build.
     """
     return _choose(device)
+
+
+def describe(device="cpu"):
+    """Return in_use(device) and what the build of the kernels reported, for the first line of a command."""
+    return in_use(device) + build.note
 
 
 @cache
@@ -81,16 +86,34 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
                                               ignore=ignore, divide=divide)
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
-    # from here on one byte a pixel says all: its class, or 255 where it does not count
-    confidence = confidence if confidence is None else confidence.float()
-    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
-    limit = torch.ones(()) * threshold
-    labels, counts = _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, logits.shape[1], ignore)
+    labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
     kept, everything, bad = counts.unbind()
     with_grad = logits.requires_grad and torch.is_grad_enabled()
     total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad)
     loss = total / (kept if divide == "kept" else everything).clamp(min=1)
     return (loss if _can_look(loss) else loss.where(bad == 0, torch.nan)), kept
+
+
+def select_labels(labels, confidence, *, valid=None, threshold=0.5):
+    """Return labels (N,H,W) uint8 or int64 as uint8, 255 where not valid or the confidence is not above the threshold.
+
+    confidence: (N,1,a,b) logits at any resolution; the sigmoid of the upsampled logit is compared, and NaN is not above
+    anything. valid: (N,H,W) bool. The cross entropy against the result is
+    masked_cross_entropy(logits, labels, confidence, valid=valid, threshold=threshold).
+    """
+    checks.tensor(labels, "labels", (len(labels), None, None), checks.IDS, labels.device)
+    checks.masks(len(labels), labels.shape[1:], labels.device, valid, confidence)
+    if not _kernel(labels):
+        return select_labels_reference(labels, confidence, valid=valid, threshold=threshold)
+    return _label_map(labels, confidence, valid, threshold, 255, 255)[0]
+
+
+def _label_map(target, confidence, valid, threshold, num_classes, ignore):
+    """Return one byte a pixel, its class or 255 where it does not count, and (counted, valid, bad) pixels."""
+    confidence = confidence if confidence is None else confidence.float()
+    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
+    limit = torch.ones(()) * threshold
+    return _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore)
 
 
 def upsample_softmax(logits, size=None, dtype=None, valid=None):
@@ -99,9 +122,9 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
     In the active autocast's dtype unless `dtype` is given, else in the logits'. Where valid (N,H,W) bool is False all K
     are 0, and so is their gradient.
     """
-    checks.floating(logits, "logits")
+    checks.logits(logits)
     size = checks.size_of(size, valid)
-    checks.valid_mask(valid, (logits.shape[0], *size), logits)
+    checks.masks(len(logits), size, logits.device, valid)
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if not _kernel_resizes(logits, size, dtype):
         return upsample_softmax_reference(logits, size, dtype, valid)
@@ -111,7 +134,7 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
 
 def upsample_argmax(logits, size):
     """Class ids (N,H,W) uint8 of logits (N,K,h,w) upsampled to `size`: the most probable, the lowest class on a tie."""
-    checks.floating(logits, "logits")
+    checks.logits(logits)
     size = checks.size_of(size)
     if logits.shape[2:] == size:
         return logits.max(1).indices.to(torch.uint8)  # two to five times faster than argmax
@@ -194,6 +217,12 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     return loss.where(~bad, torch.nan), kept
 
 
+def select_labels_reference(labels, confidence, *, valid=None, threshold=0.5):
+    labels, _ = _in_range(labels, labels.long() != 255, 255, "labels", otherwise=255)
+    selected = _upsample(confidence.detach(), labels.shape[1:])[:, 0].sigmoid() > threshold
+    return labels.where(selected if valid is None else selected & valid, 255).to(torch.uint8)
+
+
 def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
     upsampled = _upsample(logits, checks.size_of(size, valid))
     dtype = dtype or autocast_dtype(logits, logits.dtype)
@@ -245,13 +274,13 @@ def _upsample(x, size):
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-def _in_range(x, counts, k, name):
-    """int64 labels with 0 for those that do not count or are out of range, and whether any was: on the CPU an error."""
+def _in_range(x, counts, k, name, otherwise=0):
+    """int64 labels, `otherwise` if they do not count or are out of range, and whether any was: on the CPU an error."""
     x = x.long()
     outside = ((x < 0) | (x >= k)) & counts
     if _can_look(x) and outside.any():
         raise ValueError(f"{name} holds {x[outside][0].item()}, outside 0..{k - 1} and not ignored")
-    return x.where(counts & ~outside, x.new_zeros(())), outside.any()
+    return x.where(counts & ~outside, otherwise), outside.any()
 
 
 def _can_look(x):
