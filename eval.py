@@ -1,181 +1,122 @@
-"""Score a checkpoint as the VOC devkit does, and write what it predicts.
+"""Score a checkpoint as the VOC devkit does, and write its predictions.
 
-    python eval.py --ckpt out/semi/last.pt --out out/semi/pictures
-    python eval.py --ckpt out/semi/last.pt --images holiday --out predictions --blend
+    python eval.py --ckpt out/semi/last.pt --out out/semi/predictions
 """
-import argparse
 import contextlib
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
-import cli
-import common
 import data
 import model
-import parallel
 import predict
+from common import distributed
+from common.args import NON_NEGATIVE_INT
+from common.checkpoint import read_checkpoint
+from common.console import catch_write_errors, launch, output_folder, progress, write_atomically
+from common.layouts import open_dataset
+from common.run import announce
 from csrc import ops
-from flags import WHOLE, number
 
-BINS = 1000  # of how sure D and the net are, 0..1: a threshold in thousandths lies between two
+EXAMPLES = 8  # images drawn beside label and prediction
 
 
 def flags():
-    parser = cli.Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, metavar="FILE",
-                        help="a training's last.pt or best.pt, or a published file")
-
-    p = parser.add_argument_group("scores")
-    p.add_argument("--data", metavar="ROOT", help="data set to score on; default: the one of the training")
+    p = predict.model_flags(__doc__)
+    p.add_argument("--data", metavar="ROOT", help="data set to score on (default: that of the training)")
     p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids (default val)")
-    p.add_argument("--json", metavar="FILE", help="write the mIoU and each class's IoU there")
-
-    p = parser.add_argument_group("pictures without labels")
-    p.add_argument("--images", nargs="+", metavar="PATH", help="predict these pictures instead, files, folders or "
-                   "globs, turned as their EXIF says; needs --out, which gets legend.png too")
-    p.add_argument("--blend", action="store_true", help="with --images: the prediction laid over each picture as well")
-
-    p = parser.add_argument_group("run")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
-    p.add_argument("--tta", action="store_true", help="mean over 3 scales and flipped pictures, at 6 times the time")
-    p.add_argument("--window", type=number(int, 65), default=predict.WINDOW, metavar="SIDE", help="larger pictures go "
-                   "to the net in overlapping windows of this side, in pixels (default %(default)s); smaller where "
-                   "memory does not do")
-    p.add_argument("--workers", type=WHOLE, default=2, help="loader processes (default 2); 0 loads in this process")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16; default: as the training")
-    p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
-    return parser
+    p.add_argument("--json", metavar="FILE", help="file for the mIoU and the IoU of each class")
+    p.add_argument("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of the loader (default 2)")
+    return p
+
+
+class Evaluation(NamedTuple):
+    """Results of `evaluate`."""
+    scores: dict  # {name: percent}, "miou" first
+    per_class: torch.Tensor  # (K,) IoU in 0..1, NaN for a class that is nowhere
+    examples: Image.Image  # rows of image, label and prediction
 
 
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # sizes vary
-def evaluate(seg, samples, args, device, disc=None, write=None):
-    """Scores in percent, a dict, and per-class IoU (K,), fractions: of all `samples`, at their labels' own sizes.
+def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WINDOW, tta=False, write=None):
+    """Score a segmentation model on Samples at their labels' own sizes, by one confusion matrix over all of them.
 
-    The scores are `miou`, of one confusion matrix, and with a discriminator those of `trust_scores`. Processes share
-    the samples out and sum what they count: every picture counts once. `write(index, ids)` gets every prediction of
-    this process, (H,W) uint8 on the CPU, still padded. (None, None) where a signal or, in a training, a bad file
-    breaks it off.
+    The ranks share the samples and sum their counts, so that every image counts once.
+
+    extra: function (logits (1,K,h,w), target (1,H,W)) -> {name: (numerator, denominator)} of 0-dim tensors; the ratio
+    of their sums over all samples is the score `name`, in percent. write: called with (sample, ids, target) for each
+    sample of this rank; both (H,W) uint8, still padded. Returns None if a signal asked to stop meanwhile.
     """
-    parallel.broadcast_buffers(seg)
-    was_training = seg.training
+    distributed.broadcast_buffers(seg)
+    was_training, device = seg.training, next(seg.parameters()).device
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    judged = torch.zeros(4, 2, BINS, dtype=torch.int64, device=device)
-    whole = data.Whole(samples[parallel.RANK::parallel.WORLD], args)
-    pairs = cli.progress(data.loader(whole, args.workers, batch_size=1), len(whole), "evaluation")
-    try:
-        for i, (picture, target) in enumerate(pairs):  # (1,3,h,w), (1,H,W) uint8
-            if parallel.heard:
-                break
-            prediction, target = predict.logits(seg, picture, args, device), target.to(device)  # (1,K,h,w)
-            if disc:
-                judged += judge(disc, prediction, target, args)
-            if write:
-                prediction = ops.upsample_argmax(prediction, target.shape[1:])  # (1,H,W) uint8
-                write(parallel.RANK + i * parallel.WORLD, prediction[0].cpu())
-            ops.confusion_matrix(prediction, target, seg.num_classes, out=matrix)
-    except cli.InputError as e:
-        if not was_training:
-            raise
-        parallel.heard = e  # a training saves first
+    sums, examples = {}, []
+    mine = samples[distributed.RANK::distributed.WORLD_SIZE]
+    dataset = data.EvalDataset(mine, seg.stride, seg.input_scale)
+    batches = progress(data.loader(dataset, workers, batch_size=1), len(mine), "evaluation")
+    for i, (image, target) in enumerate(batches):  # (1,3,h,w), (1,H,W) uint8
+        if distributed.stop_reason:
+            break
+        logits, target = predict.predict_logits(seg, image, amp, window, tta), target.to(device)
+        for name, fraction in (extra(logits, target) if extra else {}).items():
+            sums[name] = sums.get(name, 0) + torch.stack(fraction).double()
+        ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
+        ops.confusion_matrix(ids, target, seg.num_classes, out=matrix)
+        if write:
+            write(mine[i], ids[0], target[0])
+        if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):
+            examples.append(predict.draw_example(mine[i], ids[0].cpu(), seg.palette))
     seg.train(was_training)
-    if parallel.stopping():
-        return None, None
-    miou, per_class = ops.mean_iou(parallel.total(matrix))
-    return {"miou": 100 * miou} | (trust_scores(parallel.total(judged)) if disc else {}), per_class
-
-
-def trust(disc, logits, valid, args):
-    """(model.sureness (3,N,H,W), whether the training of `args` would keep a pixel (N,H,W)) of logits (N,K,h,w)."""
-    with model.autocast(args.amp, valid.device, "disc"):
-        answer = disc(model.fake_map(logits, valid, args.d_input))  # (N,1,a,b)
-    sure = model.sureness(logits, answer, valid.shape[1:])
-    if getattr(args, "trust", None):
-        return sure, model.trusted(logits, answer, valid, args.trust) != data.IGNORE
-    return sure, (sure[0] > getattr(args, "threshold", 1)) & valid
-
-
-def judge(disc, logits, target, args):
-    """Pixels counted by how sure D, the net and both are of them (model.sureness), then by whether they are kept.
-
-    (4,2,BINS) int64: wrong and right ones; kept are those of the last bin, the others are in the first. Where the
-    training keeps none, as that of train_adv.py, all are. logits (N,K,h,w), target (N,H,W).
-    """
-    valid = target != data.IGNORE
-    sure, kept = trust(disc, logits, valid, args)
-    bins = (torch.cat([sure, kept[None]]) * BINS).long().clamp(max=BINS - 1)  # (4,N,H,W)
-    right = ops.upsample_argmax(logits, valid.shape[1:]) == target
-    rows = 2 * torch.arange(4, device=target.device).view(4, 1, 1, 1) + right  # (4,N,H,W)
-    return (rows * BINS + bins)[:, valid].flatten().bincount(minlength=8 * BINS).view(4, 2, BINS)
-
-
-def trust_scores(judged):
-    """What is in `judge`'s counts of all pictures, in percent: `auc`, `auc_net`, `auc_both`, and `precision`.
-
-    Areas under the ROC curve: how often a right pixel is surer than a wrong one, 50 where it is chance. Precision: how
-    many of the kept pixels are right. What has nothing to count is left out.
-    """
-    wrong, right = judged.double().cpu().unbind(1)  # (4,BINS)
-    auc = (right * (wrong.cumsum(1) - wrong / 2)).sum(1) / (right.sum(1) * wrong.sum(1))
-    kept = right[3, -1] / (right[3, -1] + wrong[3, -1])
-    scores = dict(zip(("auc", "auc_net", "auc_both", "precision"), (100 * torch.stack([*auc[:3], kept])).tolist()))
-    return {name: value for name, value in scores.items() if not math.isnan(value)}
+    if distributed.stop_requested():
+        return None
+    miou, per_class = ops.mean_iou(distributed.all_reduce_sum(matrix))
+    scores = {"miou": 100 * miou}
+    for name, total in sums.items():
+        numerator, denominator = distributed.all_reduce_sum(total).tolist()
+        scores |= {name: 100 * numerator / denominator} if denominator else {}
+    return Evaluation(scores, per_class, predict.stack_rows(examples))
 
 
 def main(args):
-    checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
-    seg, classes = model.build_segmenter(checkpoint, args.ckpt), checkpoint["classes"]
-    now = {"workers": args.workers, "tta": args.tta, "window": args.window}
-    now |= {} if args.amp is None else {"amp": args.amp}
-    trained = argparse.Namespace(**{"data": None, "amp": None, "input_scale": 1} | checkpoint["args"] | now)
-    out = cli.folder("--out", args.out) if args.out else None
-    if args.json and not Path(args.json).parent.is_dir():
-        raise cli.InputError(f"--json {args.json}: there is no folder {Path(args.json).parent}; make it first")
-    if args.images:
-        if out is None:
-            raise cli.InputError("--images: name a folder for the predictions with --out")
-        paths = predict.named(args.images)
-        device = common.announce(f"data {len(paths)} pictures of --images", args.gpu)
-        return predict.images(seg, paths, trained, device, classes, out, args.blend)
+    checkpoint = read_checkpoint(args.ckpt, "--ckpt")
+    seg, trained = model.segmenter_of(checkpoint, args.ckpt), checkpoint["args"]
+    out = output_folder("--out", args.out) if args.out is not None else None
+    dataset = open_dataset(args.data or trained.get("data"))
+    note = dataset.note + predict.check_classes(seg.classes, dataset, args.ckpt)
+    samples = dataset.samples(dataset.ids(args.list))
+    device = announce(f"{note}data {dataset.name}: {len(samples)} images of list {args.list}", args.gpu, ops.describe)
 
-    dataset = data.open_data(args.data or trained.data)
-    note = dataset.note + predict.same_classes(classes, dataset, args.ckpt)
-    ids = dataset.ids(args.list)
-    samples = dataset.samples(ids)
-    device = common.announce(f"{note}data {dataset.name}: {len(ids)} pictures of list {args.list}", args.gpu)
-    rows, shown = [], max(1, len(ids) // (8 * parallel.WORLD))
+    def write(sample, ids, _):
+        with catch_write_errors(f"--out {out}"):
+            drawn = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)
+            drawn.save(folder / f"{sample.id}.png")
 
-    def write(i, prediction):
-        picture = data.read_picture(samples[i][0])
-        drawn = predict.palette_png(prediction, picture.size, dataset.palette)
-        with cli.writing(f"--out {out}"):
-            drawn.save(drafts / f"{ids[i]}.png")
-        if i // parallel.WORLD % shown == 0 and len(rows) < 8:
-            label = data.read_label(samples[i][1], picture.size)
-            rows.append((picture, predict.palette_png(label, picture.size, dataset.palette), drawn))
-
-    with predict.drafts_of(out) if out else contextlib.nullcontext() as drafts:
-        scores, per_class = evaluate(seg.to(device), samples, trained, device, write=write if out else None)
-        if out and parallel.RANK == 0:
-            with cli.writing(f"--out {out}"):
-                predict.overview(rows).save(drafts / "overview.jpg", quality=95)
+    amp = trained.get("amp") if args.amp is None else args.amp
+    with predict.temporary_folder(out) if out else contextlib.nullcontext() as folder:
+        result = evaluate(seg.to(device), samples, args.workers, amp, window=args.window, tta=args.tta,
+                          write=write if out else None)
+        if out and distributed.RANK == 0:
+            with catch_write_errors(f"--out {out}"):
+                result.examples.save(folder / "overview.jpg", quality=95)
     if out:
-        print(f"predictions in {out}, some beside picture and label in {out / 'overview.jpg'}")
-    percent = {name: 100 * iou for name, iou in zip(classes, per_class.tolist())}
+        print(f"predictions in {out}, some beside image and label in {out / 'overview.jpg'}")
+    percent = {name: 100 * iou for name, iou in zip(seg.classes, result.per_class.tolist())}
     for name, iou in percent.items():
         print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
-    if args.json and parallel.RANK == 0:
-        percent = {name: None if math.isnan(iou) else iou for name, iou in percent.items()}
-        scores |= {"per_class": percent, "data": dataset.name, "list": args.list,
-                  "ckpt": args.ckpt, "step": checkpoint["step"]}
-        cli.replace(Path(args.json), lambda f: f.write_text(json.dumps(scores, indent=1) + "\n"))
-    print(f"data {dataset.name}, list {args.list}, {len(ids)} pictures, step {checkpoint['step']}")
-    print(f"mIoU {scores['miou']:.2f}")
+    if args.json and distributed.RANK == 0:
+        facts = {"data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"], "per_class": {
+            name: None if math.isnan(iou) else iou for name, iou in percent.items()}}
+        write_atomically(Path(args.json), lambda f: f.write_text(json.dumps(result.scores | facts, indent=1) + "\n"))
+    print(f"data {dataset.name}, list {args.list}, {len(samples)} images, step {checkpoint['step']}")
+    print(f"mIoU {result.scores['miou']:.2f}")
 
 
 if __name__ == "__main__":
-    cli.launch(main, flags)
+    launch(main, flags)

@@ -1,6 +1,6 @@
-"""Export a trained net: uint8 pictures of any size in, class ids at the pictures' own size out.
+"""Export a trained model for deployment: uint8 images of any size in, class ids of the same size out.
 
-    python export.py --ckpt out/semi/last.pt --out net.pt2
+    python export.py --ckpt out/semi/last.pt --out model.pt2
 """
 import io
 import json
@@ -9,39 +9,39 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import cli
 import data
 import model
+from common.args import Parser
+from common.console import InputError, launch, write_atomically
 
-ENDINGS = {".pt2": "torch.export", ".onnx": "ONNX"}
+FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
 
 
 def flags():
-    p = cli.Parser(__doc__)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="a training's last.pt or best.pt, or a published file")
-    p.add_argument("--out", required=True, metavar="FILE", help="net.pt2, for torch.export.load, or net.onnx")
+    p = Parser(__doc__)
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a run, or a published file")
+    p.add_argument("--out", required=True, metavar="FILE", help="model.pt2, for torch.export.load, or model.onnx")
     return p
 
 
 class Predictor(torch.nn.Module):
-    """Pictures (N,3,H,W) uint8, RGB -> the class ids (N,H,W) uint8 that eval.py predicts for them in float32.
+    """RGB images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, as predict.py predicts them in float32.
 
-    Where --input-scale shrinks pictures it runs on the CPU only: CUDA cannot shrink uint8 (see data.resize).
+    If input_scale shrinks images it runs on the CPU only: CUDA cannot shrink uint8 images (see data.resize).
     """
 
-    def __init__(self, seg, stride, input_scale):
+    def __init__(self, seg):
         super().__init__()
-        self.seg, self.multiple, self.shrinks = seg, round(stride / input_scale), input_scale != 1
-        self.stride = stride
+        self.seg, self.multiple = seg, round(seg.stride / seg.input_scale)
         self.register_buffer("padding", torch.tensor(data.PADDING, dtype=torch.float32).view(3, 1, 1))
 
-    def forward(self, pictures):
-        height, width = pictures.shape[2:]
+    def forward(self, images):
+        height, width = images.shape[2:]
         steps = [(n + self.multiple - 2) // self.multiple for n in (height, width)]
-        full = [self.multiple * k + 1 for k in steps]  # see data.for_net
-        x = F.pad(pictures - self.padding, (0, full[1] - width, 0, full[0] - height)) + self.padding
-        if self.shrinks:
-            x = data.resize(x.to(torch.uint8), [self.stride * k + 1 for k in steps])
+        full = [self.multiple * k + 1 for k in steps]  # see data.pad_to_stride
+        x = F.pad(images - self.padding, (0, full[1] - width, 0, full[0] - height)) + self.padding
+        if self.seg.input_scale != 1:
+            x = data.resize(x.to(torch.uint8), [self.seg.stride * k + 1 for k in steps])
         logits = self.seg(self.seg.normalise(x))
         logits = F.interpolate(logits, full, mode="bilinear", align_corners=True)
         ids = logits.argmax(1).to(torch.uint8)  # (N,H,W), padded; a slice would fix whether there is padding
@@ -51,30 +51,28 @@ class Predictor(torch.nn.Module):
 
 def main(args):
     out = Path(args.out)
-    if out.suffix not in ENDINGS or not out.parent.is_dir():
-        raise cli.InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}, in a folder that is there")
-    checkpoint = model.read_checkpoint(args.ckpt, "--ckpt")
-    net = Predictor(model.build_segmenter(checkpoint, args.ckpt), checkpoint["args"]["stride"],
-                    checkpoint["args"].get("input_scale", 1)).eval().to(memory_format=torch.contiguous_format)
+    if out.suffix not in FORMATS:
+        raise InputError(f"--out {out}: must end in {' or '.join(FORMATS)}")
+    seg = model.load_segmenter(args.ckpt)
+    predictor = Predictor(seg).eval().to(memory_format=torch.contiguous_format)
     dynamic = torch.export.Dim.DYNAMIC
     shapes, example = ({0: dynamic, 2: dynamic, 3: dynamic},), torch.zeros(2, 3, 203, 187, dtype=torch.uint8)
     with torch.no_grad():
-        program = torch.export.export(net, (example,), dynamic_shapes=shapes)
-    facts = json.dumps({"classes": checkpoint["classes"], "palette": checkpoint["args"].get("palette")})
+        program = torch.export.export(predictor, (example,), dynamic_shapes=shapes)
+    facts = json.dumps({"classes": seg.classes, "palette": seg.palette})
     if out.suffix == ".pt2":
         file = io.BytesIO()
         torch.export.save(program, file, extra_files={"classes.json": facts})
-        cli.replace(out, lambda part: part.write_bytes(file.getbuffer()))
+        write_atomically(out, lambda part: part.write_bytes(file.getbuffer()))
     else:
         try:
-            onnx = torch.onnx.export(program, verbose=False, input_names=["pictures"], output_names=["ids"])
+            onnx = torch.onnx.export(program, verbose=False, input_names=["images"], output_names=["ids"])
         except ImportError as e:
-            raise cli.InputError(f"--out {out}: {e.name} is not installed; pip install onnx onnxscript") from None
+            raise InputError(f"--out {out}: {e.name} is not installed; pip install onnx onnxscript") from None
         onnx.model.metadata_props["classes.json"] = facts
-        cli.replace(out, onnx.save)
-    print(f"{out}: {ENDINGS[out.suffix]}, pictures (N,3,H,W) uint8 -> ids (N,H,W) uint8, "
-          f"{len(checkpoint['classes'])} classes")
+        write_atomically(out, onnx.save)
+    print(f"{out}: {FORMATS[out.suffix]}, images (N,3,H,W) uint8 -> ids (N,H,W) uint8, {len(seg.classes)} classes")
 
 
 if __name__ == "__main__":
-    cli.launch(main, flags)
+    launch(main, flags)

@@ -1,5 +1,8 @@
-"""What a net says of pictures: its logits, for eval.py and report.py, and the files that `eval.py --images` writes."""
-import collections
+"""Predict images that need no labels: a palette PNG for each, and legend.png.
+
+    python predict.py --ckpt out/semi/last.pt photos --out predictions --blend
+"""
+import argparse
 import contextlib
 import glob
 import itertools
@@ -11,131 +14,161 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 
-import cli
 import data
 import model
-import parallel
+from common import distributed
+from common.args import Parser, number
+from common.checkpoint import read_checkpoint
+from common.console import InputError, catch_read_errors, catch_write_errors, launch, output_folder, progress
+from common.layouts import IMAGE_SUFFIXES
+from common.run import announce
 from csrc import ops
 
-SCALES = 1, 0.75, 1.25  # of --tta, each also flipped
-WINDOW = 2049  # the largest side that goes to the net at once, in pixels
+SCALES = 1, 0.75, 1.25  # of test-time augmentation, each also mirrored
+WINDOW = 2049  # largest side of an image that is predicted at once, in pixels
 
 
-def logits(seg, pixels, args, device):
-    """Logits (N,K,h,w) of what data.for_net gave, pixels (N,3,H,W) uint8; `args` are the training's.
+def flags():
+    p = model_flags(__doc__)
+    p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, folders (searched at any depth) or "
+                   "globs; images are turned as their EXIF orientation says")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for the predictions")
+    p.add_argument("--blend", action="store_true", help="also write each image with its prediction laid over it")
+    return p
 
-    With args.tta the logarithm of the mean probabilities over SCALES and flips. Larger sides than args.window are cut
-    into windows that overlap by half, where logits are averaged.
+
+def model_flags(description):
+    """Return a Parser with the flags that eval.py has too."""
+    p = Parser(description)
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a run, or a published file")
+    p.add_argument("--tta", action="store_true", help="average over 3 scales and mirrored images, at 6 times the cost")
+    p.add_argument("--window", type=number(int, 65), default=WINDOW, metavar="SIDE", help="larger images are predicted "
+                   "in overlapping windows of this side, in pixels (default %(default)s; lower it if memory runs out)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: as in the training)")
+    p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
+    return p
+
+
+def predict_logits(seg, images, amp=None, window=WINDOW, tta=False):
+    """Return the logits (N,K,h,w) of uint8 images (N,3,H,W) that data.pad_to_stride made.
+
+    Sides above `window` are cut into windows that overlap by half, where logits are averaged. tta: the logarithm of the
+    mean probabilities over SCALES and mirrored images.
     """
-    pixels, stride = pixels.to(device), args.stride
-    side = (getattr(args, "window", 1 << 30) - 1) // stride * stride + 1
+    images, stride = images.to(next(seg.parameters()).device), seg.stride
+    side = (window - 1) // stride * stride + 1
 
-    def net(view):
-        with model.autocast(args.amp, device, args.backbone):
-            return seg(seg.normalise(view))
+    def predict_view(view):
+        with model.autocast(seg, amp):
+            return seg(view)
 
-    def in_windows(view):
+    def predict_windows(view):
         height, width = view.shape[2:]
         if max(height, width) <= side:
-            return net(view)
+            return predict_view(view)
         total, half = 0, side // 2 // stride * stride
         tops, lefts = ([*range(0, n - side, half), max(0, n - side)] for n in (height, width))
         for y, x in itertools.product(tops, lefts):
-            window = view[:, :, y:y + side, x:x + side]
-            here = net(window).float()  # (N,K,h,w)
-            step = (window.shape[2] - 1) // (here.shape[2] - 1)
-            place = (x // step, (width - 1) // step + 1 - x // step - here.shape[3],
-                     y // step, (height - 1) // step + 1 - y // step - here.shape[2])
-            total = total + F.pad(torch.cat([here, torch.ones_like(here[:, :1])], 1), place)  # the last counts
+            part = view[:, :, y:y + side, x:x + side]
+            logits = predict_view(part).float()  # (N,K,h,w)
+            step = (part.shape[2] - 1) // (logits.shape[2] - 1)
+            padding = (x // step, (width - 1) // step + 1 - x // step - logits.shape[3],
+                       y // step, (height - 1) // step + 1 - y // step - logits.shape[2])
+            total = total + F.pad(torch.cat([logits, torch.ones_like(logits[:, :1])], 1), padding)  # last: the count
         return total[:, :-1] / total[:, -1:]
 
-    if not getattr(args, "tta", False):
-        return in_windows(pixels)
+    if not tta:
+        return predict_windows(images)
     found, size = [], None
     for scale in SCALES:
-        view = data.resize(pixels, [round((n - 1) / stride * scale) * stride + 1 for n in pixels.shape[2:]])
+        view = data.resize(images, [round((n - 1) / stride * scale) * stride + 1 for n in images.shape[2:]])
         for flip in (False, True):
-            p = in_windows(view.flip(3) if flip else view).float().softmax(1)
+            p = predict_windows(view.flip(3) if flip else view).float().softmax(1)
             size = size or p.shape[2:]
             found.append(F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True))
     return torch.stack(found).mean(0).log()
 
 
-def same_classes(classes, dataset, ckpt):
-    """A note for a run's first line where the data set names the net's classes otherwise. Errors: InputError."""
+def check_classes(classes, dataset, ckpt):
+    """Return a note if the data set names the model's classes differently; an InputError if their number differs."""
     if len(dataset.classes) != len(classes):
-        raise cli.InputError(f"{ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; name the "
-                             "data it was trained on with --data")
-    renamed = classes != dataset.classes and classes[0] != "class 0"  # of a file that names none
-    return f"{dataset.root} names its classes otherwise than {ckpt}; " if renamed else ""
+        raise InputError(f"{ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; name the "
+                         "data it was trained on with --data")
+    differ = classes != dataset.classes and classes[0] != "class 0"  # of a file without names
+    return f"{dataset.root} names its classes differently from {ckpt}; " if differ else ""
 
 
-@torch.inference_mode()
-def images(seg, paths, args, device, classes, out, blend):
-    """Write the prediction of each picture to `out`/STEM.png; `args` are the training's. blend: also laid over it.
-
-    Errors: InputError, before any is written.
-    """
-    names, given = [f"{path.stem}.png" for path in paths], {path.resolve() for path in paths}
-    counts = collections.Counter(names)
-    for path, name in zip(paths, names):
-        if name == "legend.png":
-            raise cli.InputError(f"--images {path}: {out / name} is the legend's name; rename the picture")
-        if counts[name] > 1:
-            raise cli.InputError(f"--images: two pictures are named {name[:-4]}, both to be {out / name}; rename one")
-        files = [out / name, out / f"{path.stem}_blend.jpg"][:1 + blend]
-        if lost := given & {file.resolve() for file in files}:
-            raise cli.InputError(f"--out {out}: the prediction would overwrite {lost.pop()}; name another folder")
-        upright(path)  # all are sound before one is predicted
-    seg, mine = seg.to(device), [*zip(paths, names)][parallel.RANK::parallel.WORLD]
-    with drafts_of(out) as drafts:
-        for path, name in cli.progress(mine, len(mine), "prediction"):
-            picture = upright(path)
-            pixels, size = data.for_net(picture, args)
-            ids = ops.upsample_argmax(logits(seg, pixels[None], args, device), size)[0].cpu()
-            drawn = palette_png(ids, picture.size, args.palette)
-            with cli.writing(f"--out {out}"):
-                drawn.save(drafts / name)
-                if blend:
-                    Image.blend(picture, drawn.convert("RGB"), 0.5).save(drafts / f"{path.stem}_blend.jpg", quality=92)
-        if parallel.RANK == 0:
-            with cli.writing(f"--out {out}"):
-                legend(classes, args.palette).save(drafts / "legend.png")
-        parallel.total(torch.zeros(1))  # no file moves before all processes have drawn theirs
-    print(f"{len(names)} predictions in {out}")
-
-
-def named(words):
-    """The files that --images names: files, globs, and folders with their pictures at any depth. Errors: InputError."""
-    found = []
-    for word in words:
-        if Path(word).is_dir():
-            more = sorted(f for f in Path(word).rglob("[!.]*") if f.suffix.lower() in data.PICTURES)
-        elif Path(word).exists() or not glob.has_magic(word):
-            more = [Path(word)]
-        else:
-            more = [f for f in map(Path, sorted(glob.glob(word, recursive=True))) if f.is_file()]
-        if not more:
-            raise cli.InputError(f"--images {word}: nothing there; name files, or folders of {' '.join(data.PICTURES)}")
-        found += more
-    return found
-
-
-def upright(path):
-    """The picture at `path`, turned as its EXIF orientation says. Errors: InputError."""
-    with data.reading(path):
-        return ImageOps.exif_transpose(data.read_picture(path))
-
-
-def palette_png(ids, size, palette):
-    """Class ids (H,W) without their padding as a mode P picture; size is (W,H)."""
+def palette_image(ids, size, palette):
+    """Return class ids (H,W), without their padding, as a PIL image of mode P. size: (W,H)."""
     image = Image.fromarray(np.asarray(ids)[:size[1], :size[0]]).convert("P")
     image.putpalette(palette)
     return image
 
 
-def legend(classes, palette):
-    """The colours of the classes beside their names."""
+def draw_example(sample, ids, palette):
+    """Return a PIL image, label and prediction side by side, 240 pixels wide each. ids: (H,W) uint8, may be padded."""
+    image = data.read_image(sample.image)
+    maps = (palette_image(x, image.size, palette) for x in (data.read_label(sample.label, image.size), ids))
+    return np.hstack([np.asarray(x.convert("RGB").resize((240, round(240 * image.height / image.width))))
+                      for x in (image, *maps)])
+
+
+def stack_rows(rows):
+    """Return the rows of draw_example as one PIL image, None without rows."""
+    return Image.fromarray(np.vstack(rows)) if rows else None
+
+
+@contextlib.contextmanager
+def temporary_folder(out):
+    """Yield a temporary folder whose files move to `out` at the end, and only if nothing failed."""
+    with catch_write_errors(f"--out {out}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
+    with folder:
+        yield Path(folder.name)
+        with catch_write_errors(f"--out {out}"):
+            out.mkdir(exist_ok=True)
+            for file in Path(folder.name).iterdir():
+                file.replace(out / file.name)
+
+
+def read_upright(path):
+    """Return the image at `path`, turned as its EXIF orientation says; an InputError if it cannot be read."""
+    with catch_read_errors(path):
+        return ImageOps.exif_transpose(data.read_image(path))
+
+
+def find_images(names):
+    """Return the paths of all images that the arguments name: files, globs, and folders at any depth."""
+    found = []
+    for name in names:
+        if Path(name).is_dir():
+            more = sorted(f for f in Path(name).rglob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        elif Path(name).exists() or not glob.has_magic(name):
+            more = [Path(name)]
+        else:
+            more = [f for f in map(Path, sorted(glob.glob(name, recursive=True))) if f.is_file()]
+        if not more:
+            raise InputError(f"{name}: no images there; name files, or folders of {' '.join(IMAGE_SUFFIXES)}")
+        found += more
+    return found
+
+
+def check_images(paths, out, blend):
+    """Raise an InputError if an image cannot be read, or a prediction would overwrite it or another prediction."""
+    inputs, names = {path.resolve() for path in paths}, {"legend"}
+    for path in paths:
+        if path.stem in names:
+            raise InputError(f"{path}: {out / path.stem}.png would be written twice; rename the image")
+        names.add(path.stem)
+        targets = [out / f"{path.stem}.png", out / f"{path.stem}_blend.jpg"][:1 + blend]
+        if overwritten := inputs & {file.resolve() for file in targets}:
+            raise InputError(f"--out {out}: the prediction would overwrite {overwritten.pop()}; name another folder")
+        read_upright(path)
+
+
+def draw_legend(classes, palette):
+    """Return an image of the classes' colours beside their names."""
     image = Image.new("RGB", (260, 8 + 24 * len(classes)), "white")
     draw = ImageDraw.Draw(image)
     for k, name in enumerate(classes):
@@ -144,22 +177,33 @@ def legend(classes, palette):
     return image
 
 
-def overview(rows):
-    """One picture of rows (picture, label, prediction), each shown 240 pixels wide."""
-    def small(picture):
-        return np.asarray(picture.convert("RGB").resize((240, round(240 * picture.height / picture.width))))
-    return Image.fromarray(np.vstack([np.hstack([*map(small, row)]) for row in rows]))
+@torch.inference_mode()
+def main(args):
+    checkpoint = read_checkpoint(args.ckpt, "--ckpt")
+    seg = model.segmenter_of(checkpoint, args.ckpt)
+    amp = checkpoint["args"].get("amp") if args.amp is None else args.amp
+    out, paths = output_folder("--out", args.out), find_images(args.images)
+    device = announce(f"data {len(paths)} images", args.gpu, ops.describe)
+    check_images(paths, out, args.blend)
+    seg.to(device)
+    mine = paths[distributed.RANK::distributed.WORLD_SIZE]
+    with temporary_folder(out) as folder:
+        for path in progress(mine, len(mine), "prediction"):
+            image = read_upright(path)
+            pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
+            logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
+            drawn = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
+            with catch_write_errors(f"--out {out}"):
+                drawn.save(folder / f"{path.stem}.png")
+                if args.blend:
+                    blend = Image.blend(image, drawn.convert("RGB"), 0.5)
+                    blend.save(folder / f"{path.stem}_blend.jpg", quality=92)
+        if distributed.RANK == 0:
+            with catch_write_errors(f"--out {out}"):
+                draw_legend(seg.classes, seg.palette).save(folder / "legend.png")
+        distributed.all_reduce_sum(torch.zeros(1))  # no file moves before every rank has written its own
+    print(f"{len(paths)} predictions in {out}")
 
 
-@contextlib.contextmanager
-def drafts_of(out):
-    """A folder to write to; at the end, and only then, its files move to `out`. Errors: InputError."""
-    with cli.writing(f"--out {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        drafts = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
-    with drafts:
-        yield Path(drafts.name)
-        with cli.writing(f"--out {out}"):
-            out.mkdir(exist_ok=True)
-            for file in Path(drafts.name).iterdir():
-                file.replace(out / file.name)
+if __name__ == "__main__":
+    launch(main, flags)

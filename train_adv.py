@@ -1,81 +1,66 @@
-"""Adversarial training: train_base.py plus a discriminator that tells label maps from predictions.
+"""Adversarial training (Hung et al. 2018): train_base.py plus a discriminator of label maps and predictions.
 
     python train_adv.py --data shapes --split 0.125
 """
-import cli
-import common
 import data
 import model
-import parallel
+from common import distributed
+from common.args import number, resolve_args, shared_flags
+from common.console import launch
+from common.layouts import IGNORE, open_dataset
+from common.run import Run
 from csrc import ops
 from eval import evaluate
-from flags import disc_flags, number, shared_flags
 
 
 def flags():
-    p = disc_flags(shared_flags(__doc__, out="out/adv"))
+    p = model.disc_flags(shared_flags(__doc__, out="out/adv"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
     return p
 
 
 def main(args):
-    dataset = data.open_data(args.data)
-    labelled, _ = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
-    train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
-    common.settle(args, dataset, labelled)
-    run = common.Run(args, dataset, labelled)
-    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
-    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
+    dataset = open_dataset(args.data)
+    labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
+    resolve_args(args, dataset, model.start_format, model.DISC_PAPER, model.DISC_SMALL)
+    run = Run(args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
 
-    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    opt_seg = model.seg_optimizer(seg, args)
-    disc = parallel.ready(model.Discriminator(num_classes), device, args)
-    opt_disc = model.disc_optimizer(disc, args)
-    run.resume(seg=seg, opt_seg=opt_seg, disc=disc, opt_disc=opt_disc)
-    seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
-    disc_ddp = parallel.ddp(disc)
-
-    def scores():
-        return evaluate(seg, val, args, device, disc)[0]
-
+    seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
+                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+    opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
+    disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
+    opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)
+    run.resume(seg=seg_raw, opt_seg=opt_seg, disc=disc_raw, opt_disc=opt_disc)
+    seg, disc = (distributed.prepare_model(x, args.compile) for x in (seg_raw, disc_raw))
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
-    seg.train()
-    if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, scores())
-    for step in run.steps(done):
-        common.poly_lr(opt_seg, step - 1, args)
-        common.poly_lr(opt_disc, step - 1, args)
-        picture, target = next(labelled_batches)  # (B,3,H,W), (B,H,W) uint8
-        valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
 
-        with model.autocast(args.amp, device, args.backbone):
-            logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
-        with model.autocast(args.amp, device, "disc"):
-            fake = model.fake_map(logits, valid, args.d_input)  # (B,K,H,W)
-            d_fake = disc_ddp(fake)  # (B,1,a,b)
-            if args.d_target == "real":
-                d_real = disc_ddp(model.real_map(target, fake, args.d_input))  # (B,1,a,b)
-        loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
+    for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp)):
+        model.poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
+        image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
+        valid = target != IGNORE  # (B,H,W); the rest is 0 in both inputs of the discriminator
+
+        with model.autocast(seg_raw, args.amp):
+            logits = seg(image)  # (B,K,h,w)
+        with model.autocast(disc_raw, args.amp):
+            d_fake = disc(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
+            d_real = disc(model.one_hot(target, len(dataset.classes)))  # (B,1,a,b)
+        loss_ce = model.cross_entropy(logits, target)
         loss_adv = model.bce(d_fake, 1, valid)
-        if args.d_target == "right":
-            loss_d = model.bce(d_fake, ops.upsample_argmax(logits, valid.shape[1:]) == target, valid)
-        else:
-            loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-            loss_d = (loss_fake + loss_real) / 2
+        loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
         loss = loss_ce + args.lam_adv * loss_adv
 
         opt_seg.zero_grad()
         opt_disc.zero_grad()
-        # d_fake serves both players: each backward pass goes to its own net's weights
+        # both losses depend on d_fake: each backward pass reaches only the weights of its own network
         loss_d.backward(inputs=disc_weights, retain_graph=True)
         loss.backward(inputs=seg_weights)
         opt_seg.step()
         opt_disc.step()
 
         run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
-        if run.to_evaluate(step) or run.to_save(step):
-            run.save(step, scores() if run.to_evaluate(step) else None)
+        run.end_step(step)
 
 
 if __name__ == "__main__":
-    cli.launch(main, flags)
+    launch(main, flags)

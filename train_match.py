@@ -1,4 +1,4 @@
-"""Weak to strong: train_base.py plus the unlabelled pictures, where a teacher tells a strong view what it is.
+"""Semi-supervised mean teacher: train_base.py plus pseudo-labels of weak views for strong views (FixMatch, UniMatch).
 
     python train_match.py --data shapes --split 0.125
 """
@@ -7,85 +7,81 @@ import copy
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-import cli
-import common
 import data
 import model
-import parallel
+from common import distributed
+from common.args import check_multiple, number, resolve_args, shared_flags
+from common.console import launch
+from common.layouts import open_dataset
+from common.run import HealthyRange, Run
 from csrc import ops
 from eval import evaluate
-from flags import number, shared_flags
 
 
 def flags():
     p = shared_flags(__doc__, out="out/match")
-    p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
-    p.add_argument("--ema", type=number(below=1), default=0.99, help="what a step leaves of the teacher (default 0.99)")
-    p.add_argument("--confidence", type=number(), default=0.8, help="a pixel is taught where the teacher's probability "
-                   "is above this times (its class's mean / the surest class's mean), as in FreeMatch (default 0.8)")
-    p.add_argument("--cutmix", type=number(), default=0.5, help="share with a box of another (default 0.5; 0 if short)")
-    p.add_argument("--lam-u", type=number(), default=2, help="weight of the loss on unlabelled pictures (default 2)")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of more images without labels, at any depth")
+    p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights per step (default "
+                   "0.99; lower it for short runs)")
+    p.add_argument("--confidence", type=number(), default=0.8, help="a pixel gets a pseudo-label if the teacher's "
+                   "probability is above this times its class's mean probability, relative to the most confident class "
+                   "(default 0.8; as in FreeMatch)")
+    p.add_argument("--cutmix", type=number(), default=0.5, help="probability of CutMix per image (default 0.5; 0 for "
+                   "short runs)")
+    p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
     p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
     return p
 
 
 def main(args):
-    dataset = data.open_data(args.data)
-    labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
-    train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
-    train_u = dataset.samples(unlabelled, labels=False)
-    train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
-    common.settle(args, dataset, labelled)
-    run = common.Run(args, dataset, labelled)
-    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
-    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
-    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
+    dataset = open_dataset(args.data)
+    labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids, args.unlabelled)
+    resolve_args(args, dataset, model.start_format)
+    args.u_start = args.iters // 8 if args.u_start is None else args.u_start
+    if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
+        check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE)
+    run = Run(args, dataset, labelled, ops.describe, {"kept": HealthyRange(
+        0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --confidence", args.u_start)})
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
+    unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
-    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    teacher = parallel.ready(copy.deepcopy(seg), device, args).train()
-    ema_update = get_ema_multi_avg_fn(args.ema)  # moves the teacher's weights towards those of seg, the student
-    opt_seg = model.seg_optimizer(seg, args)
-    run.resume(seg=teacher, student=seg, opt_seg=opt_seg)
-    seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
+    seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
+                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+    teacher_raw = copy.deepcopy(seg_raw).requires_grad_(False)  # its weights are a moving average of the student's
+    opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
+    run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)
+    seg, teacher = (distributed.prepare_model(x, args.compile) for x in (seg_raw, teacher_raw))
+    update_teacher = get_ema_multi_avg_fn(args.ema)
 
-    def scores():
-        return evaluate(teacher, val, args, device)[0]
+    for step in run.steps(lambda: evaluate(teacher_raw, val, args.workers, args.amp)):
+        model.poly_lr(step, args.iters, args.decay_every, opt_seg)
+        image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
+        image_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
 
-    seg.train()
-    if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, scores())
-    for step in run.steps(done):
-        common.poly_lr(opt_seg, step - 1, args)
-        picture, target = next(labelled_batches)  # (B,3,H,W), (B,H,W) uint8
-        picture_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
-
-        with model.autocast(args.amp, device, args.backbone):
-            logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
-            with torch.no_grad(), teacher.same_statistics():
-                logits_w = teacher(teacher.normalise(picture_u))  # (B,K,h,w), of the weak view
-            limits = args.confidence * model.class_confidence(logits_w, valid_u)  # (K,)
-            taught = ops.pseudo_labels(logits_w, valid_u.shape[1:], limits, valid_u)  # (B,H,W) uint8
-            picture_s = data.strong_view(picture_u, args, step)
-            picture_s, taught, valid_u = data.cut_mix((picture_s, taught, valid_u), args, step)
-            with seg.same_statistics():  # batch norm's are of labelled pictures
-                logits_s = seg_ddp(seg.normalise(picture_s))  # (B,K,h,w)
-        loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
-        loss_u, kept = ops.masked_cross_entropy(logits_s, taught)
-        n = valid_u.sum()
-        loss_u, share = parallel.mean(loss_u * kept / n, n), parallel.mean(kept / n, n)
+        with model.autocast(seg_raw, args.amp):
+            logits = seg(image)  # (B,K,h,w)
+            with torch.no_grad(), teacher_raw.fixed_statistics():
+                logits_w = teacher(image_u)  # (B,K,h,w), of the weak view
+            thresholds = args.confidence * model.class_confidence(logits_w, valid_u)  # (K,)
+            pseudo = ops.pseudo_labels(logits_w, valid_u.shape[1:], thresholds, valid_u)  # (B,H,W) uint8
+            image_s = data.strong_view(image_u, args.seed, step)
+            image_s, pseudo, valid_u = data.cut_mix((image_s, pseudo, valid_u), args.cutmix, args.seed, step)
+            with seg_raw.fixed_statistics():  # running statistics are those of labelled images
+                logits_s = seg(image_s)  # (B,K,h,w), of the strong view
+        loss_ce = model.cross_entropy(logits, target)
+        loss_u, kept = model.pseudo_label_loss(logits_s, pseudo, valid_u, divide="valid")
         loss = loss_ce + (args.lam_u if step > args.u_start else 0) * loss_u
 
         opt_seg.zero_grad()
         loss.backward()
         opt_seg.step()
-        ema_update([*teacher.parameters()], [*seg.parameters()], None)
-        for of_teacher, of_student in zip(teacher.buffers(), seg.buffers()):
+        update_teacher([*teacher_raw.parameters()], [*seg_raw.parameters()], None)
+        for of_teacher, of_student in zip(teacher_raw.buffers(), seg_raw.buffers()):
             of_teacher.copy_(of_student)
 
-        run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=share, lr=opt_seg.param_groups[0]["lr"])
-        if run.to_evaluate(step) or run.to_save(step):
-            run.save(step, scores() if run.to_evaluate(step) else None)
+        run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=kept, lr=opt_seg.param_groups[0]["lr"])
+        run.end_step(step)
 
 
 if __name__ == "__main__":
-    cli.launch(main, flags)
+    launch(main, flags)

@@ -1,104 +1,116 @@
-"""Semi-supervised training: train_adv.py plus the unlabelled pictures, where the discriminator trusts the prediction.
+"""Semi-supervised training (Hung et al. 2018): train_adv.py plus pseudo-labels that the discriminator selects.
 
     python train_semi.py --data shapes --split 0.125
 """
-import cli
-import common
+import torch.nn.functional as F
+
 import data
 import model
-import parallel
+from common import distributed
+from common.args import number, resolve_args, shared_flags
+from common.console import launch
+from common.layouts import IGNORE, open_dataset
+from common.run import HealthyRange, Run
 from csrc import ops
 from eval import evaluate
-from flags import disc_flags, number, shared_flags
 
 
 def flags():
-    p = disc_flags(shared_flags(__doc__, out="out/semi"))
+    p = model.disc_flags(shared_flags(__doc__, out="out/semi"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
-    p.add_argument("--unlabelled", metavar="DIR", help="a folder of more pictures without labels, at any depth")
-    p.add_argument("--d-unlabelled", action="store_true", help="D learns from unlabelled pictures too (authors' code)")
-    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="of unlabelled pictures (authors' code: 0.001)")
-    p.add_argument("--lam-semi", type=number(), help="weight of the self-taught loss (paper: 0.1)")
-    p.add_argument("--threshold", type=number(), help="a pixel is trusted where D says more (default the paper's 0.2)")
-    p.add_argument("--trust", type=number(), metavar="SHARE", help="instead: of each class the surest, up to 1 (all)")
-    p.add_argument("--strong", action="store_true", help="teach a strong view: other colours, grey, blurred (FixMatch)")
-    p.add_argument("--semi-start", type=number(int), help="steps before semi loss (default --iters / 4; paper: 5000)")
-    p.add_argument("--semi-start-epoch", type=number(below=1e6), metavar="E", help="that in labelled epochs; it wins")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of more images without labels, at any depth")
+    p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too, as the authors' code")
+    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
+                   "images (default 0.001, from the authors' code; the paper has none)")
+    p.add_argument("--lam-semi", type=number(), help="weight of the semi-supervised loss (paper: 0.1; small data 0.5)")
+    p.add_argument("--threshold", type=number(), default=0.2, help="confidence of D above which a pixel gets a pseudo-"
+                   "label, in 0..1 (default 0.2, paper)")
+    p.add_argument("--semi-start", type=number(int), help="steps before that loss (default --iters / 4; paper: 5000)")
     return p
 
 
+def select_pseudo_labels(logits, d_logits, valid, threshold):
+    """Return the argmax class of each pixel, or 255 where D's confidence is not above the threshold (eq. 5).
+
+    logits (N,K,h,w) and d_logits (N,1,a,b) are upsampled to valid (N,H,W) bool, False on padding; (N,H,W) uint8.
+    """
+    classes = ops.upsample_argmax(logits, valid.shape[1:])
+    return ops.select_labels(classes, d_logits, valid=valid, threshold=threshold)
+
+
+def report_images(parts, image, logits, valid):
+    """Return what report.py shows of an image: D's confidence and the selected pseudo-labels."""
+    disc = model.Discriminator(logits.shape[1]).to(logits.device)
+    disc.load_state_dict(parts["disc"])
+    d_logits = disc(ops.upsample_softmax(logits, valid=valid))
+    confidence = F.interpolate(d_logits, valid.shape[1:], mode="bilinear", align_corners=True).sigmoid()
+    pseudo = select_pseudo_labels(logits, d_logits, valid, parts["args"]["threshold"])
+    return {"discriminator's confidence": confidence[0, 0], "pseudo-labels": pseudo[0]}
+
+
 def main(args):
-    dataset = data.open_data(args.data)
-    labelled, unlabelled = data.split_ids(dataset.train_ids(), args.split, args.split_seed, args.labelled_ids)
-    train, val = dataset.samples(labelled), dataset.samples(dataset.ids("val"))
-    train_u = dataset.samples(unlabelled, labels=False)
-    train_u += data.folder_pictures(args.unlabelled, train + val + train_u)
-    common.settle(args, dataset, labelled)
-    run = common.Run(args, dataset, labelled)
-    device, num_classes, done = run.device, len(dataset.classes), run.done  # done: updates so far
-    labelled_batches = data.batches(train, "labelled", args, done, device)  # workers start now, with no nets to copy
-    unlabelled_batches = data.batches(train_u, "unlabelled", args, done, device)
+    dataset = open_dataset(args.data)
+    labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids, args.unlabelled)
+    resolve_args(args, dataset, model.start_format, model.DISC_PAPER | {"lam_semi": 0.1},
+                 model.DISC_SMALL | {"lam_semi": 0.5})
+    args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
+    run = Run(args, dataset, labelled, ops.describe, {
+        "loss_d": model.healthy_loss_d(args.d_smooth), "kept": HealthyRange(
+            0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --threshold", args.semi_start)})
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
+    unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
-    seg = parallel.ready(model.new_segmenter(args, num_classes), device, args)
-    opt_seg = model.seg_optimizer(seg, args)
-    disc = parallel.ready(model.Discriminator(num_classes), device, args)
-    opt_disc = model.disc_optimizer(disc, args)
-    run.resume(seg=seg, opt_seg=opt_seg, disc=disc, opt_disc=opt_disc)
-    seg_ddp = parallel.ddp(seg)  # the same net; its gradients are means over all processes
-    disc_ddp = parallel.ddp(disc)
-
-    def scores():
-        return evaluate(seg, val, args, device, disc)[0]
-
+    seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
+                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+    opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
+    disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
+    opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)
+    run.resume(seg=seg_raw, opt_seg=opt_seg, disc=disc_raw, opt_disc=opt_disc)
+    seg, disc = (distributed.prepare_model(x, args.compile) for x in (seg_raw, disc_raw))
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
-    seg.train()
-    if run.to_evaluate(done):  # a score that a signal broke off, or that of a run that had ended
-        run.save(done, scores())
-    for step in run.steps(done):
-        common.poly_lr(opt_seg, step - 1, args)
-        common.poly_lr(opt_disc, step - 1, args)
-        picture, target = next(labelled_batches)  # (B,3,H,W), (B,H,W) uint8
-        picture_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
-        valid = target != data.IGNORE  # (B,H,W): void pixels are holes in both of D's inputs
 
-        with model.autocast(args.amp, device, args.backbone):
-            logits = seg_ddp(seg.normalise(picture))  # (B,K,h,w)
-            logits_u = seg_ddp(seg.normalise(picture_u))  # (B,K,h,w)
-            logits_s = seg_ddp(seg.normalise(data.strong_view(picture_u, args, step))) if args.strong else logits_u
-        with model.autocast(args.amp, device, "disc"):
-            fake = model.fake_map(logits, valid, args.d_input)  # (B,K,H,W)
-            d_fake = disc_ddp(fake)  # (B,1,a,b)
-            d_fake_u = disc_ddp(model.fake_map(logits_u, valid_u, args.d_input))  # (B,1,a,b)
-            if args.d_target == "real":
-                d_real = disc_ddp(model.real_map(target, fake, args.d_input))  # (B,1,a,b)
-        loss_ce = parallel.mean(*ops.masked_cross_entropy(logits, target))
+    def precision(logits, target):  # of the pseudo-labels, on validation images
+        valid = target != IGNORE
+        d_logits = disc_raw(ops.upsample_softmax(logits, valid=valid))
+        pseudo = select_pseudo_labels(logits, d_logits, valid, args.threshold)
+        return {"precision": (((pseudo == target) & valid).sum(), (pseudo != IGNORE).sum())}
+
+    for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp, precision)):
+        model.poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
+        image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
+        image_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
+        valid = target != IGNORE  # (B,H,W); the rest is 0 in both inputs of the discriminator
+
+        with model.autocast(seg_raw, args.amp):
+            logits = seg(image)  # (B,K,h,w)
+            logits_u = seg(image_u)  # (B,K,h,w)
+        with model.autocast(disc_raw, args.amp):
+            d_fake = disc(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
+            d_fake_u = disc(ops.upsample_softmax(logits_u, valid=valid_u))  # (B,1,a,b)
+            d_real = disc(model.one_hot(target, len(dataset.classes)))  # (B,1,a,b)
+        loss_ce = model.cross_entropy(logits, target)
         loss_adv = model.bce(d_fake, 1, valid)
         loss_adv_u = model.bce(d_fake_u if args.lam_adv_u else d_fake_u.detach(), 1, valid_u)
-        if args.d_target == "right":
-            loss_d = model.bce(d_fake, ops.upsample_argmax(logits, valid.shape[1:]) == target, valid)
-        else:
-            loss_fake, loss_real = model.bce(d_fake, 0, valid), model.bce(d_real, 1 - args.d_smooth, valid)
-            loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2 if args.d_unlabelled else loss_fake
-            loss_d = (loss_fake + loss_real) / 2
-        taught = model.trusted(logits_u, d_fake_u, valid_u, args.trust)  # (B,H,W) uint8
-        semi, kept = ops.masked_cross_entropy(logits_s, taught, d_fake_u, valid=valid_u, threshold=args.threshold)
-        loss_semi, share = parallel.mean(semi, kept), parallel.mean(kept / valid_u.sum(), valid_u.sum())
+        loss_fake = model.bce(d_fake, 0, valid)
+        loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2 if args.d_unlabelled else loss_fake
+        loss_d = (loss_fake + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
+        pseudo = select_pseudo_labels(logits_u, d_fake_u, valid_u, args.threshold)  # (B,H,W) uint8
+        loss_semi, kept = model.pseudo_label_loss(logits_u, pseudo, valid_u)
         lam_semi = args.lam_semi if step > args.semi_start else 0
         loss = loss_ce + args.lam_adv * loss_adv + args.lam_adv_u * loss_adv_u + lam_semi * loss_semi
 
         opt_seg.zero_grad()
         opt_disc.zero_grad()
-        # d_fake serves both players: each backward pass goes to its own net's weights
+        # both losses depend on d_fake: each backward pass reaches only the weights of its own network
         loss_d.backward(inputs=disc_weights, retain_graph=True)
         loss.backward(inputs=seg_weights)
         opt_seg.step()
         opt_disc.step()
 
-        run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi,
-                kept=share, loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
-        if run.to_evaluate(step) or run.to_save(step):
-            run.save(step, scores() if run.to_evaluate(step) else None)
+        run.log(step, loss_ce=loss_ce, loss_adv=loss_adv, loss_adv_u=loss_adv_u, loss_semi=loss_semi, kept=kept,
+                loss_d=loss_d, lr=opt_seg.param_groups[0]["lr"])
+        run.end_step(step)
 
 
 if __name__ == "__main__":
-    cli.launch(main, flags)
+    launch(main, flags)

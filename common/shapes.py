@@ -1,4 +1,4 @@
-"""The generated set `shapes`: textured shapes on textured grounds, drawn on the spot, the same everywhere."""
+"""The generated data set `shapes`: textured shapes on textured grounds, the same on every machine."""
 import colorsys
 import hashlib
 import os
@@ -14,9 +14,10 @@ IGNORE = 255
 
 
 def make(root):
-    """Write the set to the folder `root` in VOC layout unless it is there: 400 training and 100 val pictures, 128x128.
+    """Write the set to the folder `root` in VOC layout unless it exists: 400 training and 100 val images, 128x128.
 
-    Errors: OSError where it cannot be written.
+    Raises:
+        OSError: if it cannot be written.
     """
     if root.is_dir():
         return
@@ -28,14 +29,14 @@ def make(root):
         for name, count in (("train", 400), ("val", 100)):
             ids = [f"{name}_{n:03d}" for n in range(count)]
             for i in ids:
-                picture, label = draw(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
+                image, label = draw(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
                 label.putpalette(PALETTE)
-                picture.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
+                image.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
                 label.save(part / "SegmentationClassAug" / f"{i}.png")
             (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
         os.rename(part, root)
     except OSError:
-        if not root.is_dir():  # another process was faster: its set is the same
+        if not root.is_dir():  # another process was faster and wrote the same
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -73,12 +74,12 @@ def outline(kind, rng):
 
 
 def draw(rng, size=128):
-    """One picture (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
+    """One image (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
 
     A class always has its outline and mostly its hue: its neighbours' hues reach into its own, and blobs, which count
     as ground, have any.
     """
-    picture, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
+    image, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
     kinds = list(CLASSES)
     for _ in range(rng.randint(2, 6)):
         number = rng.randint(len(kinds))
@@ -91,10 +92,10 @@ def draw(rng, size=128):
         if kind == "ring":
             pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
         inside = np.array(mask) > 0
-        picture = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), picture)
+        image = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), image)
         label[inside] = number
         grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
         label[grown & ~shrunk] = IGNORE
     light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
-    picture = picture * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")
+    image = image * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")

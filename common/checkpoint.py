@@ -1,0 +1,128 @@
+"""Reading checkpoint files, ours and published ones, and loading their weights into a network."""
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.console import InputError
+from common.layouts import VOC_CLASSES, voc_palette
+
+COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
+# What a file that does not say was trained with.
+OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "input_scale": 1,
+              "palette": voc_palette()}
+# Entries of a checkpoint that are not parts a script registered.
+METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
+
+
+def read_checkpoint(path, flag, mmap=False):
+    """Return the checkpoint dict in a file of ours, or one like it made from a published DeepLabv2 or ResNet file.
+
+    flag: the flag that named the file, for the error. mmap: leave the tensors in the file if its format allows that.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    scalar = np.float64().__reduce__()[0]  # the first implementation's snapshots have one, under either numpy name
+    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    advice = "name the last.pt or best.pt of a training, or a published file"
+    try:
+        with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as e:  # the unpickler raises nearly anything on a file that is no checkpoint
+        why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
+        raise InputError(f"{flag} {path}: {why}; {advice}") from None
+    ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
+    found = checkpoint if ours else translate(checkpoint)
+    types = {"args": dict, "classes": (list, tuple), "step": int}
+    if found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types):
+        raise InputError(f"{flag} {path}: not a network known here; {advice}")
+    return found | {"args": OLDER_ARGS | found["args"]}
+
+
+def part_names(checkpoint):
+    """Return the names of the parts (networks, optimisers) in a checkpoint; older files have None for missing ones."""
+    return {name for name, part in checkpoint.items() if name not in METADATA and part is not None}
+
+
+def is_state_dict(x):
+    return isinstance(x, dict) and all(isinstance(k, str) and isinstance(w, torch.Tensor) for k, w in x.items())
+
+
+def translate(theirs):
+    """Return a checkpoint dict made from the weights in a published file, or None if it is unknown.
+
+    Known are the networks on Caffe's ResNet: the authors' (a plain state dict; the first 2 of their 4 branches run),
+    the first implementation's snapshots ({epoch, state_dict, miou}, "module." before each name) and DeepLabv2 on
+    MS-COCO (with or without "Scale." before each name); and torchvision's ImageNet ResNets.
+    """
+    snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
+    weights = theirs["state_dict"] if snapshot else theirs
+    if not is_state_dict(weights):
+        return None
+    plain = not snapshot and not any(k.startswith("Scale.") for k in weights)
+    weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
+    parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
+    depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
+    bottlenecks = "layer1.0.conv3.weight" in weights
+    backbone = {(2, 2, 2, 2, False): "resnet18", (3, 4, 6, 3, True): "resnet50", (3, 4, 23, 3, True): "resnet101"}.get(
+        (*depths, bottlenecks))
+    caffe = any(k.startswith("layer5.") for k in weights)
+    if backbone is None or caffe == ("fc.weight" in weights) or (caffe and not bottlenecks):
+        return None
+    seg = {}
+    for name, weight in weights.items():
+        if parts[name]:
+            layer, block, rest = parts[name].groups()
+            seg[f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"] = weight
+        elif name.startswith("layer5.conv2d_list."):
+            seg[name.replace("layer5.conv2d_list", "head")] = weight
+        elif not name.startswith("fc."):
+            seg[f"backbone.0.{name}"] = weight
+    classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
+    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if plain else 4,
+            "norm": "imagenet" if snapshot or not caffe else "caffe"}
+    names = VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]
+    return {"seg": seg, "args": args, "classes": names, "step": 0}
+
+
+def read_start(init, mmap=False):
+    """Return the checkpoint dict that --init names; None for "imagenet" and "none", whose weights are elsewhere."""
+    if init in ("imagenet", "none"):
+        return None
+    if init == "coco" and not COCO_FILE.is_file():
+        raise InputError(f"--init coco: {COCO_FILE} is missing; put the file there or name it with --init FILE")
+    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init", mmap)
+
+
+def load_weights(seg, theirs, where, new_classifier=False):
+    """Load the state dict `theirs` into `seg`, without classifier branches that `seg` does not have.
+
+    where: flag and file, for messages. new_classifier: a missing classifier, or one for another number of classes,
+    leaves that of `seg` as it is.
+
+    Raises:
+        InputError: that lists the keys which are missing, unexpected, or of another shape.
+    """
+    ours = seg.state_dict()
+    skipped = {k for k in ours if k.endswith("num_batches_tracked") and k not in theirs}  # which old files lack
+    unused = {k for k in theirs if re.match(r"head\.\d", k) and k not in ours}
+    bias = theirs.get("head.0.bias")
+    if new_classifier and (not any(k.startswith("head.") for k in theirs) or
+                           (bias is not None and bias.shape != ours["head.0.bias"].shape)):
+        print(f"{where}: the file has no classifier for these classes; the classifier is initialised randomly")
+        skipped |= {k for k in ours if k.startswith(("head.", "up."))}
+        unused |= {k for k in theirs if k.startswith("up.")} - ours.keys()
+    elif unused:
+        print(f"{where}: {len(seg.head)} of its {len(seg.head) + len(unused) // 2} branches are used")
+    if new_classifier and "up.weight" not in theirs:
+        skipped.add("up.weight")  # initialised as bilinear
+    wrong = {"missing": ours.keys() - theirs.keys() - skipped, "unexpected": theirs.keys() - ours.keys() - unused,
+             "of another shape": {k for k in ours.keys() & theirs.keys() - skipped if ours[k].shape != theirs[k].shape}}
+    if any(wrong.values()):
+        listed = "; ".join(f"{what}: {', '.join(sorted(keys)[:20])}{', ...' if len(keys) > 20 else ''}"
+                           for what, keys in wrong.items() if keys)
+        raise InputError(f"{where}: another network; {listed}; give the --backbone and flags of its training")
+    seg.load_state_dict({k: w for k, w in theirs.items() if k not in unused | skipped}, strict=False)
