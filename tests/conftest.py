@@ -23,13 +23,13 @@ SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --i
 
 @pytest.fixture(autouse=True)
 def signals():
-    """What a training in this process does about signals is over with the test, and so are its loaders' workers."""
+    """After each test, restore the signal handlers and kill the loaders' workers."""
     import data
-    import parallel
+    from common import distributed
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    data.end_workers()
-    parallel.heard = None
+    data.kill_workers()
+    distributed.stop_reason = None
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -105,12 +105,12 @@ def seeing(blocks, tmp_path_factory):
 def fails(capsys, monkeypatch):
     """fails(script, *flags) -> the one line on standard error, after checking for exit status 2 and a single line."""
     def run(script, *words):
-        import cli
+        from common import console
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.launch(module.main, module.flags)
+            console.launch(module.main, module.flags)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1, error
         return error

@@ -28,7 +28,9 @@ def start(tmp_path):
     """start(code before, **environment) -> a process that loads csrc with one operator alone, which is built faster."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=shutil.ignore_patterns("*.cu*", "*.md", "__pycache__"))
-    shutil.copy(ROOT / "cli.py", tree)  # all that csrc imports from outside
+    (tree / "common").mkdir()
+    for name in ("__init__.py", "console.py"):  # all that csrc imports from outside
+        shutil.copy(ROOT / "common" / name, tree / "common")
     for file in (tree / "csrc").glob("*.cpp"):
         if file.name != "confusion_matrix.cpp":
             file.unlink()

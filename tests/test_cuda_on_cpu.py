@@ -1,5 +1,6 @@
 """The CUDA kernels, compiled by g++ and run by cuda_on_cpu.h, against the float64 references; that header's tests."""
 import ctypes
+import fcntl
 import os
 import subprocess
 import sys
@@ -37,9 +38,12 @@ def run(*words, **kw):
 def made_once(name, make, files, *words):
     """The folder that make(folder) has filled from `files` and `words`: once on a machine, in csrc/build.py's cache."""
     folder = build.cache_folder(name, [torch.__version__, *map(str, words)], files)
-    with build.building(folder) as empty:
-        if empty:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "building", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "ready").exists():
             make(folder)
+            (folder / "ready").touch()
     return folder
 
 

@@ -1,4 +1,3 @@
-import argparse
 import shutil
 
 import numpy as np
@@ -10,56 +9,13 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-import cli
 import data
-import parallel
-import shapes
+from common import console, distributed, layouts
 
 
-def settings(crop=65, scale=(0.5, 1.5), seed=0, input_scale=1):
-    return argparse.Namespace(crop=crop, scale=scale, seed=seed, input_scale=input_scale, drop_last=False, batch_size=2)
-
-
-def stream(voc, labelled=True, name="labelled", **kw):
-    dataset = data.open_data(str(voc))
-    return data.Stream(dataset.samples(dataset.train_ids(), labelled), settings(**kw), name)
-
-
-@pytest.mark.quick
-def test_open(voc):
-    dataset = data.open_data(str(voc))
-    assert dataset.classes == ["grey", "red", "green", "blue"] and not dataset.note
-    assert len(dataset.train_ids()) == 8 and len(dataset.ids("val")) == 2  # the last id has no newline behind it
-    (voc / "ImageSets/Segmentation/train_aug.txt").write_text("train3\n\n train1 \r\n")
-    assert dataset.train_ids() == ["train3", "train1"]
-    (voc / "classes.txt").write_text("sky 1 2 3\nfire hydrant\nroad 4 5 6\ncar\n")
-    dataset = data.open_data(str(voc))
-    assert dataset.classes + dataset.palette[:9] == ["sky", "fire hydrant", "road", "car", 1, 2, 3, 128, 0, 0, 4, 5, 6]
-    (voc / "classes.txt").unlink()
-    assert len(data.open_data(str(voc)).classes) == 21
-
-
-def test_voc_palette():
-    p = data.voc_palette()
-    assert p[:12] + p[60:63] + p[765:] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 64, 128, 224, 224, 192]
-
-
-@pytest.mark.quick
-def test_split_is_nested_and_seeded():
-    ids = [f"p{n}" for n in range(10582)]
-    parts = [data.split_ids(ids, f, 0)[0] for f in (1 / 8, 1 / 4, 1 / 2, 1)]
-    assert [len(p) for p in parts] == [1323, 2646, 5291, 10582]  # round(), so 1322.75 is 1323 and 2645.5 is 2646
-    assert set(parts[0]) < set(parts[1]) < set(parts[2])
-    labelled, unlabelled = data.split_ids(ids, 1 / 8, 0)
-    assert sorted(labelled + unlabelled) == sorted(ids) and not set(labelled) & set(unlabelled)
-    assert set(data.split_ids(ids[::-1], 1 / 8, 0)[0]) == set(labelled)
-    assert len(set(data.split_ids(ids, 1 / 8, 1)[0]) & set(labelled)) < 300
-
-
-def test_labelled_ids(voc, tmp_path):
-    (tmp_path / "mine.txt").write_text("train2\ntrain0")
-    labelled, unlabelled = data.split_ids([f"train{n}" for n in range(8)], 0.9, 0, tmp_path / "mine.txt")
-    assert labelled == ["train0", "train2"] and len(unlabelled) == 6
+def stream(voc, labelled=True, name="labelled", seed=0, crop=65, **more):
+    dataset = layouts.open_dataset(str(voc))
+    return data.TrainDataset(dataset.samples(dataset.train_ids(), labelled), name, seed, crop, **more)
 
 
 def test_transform_covers_what_it_should():
@@ -81,7 +37,7 @@ def test_scale_one_is_a_plain_crop():
     for n in range(20):
         (x, y, _, _), size, flip = geometry = data.random_geometry((96, 80), 65, 1, data.random.Random(n))
         assert size == (65, 65)
-        got = data.place_picture(Image.fromarray(image), geometry, torch.zeros(65, 65, 3, dtype=torch.uint8))
+        got = data.place_image(Image.fromarray(image), geometry, torch.zeros(65, 65, 3, dtype=torch.uint8))
         for whole, part in ((image, got), (ids, data.place_label(ids, geometry, 65))):
             want = whole[y:y + 65, x:x + 65]
             assert (part.numpy() == (want[:, ::-1] if flip else want)).all()
@@ -92,8 +48,8 @@ def test_a_third_is_the_middle_of_three():
     geometry = data.random_geometry((99, 81), 65, 1 / 3, data.random.Random(1))
     want = ids[1::3, 1::3][:, ::-1 if geometry[2] else 1]
     assert geometry[1] == (33, 27) and (data.place_label(ids, geometry, 65).numpy()[:27, :33] == want).all()
-    picture = Image.fromarray(np.stack([ids] * 3, 2))
-    pixels = data.place_picture(picture, geometry, torch.zeros(65, 65, 3, dtype=torch.uint8))
+    image = Image.fromarray(np.stack([ids] * 3, 2))
+    pixels = data.place_image(image, geometry, torch.zeros(65, 65, 3, dtype=torch.uint8))
     assert (pixels[:27, 1:32, 0].numpy() == want[:, 1:-1]).all()
 
 
@@ -105,23 +61,24 @@ def folder(tmp_path_factory):
 @examples(max_examples=60, deadline=None)
 @given(w=st.integers(1, 250), h=st.integers(1, 250), low=st.floats(0.1, 1.5), more=st.floats(1, 2),
        crop=st.integers(65, 129), n=st.integers(0, 10**6), suffix=st.sampled_from(["png", "jpg"]))
-def test_picture_and_label_show_the_same_place(folder, w, h, low, more, crop, n, suffix):
-    """Red and green of the picture are the column and the row, two labels are too: after any draw they still agree."""
+def test_image_and_label_show_the_same_place(folder, w, h, low, more, crop, n, suffix):
+    """Red and green of the image are the column and the row, two labels are too: after any draw they still agree."""
     y, x = np.mgrid[:h, :w].astype(np.uint8)
     Image.fromarray(np.stack([x, y, np.zeros_like(x)], 2)).save(folder / f"p.{suffix}", quality=98, subsampling=0)
     scale, drawn = (low, low * more), []
     for name, ids in (("columns", x), ("rows", y)):
         Image.fromarray(ids).save(folder / f"{name}.png")
-        sample = str(folder / f"p.{suffix}"), data.Label(str(folder / f"{name}.png"), 251, ())
-        drawn.append(data.Stream([sample], settings(crop, scale, n), "property")[n])
-    (picture, columns), (again, rows) = drawn
+        label = layouts.Label(str(folder / f"{name}.png"), 251, ())
+        sample = layouts.Sample("p", str(folder / f"p.{suffix}"), label)
+        drawn.append(data.TrainDataset([sample], "property", n, crop, scale)[n])
+    (image, columns), (again, rows) = drawn
     inside = (columns != 255).numpy()
-    assert torch.equal(picture, again) and ((columns != 255) == (rows != 255)).all() and inside[0, 0]
-    assert (picture.numpy()[~inside] == data.PADDING).all()
+    assert torch.equal(image, again) and ((columns != 255) == (rows != 255)).all() and inside[0, 0]
+    assert (image.numpy()[~inside] == data.PADDING).all()
     # bilinear and nearest differ by half an output pixel, a cut-off antialiasing kernel by another, a JPEG rounds
     allowed = 1.6 + 1.1 / low + 5 * (suffix == "jpg")
     for channel, ids in ((0, columns), (1, rows)):
-        error = np.abs(picture.numpy()[..., channel].astype(int) - ids.numpy())[inside]
+        error = np.abs(image.numpy()[..., channel].astype(int) - ids.numpy())[inside]
         assert error.max() <= allowed, (error.max(), allowed)
 
 
@@ -147,117 +104,50 @@ def test_labels_gain_no_value_and_keep_void(w, h, factor, classes, n):
 @given(colours=st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=3, max_size=20, unique=True),
        n=st.integers(0, 10**6), mode=st.sampled_from(["RGB", "RGBA"]))
 def test_colour_labels_are_the_ids_they_stand_for(folder, colours, n, mode):
-    """The last colour is void; a picture in colours reads as the ids it was drawn from."""
+    """The last colour is void; a image in colours reads as the ids it was drawn from."""
     *classes, void = colours
     (folder / "classes.txt").write_text("".join(f"class {i} {r} {g} {b}\n" for i, (r, g, b) in enumerate(classes))
                                         + "void {} {} {}\n".format(*void))
-    names, palette, codes = data.read_classes(folder / "classes.txt")
+    names, palette, codes = layouts.read_classes(folder / "classes.txt")
     assert names == [f"class {i}" for i in range(len(classes))] and palette[:3 * len(classes)] == list(sum(classes, ()))
     ids = np.random.RandomState(n).randint(0, len(colours), (9, 7))
     Image.fromarray(np.array(colours, np.uint8)[ids]).convert(mode).save(folder / "label.png")
-    got = data.read_label(data.Label(str(folder / "label.png"), len(names), codes), (7, 9))
+    got = data.read_label(layouts.Label(str(folder / "label.png"), len(names), codes), (7, 9))
     assert (got == np.where(ids == len(classes), 255, ids)).all() and got.dtype == np.uint8
 
 
 def test_colour_labels_that_cannot_be_read(tmp_path):
     Image.fromarray(COLOURS[None]).save(tmp_path / "label.png")
     for lines, say in (("a 40 40 40\nb 220 60 60\nc 60 200 60\n", "colour 60 60 220 is no class's"),
-                       ("a 40 40 40\nb\n", "each class a colour"), ("a 1 2 3\nb 1 2 3\n", "each class a colour")):
+                       ("a 40 40 40\nb\n", "classes.txt gives each"), ("a 1 2 3\nb 1 2 3\n", "classes.txt gives each")):
         (tmp_path / "classes.txt").write_text(lines)
-        names, _, colours = data.read_classes(tmp_path / "classes.txt")
-        with pytest.raises(cli.InputError, match=say):
-            data.read_label(data.Label(str(tmp_path / "label.png"), len(names), colours), (4, 1))
+        names, _, colours = layouts.read_classes(tmp_path / "classes.txt")
+        with pytest.raises(console.InputError, match=say):
+            data.read_label(layouts.Label(str(tmp_path / "label.png"), len(names), colours), (4, 1))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
-def test_pictures_of_other_modes(tmp_path, mode):
+def test_images_of_other_modes(tmp_path, mode):
     file = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
     grey = np.random.RandomState(0).randint(0, 255, (9, 13), np.uint8).repeat(8, 0).repeat(8, 1)
     image = Image.fromarray(np.stack([grey] * 3, 2)).convert(mode)
     image.save(file)
-    picture = data.read_picture(str(file))
-    assert picture.mode == "RGB" and picture.size == (104, 72)
-    assert np.abs(np.subtract(picture, image.convert("RGB"), dtype=int)).max() <= (8 if mode == "CMYK" else 0)
+    image = data.read_image(str(file))
+    assert image.mode == "RGB" and image.size == (104, 72)
+    assert np.abs(np.subtract(image, image.convert("RGB"), dtype=int)).max() <= (8 if mode == "CMYK" else 0)
 
 
-def test_pictures_of_16_bits_are_refused(tmp_path):
+def test_images_of_16_bits_are_refused(tmp_path):
     Image.fromarray(np.full((90, 131), 40000, np.uint16)).save(tmp_path / "p.png")
-    with pytest.raises(cli.InputError, match="mode I;16: convert it to 8 bits a channel"):
-        data.read_picture(str(tmp_path / "p.png"))
-
-
-def test_layout_of_the_first_implementation(voc):
-    for old, new in (("JPEGImages", "img"), ("SegmentationClassAug", "cls"), ("ImageSets/Segmentation", "lists")):
-        (voc / old).rename(voc / new)
-    dataset = data.open_data(str(voc))
-    assert len(dataset.samples(dataset.train_ids())) == 8 and len(dataset.ids("val")) == 2 and not dataset.note
-    with pytest.raises(cli.InputError, match=f"{voc}/img/train9.jpg: not there"):
-        dataset.samples(["train9"])
-
-
-def test_without_lists_a_fifth_is_val(voc):
-    shutil.rmtree(voc / "ImageSets")
-    dataset = data.open_data(str(voc))
-    train, val = dataset.train_ids(), dataset.ids("val")
-    assert len(train) == 8 and len(val) == 2 and not set(train) & set(val)
-    assert "8 of its labelled pictures train, 2 are val" in dataset.note
-    (voc / "SegmentationClassAug" / f"{train[0]}.png").unlink()
-    dataset = data.open_data(str(voc))
-    assert len(now := dataset.train_ids()) == 7 and train[0] not in now and "1 have no label" in dataset.note
-    (voc / "classes.txt").unlink()  # VOC's classes, but no lists: more likely a set that is not whole
-    with pytest.raises(cli.InputError, match="no list .*needs classes.txt as well"):
-        data.open_data(str(voc)).train_ids()
-
-
-def test_a_training_list_alone_draws_nothing(voc, tmp_path, monkeypatch):
-    (voc / "ImageSets/Segmentation/val.txt").unlink()
-    monkeypatch.chdir(tmp_path)
-    dataset = data.open_data(str(voc))
-    assert len(dataset.train_ids()) == 8 and not dataset.note
-    with pytest.raises(cli.InputError, match="no list val.txt"):
-        dataset.ids("val")
-    (tmp_path / "mine").write_text("val0")
-    assert dataset.ids("mine") == ["val0"]
-
-
-def test_labels_that_match_no_picture(voc):
-    shutil.rmtree(voc / "ImageSets")
-    for f in (voc / "SegmentationClassAug").iterdir():
-        f.rename(f.with_name(f"{f.stem}_mask.png"))
-    with pytest.raises(cli.InputError, match="0 of 10 pictures in .* have a label of the same name"):
-        data.open_data(str(voc))
-
-
-def test_odd_files_in_a_folder(voc, tmp_path):
-    (voc / "JPEGImages/._train0.png").write_bytes(b"what a Mac leaves")
-    assert len(data.open_data(str(voc)).pictures) == 10
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more/link").symlink_to(voc / "JPEGImages")
-    dataset = data.open_data(str(voc))
-    val = dataset.samples(dataset.ids("val"))
-    assert len(data.folder_pictures(tmp_path / "more", val)) == 8 and data.folder_pictures(None, val) == []
-    with pytest.raises(cli.InputError, match="no .jpg or .png"):
-        data.folder_pictures(voc / "ImageSets", val)
-    shutil.copy(voc / "JPEGImages/train0.png", voc / "JPEGImages/train0.jpg")
-    with pytest.raises(cli.InputError, match="both are id train0"):
-        data.open_data(str(voc))
-
-
-@pytest.mark.parametrize("text,say", [("a\na\n", "names a class a second time"), ("a\nb\nvoid\n", "void is no class"),
-                                      ("a\n", "holds 1 classes")])
-def test_wrong_classes(tmp_path, text, say):
-    (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(cli.InputError, match=say):
-        data.read_classes(tmp_path / "classes.txt")
-    (tmp_path / "classes.txt").write_bytes("\ufeffVoid 0 0 0\r\ncar 1 2 3\r\nsky 4 5 ²\r\n".encode())
-    assert data.read_classes(tmp_path / "classes.txt")[0] == ["car", "sky 4 5 ²"]
+    with pytest.raises(console.InputError, match="mode I;16: convert it to 8 bits a channel"):
+        data.read_image(str(tmp_path / "p.png"))
 
 
 def test_colours_that_pass_for_indices(tmp_path):
     """Colour labels saved with a palette, and masks of 0 and 255: an error, not swapped or lost classes."""
     (tmp_path / "classes.txt").write_text("ground 0 0 0\nroad 10 20 30\ncar 255 255 255\n")
-    names, palette, colours = data.read_classes(tmp_path / "classes.txt")
-    label = data.Label(str(tmp_path / "label.png"), 3, colours)
+    names, palette, colours = layouts.read_classes(tmp_path / "classes.txt")
+    label = layouts.Label(str(tmp_path / "label.png"), 3, colours)
     rgb = Image.fromarray(np.array([[(255, 255, 255), (10, 20, 30)], [(0, 0, 0), (0, 0, 0)]], np.uint8))
     rgb.save(label.path)
     assert data.read_label(label, (2, 2)).tolist() == [[2, 1], [0, 0]]
@@ -269,7 +159,7 @@ def test_colours_that_pass_for_indices(tmp_path):
     swapped.putpalette([255, 255, 255, 0, 0, 0, 10, 20, 30])
     for image in (swapped, Image.fromarray(np.array([[255, 1], [0, 0]], np.uint8))):
         image.save(label.path)
-        with pytest.raises(cli.InputError, match="value (0|255) has the colour 255 255 255, which classes.txt gives"):
+        with pytest.raises(console.InputError, match="value (0|255) has the colour 255 255 255"):
             data.read_label(label, (2, 2))
 
 
@@ -284,7 +174,7 @@ def test_a_draw_hangs_on_seed_stream_and_number_alone(voc):
         assert not all(torch.equal(other[n][0], wanted[n][0]) for n in wanted)
 
 
-def test_an_epoch_shows_every_picture_once(voc):
+def test_an_epoch_shows_every_image_once(voc):
     s = stream(voc)
     orders = []
     for epoch in range(3):
@@ -298,9 +188,10 @@ def test_an_epoch_shows_every_picture_once(voc):
 @pytest.mark.quick
 def test_batches_do_not_hang_on_workers_or_start(voc):
     def take(workers, start):
-        dataset, args = data.open_data(str(voc)), settings()
-        args.iters, args.workers = 4, workers
-        return list(data.batches(dataset.samples(dataset.train_ids()), "labelled", args, start, torch.device("cpu")))
+        dataset = layouts.open_dataset(str(voc))
+        return list(data.batches(
+            dataset.samples(dataset.train_ids()), "labelled", seed=0, batch_size=2, iters=4, crop=65, scale=(0.5, 1.5),
+            input_scale=1, drop_last=False, workers=workers, start=start, device=torch.device("cpu")))
     want = take(0, 0)
     assert len(want) == 4
     for workers, start in ((1, 0), (2, 0), (2, 2)):
@@ -316,9 +207,9 @@ def test_unlabelled_stream_needs_no_label_files(voc, monkeypatch):
     s = stream(voc, labelled=False, name="unlabelled", scale=(0.3, 0.9))
     padded = 0
     for n in range(20):
-        picture, valid = s[n]
-        assert picture.shape == (65, 65, 3) and valid.dtype == torch.bool
-        grey = (picture == torch.tensor(data.PADDING, dtype=torch.uint8)).all(2)
+        image, valid = s[n]
+        assert image.shape == (65, 65, 3) and valid.dtype == torch.bool
+        grey = (image == torch.tensor(data.PADDING, dtype=torch.uint8)).all(2)
         assert grey[~valid].all() and not grey[valid].any()
         padded += (~valid).sum()
     assert padded > 0
@@ -330,40 +221,22 @@ def test_input_scale_shrinks_what_the_net_sees(voc):
 
 
 def test_evaluation_pads_right_and_below(voc):
-    dataset = data.open_data(str(voc))
-    picture, target = data.Whole(dataset.samples(["val0"]), argparse.Namespace(stride=16, input_scale=1))[0]
-    assert picture.shape == (3, 81, 97) and target.shape == (81, 97)
+    dataset = layouts.open_dataset(str(voc))
+    image, target = data.EvalDataset(dataset.samples(["val0"]), 16)[0]
+    assert image.shape == (3, 81, 97) and target.shape == (81, 97)
     assert (target[80:] == 255).all() and (target[:, 96:] == 255).all() and (target[40:80, :96] != 255).all()
     assert (target[:80, :96].numpy() == np.asarray(Image.open(voc / "SegmentationClassAug/val0.png"))).all()
 
 
 @pytest.mark.quick
 def test_evaluation_shrinks_as_training_does(voc, tmp_path):
-    """A picture that needs no padding: the net is shown the crop that is all of it, at the scale of --input-scale."""
+    """A image that needs no padding: the net is shown the crop that is all of it, at the scale of --input-scale."""
     pixels = np.random.RandomState(0).randint(0, 255, (129, 193, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "p.png")
-    shown, size = data.for_net(data.read_picture(tmp_path / "p.png"), argparse.Namespace(stride=8, input_scale=0.5))
+    shown, size = data.pad_to_stride(data.read_image(tmp_path / "p.png"), 8, 0.5)
     assert shown.shape == (3, 65, 97) and size == (129, 193)
-    crop = data.place_picture(Image.fromarray(pixels), ((0, 0, 193, 129), (97, 65), False), torch.zeros(65, 97, 3))
+    crop = data.place_image(Image.fromarray(pixels), ((0, 0, 193, 129), (97, 65), False), torch.zeros(65, 97, 3))
     assert torch.equal(crop.permute(2, 0, 1), shown)
-
-
-def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    dataset = data.open_data(None)
-    assert dataset.name == "shapes" and "data/VOC2012 is not there (to get it: python data.py voc" in dataset.note
-    with pytest.raises(cli.InputError, match="--data data/VOC2012: no data there"):
-        data.open_data("data/VOC2012")
-    train, val = dataset.train_ids(), dataset.ids("val")
-    assert len(train) == 400 and len(val) == 100
-    counts = np.zeros(256, int)
-    for picture, label in dataset.samples(train[:100] + val):
-        size = data.read_picture(picture).size
-        counts += np.bincount(data.read_label(label, size).ravel(), minlength=256)
-    assert size == (128, 128) and (counts[:6] > 0.01 * counts.sum()).all() and 0.02 < counts[255] / counts.sum() < 0.3
-    again = shapes.draw(np.random.RandomState(5))
-    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(again, shapes.draw(np.random.RandomState(5))))
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["shapes"]  # nothing half-made beside it
 
 
 def spoil(kind, path):
@@ -373,7 +246,7 @@ def spoil(kind, path):
     elif kind == "truncated":
         path.write_bytes(path.read_bytes()[:-60])
     elif kind == "unreadable":
-        path.write_text("no picture")
+        path.write_text("no image")
     elif kind == "outside":
         label[5, 5] = 4
         Image.fromarray(label).save(path)
@@ -386,12 +259,12 @@ def spoil(kind, path):
 
 
 @pytest.mark.parametrize("folder,kind,say", [
-    ("JPEGImages", "missing", "not there"), ("JPEGImages", "truncated", "cannot be read"),
-    ("JPEGImages", "unreadable", "cannot be read"), ("SegmentationClassAug", "missing", "not there"),
+    ("JPEGImages", "missing", "missing"), ("JPEGImages", "truncated", "cannot be read"),
+    ("JPEGImages", "unreadable", "cannot be read"), ("SegmentationClassAug", "missing", "missing"),
     ("SegmentationClassAug", "truncated", "cannot be read"), ("SegmentationClassAug", "unreadable", "cannot be read"),
     ("SegmentationClassAug", "outside", "label value 4 is outside the 4 classes"),
-    ("SegmentationClassAug", "size", "96x79, its picture 96x80"), ("SegmentationClassAug", "16 bit", "index picture"),
-    ("SegmentationClassAug", "RGB", "index picture"), ("SegmentationClassAug", "RGBA", "index picture"),
+    ("SegmentationClassAug", "size", "96x79, its image 96x80"), ("SegmentationClassAug", "16 bit", "index image"),
+    ("SegmentationClassAug", "RGB", "index image"), ("SegmentationClassAug", "RGBA", "index image"),
 ])
 def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
     """In training (all ids labelled, so the first epoch finds it) and in evaluation."""
@@ -410,34 +283,32 @@ def test_bad_files_are_named(voc, tmp_path, fails, folder, kind, say):
 @pytest.mark.quick
 def test_strong_views_are_draws_of_their_own(monkeypatch):
     """The same for any number of processes, other ones in the next step; sizes and places stay."""
-    pictures = torch.randint(0, 128, (16, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    pictures[..., :6, :6] += 128
-    args = argparse.Namespace(seed=0, batch_size=16)
-    views = data.strong_view(pictures, args, 1)
-    assert views.dtype == torch.uint8 and views.shape == pictures.shape
-    changed = [not torch.equal(a, b) for a, b in zip(views, pictures)]
+    images = torch.randint(0, 128, (16, 3, 20, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images[..., :6, :6] += 128
+    views = data.strong_view(images, 0, 1)
+    assert views.dtype == torch.uint8 and views.shape == images.shape
+    changed = [not torch.equal(a, b) for a, b in zip(views, images)]
     grey = [torch.equal(v[0], v[1]) for v in views]
     assert 10 < sum(changed) and 0 < sum(grey) < 10
     light = views.float().mean(1)
     assert (light[:, :6, :6].mean((1, 2)) > 1.2 * light[:, -6:, -6:].mean((1, 2))).all()
-    assert torch.equal(views, data.strong_view(pictures, args, 1))
-    assert not torch.equal(views, data.strong_view(pictures, args, 2))
-    monkeypatch.setattr(parallel, "WORLD", 2)
+    assert torch.equal(views, data.strong_view(images, 0, 1))
+    assert not torch.equal(views, data.strong_view(images, 0, 2))
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     halves = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        halves.append(data.strong_view(pictures[8 * rank:8 * rank + 8], args, 1))
+        monkeypatch.setattr(distributed, "RANK", rank)
+        halves.append(data.strong_view(images[8 * rank:8 * rank + 8], 0, 1))
     assert torch.equal(torch.cat(halves), views)
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("height, width", [(33, 33), (65, 17), (9, 40)])
 def test_mixed_by_the_same_boxes(monkeypatch, height, width):
-    """In half of the pictures a box is the neighbour's, in all maps alike, for any number of processes."""
+    """In half of the images a box is the neighbour's, in all maps alike, for any number of processes."""
     first = torch.arange(64 * height * width).view(64, height, width)
     maps = first, torch.stack([first, 2 * first, 3 * first], 1), first % 3 == 0
-    args = argparse.Namespace(seed=0, batch_size=64, cutmix=0.5)
-    one, three, mask = data.cut_mix(maps, args, 1)
+    one, three, mask = data.cut_mix(maps, 0.5, 0, 1)
     assert torch.equal(three, torch.stack([one, 2 * one, 3 * one], 1)) and torch.equal(mask, one % 3 == 0)
     changed, neighbour = one != first, first.view(32, 2, height, width).flip(1).view(first.shape)
     assert torch.equal(one, neighbour.where(changed, first))
@@ -445,13 +316,11 @@ def test_mixed_by_the_same_boxes(monkeypatch, height, width):
     assert torch.equal(boxes, changed) and 16 < changed.any((1, 2)).sum() < 48
     share = changed.float().mean((1, 2))
     assert share.max() < 0.42 and share[share > 0].min() > 0.005 and 0.15 < share[share > 0].mean() < 0.27
-    assert not torch.equal(one, data.cut_mix(maps, args, 2)[0])
-    args.cutmix = 0
-    assert torch.equal(data.cut_mix(maps, args, 1)[0], first)
-    args.cutmix = 0.5
-    monkeypatch.setattr(parallel, "WORLD", 2)
+    assert not torch.equal(one, data.cut_mix(maps, 0.5, 0, 2)[0])
+    assert torch.equal(data.cut_mix(maps, 0, 0, 1)[0], first)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     halves = []
     for rank in (0, 1):
-        monkeypatch.setattr(parallel, "RANK", rank)
-        halves.append(data.cut_mix([x[32 * rank:32 * rank + 32] for x in maps], args, 1)[0])
+        monkeypatch.setattr(distributed, "RANK", rank)
+        halves.append(data.cut_mix([x[32 * rank:32 * rank + 32] for x in maps], 0.5, 0, 1)[0])
     assert torch.equal(torch.cat(halves), one)

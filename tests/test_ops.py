@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli import InputError
+from common.console import InputError
 from csrc import ops
 
 pytestmark = pytest.mark.quick
@@ -216,7 +216,35 @@ def test_ties_go_to_the_lowest_class():
 Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(1, 1, 2, 2)
 
 
+@pytest.mark.parametrize("threshold", [0, 0.4, 1])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("masked", [True, False])
+def test_selected_labels_are_their_definition(threshold, dtype, masked):
+    """In float64, pixel by pixel; cross entropy against them is that with labels, confidence and mask, to the bit."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (2, 17, 23), generator=g).to(dtype)
+    labels[0, :2] = 255
+    confidence = torch.randn(2, 1, 3, 4, generator=g)
+    confidence[1, 0, 2, 3] = torch.nan
+    valid = torch.rand(2, 17, 23, generator=g) < 0.8 if masked else None
+    above = torch.nn.functional.interpolate(confidence.double(), (17, 23), mode="bilinear", align_corners=True)[:, 0]
+    want = labels.where((above.sigmoid() > threshold) & (torch.ones(()).bool() if valid is None else valid), 255)
+    for select in (ops.select_labels, ops.select_labels_reference):
+        got = select(labels, confidence, valid=valid, threshold=threshold)
+        assert got.dtype == torch.uint8 and torch.equal(got, want.to(torch.uint8))
+    found = []
+    for arguments, more in (((labels, confidence), dict(valid=valid, threshold=threshold)), ((got,), {})):
+        logits = torch.randn(2, 5, 5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss, kept = ops.masked_cross_entropy(logits, *arguments, **more)
+        loss.backward()
+        found.append((loss, kept, logits.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and (found[0][1] > 0) == (threshold < 1)
+
+
 @pytest.mark.parametrize("match,call", [
+    ("labels must be", lambda: ops.select_labels(T.float(), C)),
+    ("confidence must be", lambda: ops.select_labels(T, T)),
+    ("valid must be", lambda: ops.select_labels(T, C, valid=T)),
     ("target holds 3", lambda: ops.masked_cross_entropy(Z, T + 3)),
     ("target holds -1", lambda: ops.masked_cross_entropy(Z, T.long() - 1)),
     ("target holds 7", lambda: ops.confusion_matrix(Z, T + 7)),
@@ -228,10 +256,10 @@ Z, T, C = torch.zeros(1, 3, 2, 2), torch.zeros(1, 4, 4, dtype=torch.uint8), torc
     ("confidence must be", lambda: ops.masked_cross_entropy(Z, T, Z)),
     ("valid must be", lambda: ops.masked_cross_entropy(Z, T, valid=T)),
     ("divide must be", lambda: ops.masked_cross_entropy(Z, T, divide="some")),
-    ("num_classes is needed", lambda: ops.confusion_matrix(T, T)),
-    ("differ in shape", lambda: ops.confusion_matrix(T[:, 1:], T, 3)),
+    ("num_classes must be", lambda: ops.confusion_matrix(T, T)),
+    ("prediction must be", lambda: ops.confusion_matrix(T[:, 1:], T, 3)),
     ("out must be", lambda: ops.confusion_matrix(T, T, 3, out=torch.zeros(2, 2, dtype=torch.int64))),
-    ("target is on meta", lambda: ops.masked_cross_entropy(Z, T.to("meta"))),
+    ("target must be .* on meta", lambda: ops.masked_cross_entropy(Z, T.to("meta"))),
     ("absent must be", lambda: ops.mean_iou(torch.eye(2), "maybe")),
 ])
 def test_wrong_arguments_are_named(match, call):

@@ -1,6 +1,4 @@
-"""predict.py: logits of large pictures and by several views, and what eval.py --images reads and writes."""
-import argparse
-
+"""predict.py: logits of large images and of several views, and what the command reads and writes."""
 import numpy as np
 import pytest
 import torch
@@ -9,21 +7,18 @@ from PIL import Image
 
 import predict
 
-CPU = torch.device("cpu")
-
 
 class Points(torch.nn.Module):
-    """A net whose logits are the colours at every 16th pixel."""
+    """A network whose logits are the colours at every 16th pixel."""
 
-    def normalise(self, pixels):
-        return pixels.float() / 50
+    stride = 16
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))  # which tells the device
 
     def forward(self, x):
-        return x[:, :, ::16, ::16]
-
-
-def settings(**more):
-    return argparse.Namespace(amp=False, backbone="resnet18", stride=16, **more)
+        return x[:, :, ::16, ::16].float() / 50
 
 
 @pytest.mark.quick
@@ -34,8 +29,8 @@ def test_windows_are_the_whole(size, window):
     pixels = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     seen, net = [], Points()
     net.register_forward_hook(lambda net, x, y: seen.append(x[0].shape[2:]))
-    got = predict.logits(net, pixels, settings(window=window), CPU)
-    torch.testing.assert_close(got, predict.logits(Points(), pixels, settings(), CPU))
+    got = predict.predict_logits(net, pixels, False, window)
+    torch.testing.assert_close(got, predict.predict_logits(Points(), pixels, False))
     assert max(max(s) for s in seen) <= max(window, 65) and (len(seen) > 1) == (max(size) > window)
 
 
@@ -43,19 +38,20 @@ def test_windows_are_the_whole(size, window):
 def test_views_are_averaged():
     """As probabilities; mirrored pictures give mirrored logits, and one colour what it gives alone."""
     pixels = torch.randint(0, 256, (1, 3, 129, 193), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    args, seen, net = settings(tta=True), [], Points()
+    seen, net = [], Points()
     net.register_forward_hook(lambda net, x, y: seen.append(tuple(x[0].shape[2:])))
-    got = predict.logits(net, pixels, args, CPU)
+    got = predict.predict_logits(net, pixels, False, tta=True)
     assert sorted(seen) == [(97, 145)] * 2 + [(129, 193)] * 2 + [(161, 241)] * 2
     torch.testing.assert_close(got.exp().sum(1), torch.ones(1, 9, 13))
-    torch.testing.assert_close(predict.logits(Points(), pixels.flip(3), args, CPU), got.flip(3))
-    plain = predict.logits(Points(), pixels, settings(), CPU)
+    torch.testing.assert_close(predict.predict_logits(Points(), pixels.flip(3), False, tta=True), got.flip(3))
+    plain = predict.predict_logits(Points(), pixels, False)
     assert not torch.allclose(got, plain.log_softmax(1), atol=0.01)
     one = torch.full_like(pixels, 7)
-    torch.testing.assert_close(predict.logits(Points(), one, args, CPU), torch.full((1, 3, 9, 13), 1 / 3).log())
+    got = predict.predict_logits(Points(), one, False, tta=True)
+    torch.testing.assert_close(got, torch.full((1, 3, 9, 13), 1 / 3).log())
 
 
-def test_folders_globs_and_turned_pictures(seeing, tmp_path, fails):
+def test_folders_globs_and_turned_images(seeing, tmp_path, fails):
     ckpt, rng = seeing["train_base"] / "last.pt", np.random.RandomState(0)
     (tmp_path / "in/deep").mkdir(parents=True)
     picture = Image.fromarray(rng.randint(0, 255, (9, 14, 3), np.uint8).repeat(10, 0).repeat(10, 1))
@@ -64,8 +60,8 @@ def test_folders_globs_and_turned_pictures(seeing, tmp_path, fails):
     picture.save(tmp_path / "in/deep/turned.png", exif=exif)
     picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "in/upright.png")
     (tmp_path / "in/notes.txt").write_text("no picture")
-    words = "--ckpt", ckpt, "--gpu", -1, "--images"
-    call("eval", *words, tmp_path / "in", "--out", tmp_path / "out", "--blend")
+    words = "--ckpt", ckpt, "--gpu", -1
+    call("predict", *words, tmp_path / "in", "--out", tmp_path / "out", "--blend")
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "legend.png", "turned.png", "turned_blend.jpg", "upright.png", "upright_blend.jpg"]
     one, two = (np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in ("turned", "upright"))
@@ -74,32 +70,33 @@ def test_folders_globs_and_turned_pictures(seeing, tmp_path, fails):
     upright = np.asarray(Image.open(tmp_path / "in/upright.png")).astype(float)
     colours = np.asarray(Image.open(tmp_path / "out/turned.png").convert("RGB")).astype(float)
     assert abs(blend - 0.5 * upright - 0.5 * colours).mean() < 12  # JPEG's losses on noise
-    call("eval", *words, tmp_path / "in/*.png", "--out", tmp_path / "glob", "--window", 65, "--tta")
+    call("predict", *words, tmp_path / "in/*.png", "--out", tmp_path / "glob", "--window", 65, "--tta")
     assert sorted(f.name for f in (tmp_path / "glob").iterdir()) == ["legend.png", "upright.png"]
     picture.save(tmp_path / "legend.jpg")
-    assert "is the legend's name; rename" in fails("eval", *words, tmp_path / "legend.jpg", "--out", tmp_path / "no")
+    assert "legend.png" in fails("predict", *words, tmp_path / "legend.jpg", "--out", tmp_path / "no")
     picture.save(tmp_path / "in/[1].png")
     picture.save(tmp_path / "in/._upright.png")  # as a Mac leaves them
     Image.new("L", (9, 9)).save(tmp_path / "in/broken.jpg")
     content = (tmp_path / "in/broken.jpg").read_bytes()
     (tmp_path / "in/broken.jpg").write_bytes(content[:20] + b"\xff\xe1\x00\x0eExif\0\0broken" + content[20:])
-    assert [f.name for f in predict.named([tmp_path / "in"])] == ["[1].png", "broken.jpg", "turned.png", "upright.png"]
+    found = [f.name for f in predict.find_images([tmp_path / "in"])]
+    assert found == ["[1].png", "broken.jpg", "turned.png", "upright.png"]
     files = [tmp_path / "in/[1].png", tmp_path / "legend.jpg"]  # that is there; what is beside folders
-    assert predict.named([str(files[0]), str(tmp_path / "*")]) == files
-    assert "broken.jpg: cannot be read" in fails("eval", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
-    assert "would overwrite" in fails("eval", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
+    assert predict.find_images([str(files[0]), str(tmp_path / "*")]) == files
+    assert "broken.jpg" in fails("predict", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
+    assert "overwrite" in fails("predict", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
     picture.save(tmp_path / "in/deep/one_blend.jpg")
     picture.save(tmp_path / "in/deep/one.jpg")
     one = tmp_path / "in/deep/one.jpg", tmp_path / "in/deep/one_blend.jpg", "--out", tmp_path / "in/deep"
-    assert "would overwrite" in fails("eval", *words, *one, "--blend")
+    assert "overwrite" in fails("predict", *words, *one, "--blend")
     for nothing in (tmp_path / "out/none*.jpg", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
-        assert "nothing there; name files" in fails("eval", *words, nothing, "--out", tmp_path / "no")
+        assert nothing.name in fails("predict", *words, nothing, "--out", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.quick
 def test_a_legend_names_every_class():
     names, palette = ["sky", "road", "tree"], [10, 200, 30, 250, 0, 0, 0, 0, 99]
-    image = np.asarray(predict.legend(names, palette))
+    image = np.asarray(predict.draw_legend(names, palette))
     assert all((image == palette[3 * k:3 * k + 3]).all(2).sum() > 200 for k in range(3))

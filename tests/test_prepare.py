@@ -1,5 +1,4 @@
-"""python data.py: data sets from their archives, and the commands that look at one."""
-import argparse
+"""python prepare.py: data sets from their archives, and the commands that look at one."""
 import functools
 import hashlib
 import http.server
@@ -13,39 +12,39 @@ import time
 
 import numpy as np
 import pytest
-from conftest import COLOURS, ROOT, call, python
+from conftest import ROOT, call, python
 from PIL import Image
 from scipy.io import savemat
 
-import cli
 import data
 import prepare
+from common import console, layouts
 
 VOC, SBD = "VOCtrainval_11-May-2012.tar", "benchmark.tgz"
 TRAIN, VAL, SBD_TRAIN, SBD_VAL = ["p0", "p1"], ["p2", "p3", "p4"], ["p1", "p5", "p6", "p2"], ["p7", "p8", "p3"]
 AUG = ["p0", "p1", "p5", "p6", "p7", "p8"]  # union less val
-COUNTS = {"train": 2, "val": 3, "train_aug": 6, "pictures": 10}
+COUNTS = {"train": 2, "val": 3, "train_aug": 6, "images": 10}
 NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory):
     """A folder with both archives as published, but small: 10 pictures, VOC's labels all 1, SBD's all 2 with a 3."""
-    root, rng, palette = tmp_path_factory.mktemp("archives"), np.random.RandomState(0), data.voc_palette()
+    root, rng, palette = tmp_path_factory.mktemp("archives"), np.random.RandomState(0), layouts.voc_palette()
     voc, sbd = root / "VOCdevkit/VOC2012", root / "benchmark_RELEASE/dataset"
     for file, ids in ((voc / "ImageSets/Segmentation/train.txt", TRAIN), (voc / "ImageSets/Segmentation/val.txt", VAL),
                       (sbd / "train.txt", SBD_TRAIN), (sbd / "val.txt", SBD_VAL), (voc / "Annotations/p0.xml", "-")):
-        prepare.put(file, lambda f: f.write_text("\n".join(ids)))
+        console.write_atomically(file, lambda f: f.write_text("\n".join(ids)))
     for n in range(10):
         picture = Image.fromarray(rng.randint(0, 255, (60, 80, 3), np.uint8))
-        prepare.put(voc / f"JPEGImages/p{n}.jpg", lambda f: picture.save(f, "JPEG"))
+        console.write_atomically(voc / f"JPEGImages/p{n}.jpg", lambda f: picture.save(f, "JPEG"))
     for i in TRAIN + VAL:
-        prepare.put_label(voc / f"SegmentationClass/{i}.png", np.ones((60, 80), np.uint8), palette)
+        prepare.write_label(voc / f"SegmentationClass/{i}.png", np.ones((60, 80), np.uint8), palette)
     ids = np.full((60, 80), 2, np.uint8)
     ids[0, 0] = 3
     mat = {"GTcls": {"Boundaries": np.zeros((20, 1), object), "Segmentation": ids, "CategoriesPresent": [2.0]}}
     for i in {*SBD_TRAIN, *SBD_VAL}:
-        prepare.put(sbd / f"cls/{i}.mat", lambda f: savemat(f, mat, appendmat=False))
+        console.write_atomically(sbd / f"cls/{i}.mat", lambda f: savemat(f, mat, appendmat=False))
     for name, folder, mode in ((VOC, "VOCdevkit", "w"), (SBD, "benchmark_RELEASE", "w:gz")):
         with tarfile.open(root / name, mode) as tar:
             tar.add(root / folder, folder)
@@ -83,13 +82,13 @@ def server(archives, monkeypatch, tmp_path):
 
 
 def is_complete(root):
-    dataset = data.open_data(str(root))
+    dataset = layouts.open_dataset(str(root))
     assert dataset.train_ids() == AUG and dataset.ids("train") == TRAIN and dataset.ids("val") == VAL
-    assert sorted(dataset.labels) == sorted(AUG + VAL) and len(dataset.pictures) == 10 and len(dataset.classes) == 21
+    assert sorted(dataset.labels) == sorted(AUG + VAL) and len(dataset.images) == 10 and len(dataset.classes) == 21
     for i, label in dataset.labels.items():
-        ids = data.read_label(data.Label(label, 21, ()), (80, 60))
+        ids = data.read_label(layouts.Label(label, 21, ()), (80, 60))
         assert np.unique(ids).tolist() == ([1] if i in TRAIN + VAL else [2, 3]), i
-        assert Image.open(label).getpalette() == data.voc_palette()
+        assert Image.open(label).getpalette() == layouts.voc_palette()
     left = {f.relative_to(root).parts[0] for f in root.rglob("*") if f.is_file()} - {"archives"}
     assert left == {"JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets"}
     assert not list(root.rglob("*.part")) and not list(root.rglob("*.xml"))
@@ -99,7 +98,7 @@ def test_voc(server, tmp_path, capsys):
     root = tmp_path / "VOC2012"
     call("prepare", "voc", "--root", root)
     said = capsys.readouterr().out
-    assert "train_aug 6 pictures (2 of them with VOC's own labels" in said and "val 3" in said
+    assert "train_aug 6 images (2 of them with VOC's own labels" in said and "val 3" in said
     is_complete(root)
     # what is there is not done again, and what is not is done without the rest
     before = {f: f.stat().st_mtime_ns for f in root.rglob("*.*g")}
@@ -120,9 +119,10 @@ def test_voc(server, tmp_path, capsys):
 def test_voc_from_a_folder(archives, server, tmp_path, fails):
     """A picture of another size and an SBD label where VOC has its own are replaced; a wrong archive is not taken."""
     root, wrong = tmp_path / "v", tmp_path / VOC
-    prepare.put(root / "JPEGImages/p1.jpg", lambda f: f.write_bytes(b"cut"))
+    console.write_atomically(root / "JPEGImages/p1.jpg", lambda f: f.write_bytes(b"cut"))
     for i in ("p0", "p2"):
-        prepare.put_label(root / f"SegmentationClassAug/{i}.png", np.full((60, 80), 2, np.uint8), data.voc_palette())
+        label = np.full((60, 80), 2, np.uint8)
+        prepare.write_label(root / f"SegmentationClassAug/{i}.png", label, layouts.voc_palette())
     for write in (lambda: None, lambda: wrong.write_bytes((archives / VOC).read_bytes() + b"more")):
         write()
         assert f"--from {tmp_path}: {VOC} is not there or is not the published file, whose MD5 is" in fails(
@@ -130,7 +130,7 @@ def test_voc_from_a_folder(archives, server, tmp_path, fails):
     assert wrong.exists()  # it is the user's
     call("prepare", "voc", "--root", root, "--from", archives)
     is_complete(root)
-    assert data.read_picture(root / "JPEGImages/p1.jpg").size == (80, 60) and not server.asked
+    assert data.read_image(root / "JPEGImages/p1.jpg").size == (80, 60) and not server.asked
 
 
 @pytest.mark.parametrize("kind,say", [("cut", "corrupted"), ("wrong", "corrupted"), ("gone", "HTTP Error 404"),
@@ -143,7 +143,7 @@ def test_a_failed_download(archives, server, tmp_path, monkeypatch, kind, say):
         (server.folder / VOC).write_bytes((archives / VOC).read_bytes() + b"more")
     elif kind == "gone":
         (server.folder / VOC).unlink()
-    with monkeypatch.context() as patch, pytest.raises(cli.InputError) as error:
+    with monkeypatch.context() as patch, pytest.raises(console.InputError) as error:
         if kind == "refused":
             patch.setattr(prepare, "voc_archives", lambda: table(archives, NOWHERE))
         call("prepare", "voc", "--root", root)
@@ -157,7 +157,7 @@ def test_a_failed_download(archives, server, tmp_path, monkeypatch, kind, say):
 
 def test_counts_have_to_be_the_published_ones(archives, server, tmp_path, fails, monkeypatch):
     monkeypatch.setattr(prepare, "VOC_COUNTS", COUNTS | {"train_aug": 7})
-    assert "train_aug has 6 pictures, published are 7" in fails("prepare", "voc", "--root", tmp_path / "v",
+    assert "train_aug has 6 images, 7 are published" in fails("prepare", "voc", "--root", tmp_path / "v",
                                                                 "--from", archives)
     assert not (tmp_path / "v/ImageSets/Segmentation/train_aug.txt").exists()
 
@@ -166,9 +166,9 @@ def script(archives, more=""):
     """Source of a process that runs `voc` on these archives."""
     return f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import cli, prepare; {more}
+import prepare; from common import console; {more}
 prepare.voc_archives, prepare.VOC_COUNTS = lambda: {table(archives, NOWHERE)!r}, {COUNTS!r}
-cli.launch(prepare.main, prepare.flags)
+console.launch(prepare.main, prepare.flags)
 """
 
 
@@ -215,14 +215,14 @@ def test_unsafe_archives_are_refused(tmp_path, name, kind):
             if member.name == name:
                 member.type, member.linkname = kind, "../../secret"
             tar.addfile(member)
-    with pytest.raises(cli.InputError, match="a link or a path that leads elsewhere"):
+    with pytest.raises(console.InputError, match="a.tar: contains"):
         prepare.unpack(tmp_path / "a.tar", "good/", [""], tmp_path / "root")
     assert [f.name for f in tmp_path.rglob("*") if f.is_file()] == ["a.tar", "1.txt"]
 
 
 def test_a_damaged_archive(archives, tmp_path):
     (tmp_path / SBD).write_bytes((archives / SBD).read_bytes()[:-200])
-    with pytest.raises(cli.InputError, match=f"{SBD}: cannot be unpacked"):
+    with pytest.raises(console.InputError, match=f"{SBD}: cannot be unpacked"):
         prepare.unpack(tmp_path / SBD, "benchmark_RELEASE/", [""], tmp_path)
 
 
@@ -231,16 +231,16 @@ def test_cityscapes(tmp_path, capsys, fails, kinds):
     root, picture = tmp_path / "city", Image.new("RGB", (128, 64), (90, 90, 90))
     rows = {"labelIds": (23, 7, 4), "labelTrainIds": (10, 0, 255)}  # sky, road, static
     for name in ("train/aachen/aachen_000000_000019", "train/bonn/bonn_000001_000019", "val/ulm/ulm_000000_000019"):
-        prepare.put(root / f"leftImg8bit/{name}_leftImg8bit.png", lambda f: picture.save(f, "PNG"))
+        console.write_atomically(root / f"leftImg8bit/{name}_leftImg8bit.png", lambda f: picture.save(f, "PNG"))
         for kind in kinds:
             label = Image.fromarray(np.repeat(np.array(rows[kind], np.uint8), (30, 20, 14))[:, None].repeat(128, 1))
-            prepare.put(root / f"gtFine/{name}_gtFine_{kind}.png", lambda f: label.save(f, "PNG"))
-    assert f"python data.py cityscapes --root {root}" in fails("prepare", "split", "--data", root)
+            console.write_atomically(root / f"gtFine/{name}_gtFine_{kind}.png", lambda f: label.save(f, "PNG"))
+    assert f"python prepare.py cityscapes --root {root}" in fails("prepare", "split", "--data", root)
     call("prepare", "cityscapes", "--root", root)
     said = capsys.readouterr().out
-    assert (f"train 2 pictures (published: 2,975), {2 * ('labelTrainIds' in kinds)} labels of train ids, "
+    assert (f"train 2 images (published: 2,975), {2 * ('labelTrainIds' in kinds)} labels of train ids, "
             f"{2 * ('labelIds' in kinds)} of label ids; val 1") in said
-    dataset = data.open_data(str(root))
+    dataset = layouts.open_dataset(str(root))
     assert dataset.train_ids() == ["aachen_000000_000019", "bonn_000001_000019"]
     assert dataset.ids("val") == ["ulm_000000_000019"]
     assert dataset.classes[0] == "road" and dataset.classes[10] == "sky" and len(dataset.classes) == 19
@@ -249,7 +249,7 @@ def test_cityscapes(tmp_path, capsys, fails, kinds):
     ids = data.read_label(label, (128, 64))
     assert (ids[:30] == 10).all() and (ids[30:50] == 0).all() and (ids[50:] == 255).all()
     Image.new("L", (128, 64), 34).save(label.path)
-    with pytest.raises(cli.InputError, match="label value 34 is outside the 19 classes"):
+    with pytest.raises(console.InputError, match="label value 34 is outside the 19 classes"):
         data.read_label(label, (128, 64))
     for f in (root / "gtFine/val").rglob("*.png"):
         f.unlink()
@@ -266,16 +266,16 @@ def test_camvid(tmp_path, capsys, fails):
                 Image.fromarray(array.astype(np.uint8)).save(source / f"{name}{kind}/{name}{n}.png")
     for _ in range(2):
         call("prepare", "camvid", "--from", source, "--root", root)
-    assert "train 3 pictures, val 2 pictures, test 1 pictures, 11 classes" in capsys.readouterr().out
-    dataset = data.open_data(str(root))
+    assert "train 3 images, val 2 images, test 1 images, 11 classes" in capsys.readouterr().out
+    dataset = layouts.open_dataset(str(root))
     assert len(dataset.classes) == 11 and dataset.palette[3:6] == [128, 0, 0]
     path, label = dataset.samples(["train2"])[0]
     old = np.array(Image.open(source / "trainannot/train2.png"))
     assert (data.read_label(label, (48, 36)) == np.where(old == 11, 255, old)).all()
     assert open(path, "rb").read() == (source / "train/train2.png").read_bytes()
     shutil.copy(source / "train/train2.png", source / "trainannot/train2.png")
-    done = python("data.py", "camvid", "--from", source, "--root", root)  # a worker finds it
-    assert re.fullmatch("data.py: .*/train2.png: is no index picture of 0..11.*\n", done.stderr) and done.returncode
+    done = python("prepare.py", "camvid", "--from", source, "--root", root)  # a worker finds it
+    assert re.fullmatch("data.py: .*/train2.png: is not an index image.*\n", done.stderr) and done.returncode
     (source / "trainannot/train2.png").unlink()
     assert "train2 is in only one of train/ and trainannot/" in fails("prepare", "camvid", "--from", source)
     assert "needs train/, trainannot/" in fails("prepare", "camvid", "--from", tmp_path)
@@ -290,7 +290,7 @@ def checked(capsys, root):
 @pytest.mark.quick
 def test_check(voc, capsys):
     status, said = checked(capsys, voc)
-    assert status == 0 and "10 pictures, 10 labels, 4 classes" in said and "96x80 10" in said
+    assert status == 0 and "10 images, 10 labels, 4 classes" in said and "96x80 10" in said
     assert said.endswith("\nnothing is wrong\n")
     labels = [np.array(Image.open(voc / f"SegmentationClassAug/train{n}.png")) for n in range(8)]
     share = 100 * np.mean([label == 2 for label in labels])
@@ -310,9 +310,9 @@ def test_check_finds(voc, capsys):
     status, said = checked(capsys, voc)
     for line in (f"bad files: {pictures}/train0.png: cannot be read",
                  f"bad files: {labels}/train1.png: label value 9 is outside the 5 classes",
-                 f"bad files: {labels}/train2.png: the label is 5x5, its picture 96x80",
+                 f"bad files: {labels}/train2.png: the label is 5x5, its image 96x80",
                  f"in a list, but not there: {pictures}/train3\n", f"in a list, but not there: {labels}/train4\n",
-                 f"label without a picture: {labels}/train3.png\n", "both in train and val: train5\n",
+                 f"label without an image: {labels}/train3.png\n", "both in train and val: train5\n",
                  "both in train and val: val1 of val has the pixels of train6 of train\n",
                  "class that no training label shows: 4, black"):
         assert f"wrong, {line}" in said, line
@@ -325,45 +325,21 @@ def test_split(voc, capsys, tmp_path):
     (voc / "ImageSets/Segmentation/train.txt").write_text("train0\ntrain1\ntrain2")
     call("prepare", "split", "--data", voc, "--split", "0.3", "--out", tmp_path)
     said = capsys.readouterr().out
-    labelled, unlabelled = (data.read_ids(tmp_path / f"{kind}_0.3_seed0.txt") for kind in ("labelled", "unlabelled"))
-    assert (labelled, unlabelled) == data.split_ids([f"train{n}" for n in range(8)], 0.3, 0) and len(labelled) == 2
+    labelled, unlabelled = (layouts.read_ids(tmp_path / f"{kind}_0.3_seed0.txt") for kind in ("labelled", "unlabelled"))
+    assert (labelled, unlabelled) == layouts.split_ids([f"train{n}" for n in range(8)], 0.3, 0) and len(labelled) == 2
     assert said.splitlines()[:8] == labelled + unlabelled
-    assert "0.3 of the 8 pictures of the training list, 2.4 rounded to 2" in said
+    assert "0.3 of the 8 images of the training list, 2.4 rounded to 2" in said
     assert f"{len(set(labelled) & {'train0', 'train1', 'train2'})} of the labelled are of the 3 in train.txt" in said
     call("prepare", "split", "--data", voc, "--split", "0.5", "--list", "train", "--split-seed", 3)
-    assert "0.5 of the 3 pictures of train, 1.5 rounded to 2" in capsys.readouterr().out
-    written = data.read_ids(voc / "ImageSets/Segmentation/labelled_train_0.5_seed3.txt")
-    assert written == data.split_ids(["train0", "train1", "train2"], 0.5, 3)[0]
-
-
-def test_bench(voc, capsys):
-    call("prepare", "bench", "--data", voc, "--pictures", 8, "--rounds", 1, "--crop", 65)
-    said = capsys.readouterr().out
-    assert said.count("data.py is ") == 1 and said.count("pictures/s") == 2
-
-
-def test_the_bench_compares_like_with_like(voc):
-    """Each gives crops of one size, scaled within the same bounds, where colours tell the class."""
-    dataset = data.open_data(str(voc))
-    samples = dataset.samples(dataset.train_ids())
-    for scale in ((1, 1), (0.3, 0.5)):
-        settings = argparse.Namespace(crop=65, scale=scale, input_scale=1, seed=0, drop_last=False, batch_size=1)
-        for stream in (data.Stream(samples, settings, "x"), prepare.Torchvision(samples, (96, 80), settings)):
-            for pixels, ids in (map(np.asarray, stream[n]) for n in range(30)):
-                pixels = pixels if pixels.shape[2] == 3 else pixels.transpose(1, 2, 0)
-                assert pixels.shape == (65, 65, 3) and ids.shape == (65, 65)
-                padded = (pixels == data.PADDING).all(2).mean()
-                if scale == (1, 1):
-                    assert (pixels[ids != 255] == COLOURS[ids[ids != 255]]).all() and padded == 0
-                else:
-                    assert 1 - 48 * 40 / 65**2 - 0.01 <= padded <= 1 - 29 * 24 / 65**2 + 0.01
+    assert "0.5 of the 3 images of train, 1.5 rounded to 2" in capsys.readouterr().out
+    written = layouts.read_ids(voc / "ImageSets/Segmentation/labelled_train_0.5_seed3.txt")
+    assert written == layouts.split_ids(["train0", "train1", "train2"], 0.5, 3)[0]
 
 
 def test_wrong_commands(fails, tmp_path, voc):
-    assert "--split 2.0: it is the labelled fraction" in fails("prepare", "split", "--data", voc, "--split", 2)
-    assert "--rounds, --pictures, --crop: they are at least 1" in fails("prepare", "bench", "--rounds", 0)
+    assert "--split 2.0" in fails("prepare", "split", "--data", voc, "--split", 2)
     assert "required: COMMAND" in fails("prepare")
     assert "invalid choice: 'vok'" in fails("prepare", "vok")
     assert "unrecognized arguments: --root" in fails("prepare", "check", "--root", "x")
     assert f"--data {tmp_path}: no data there" in fails("prepare", "check", "--data", tmp_path)
-    assert "0 of 0 pictures of train have a label" in fails("prepare", "cityscapes", "--root", tmp_path)
+    assert "0 of 0 images of train" in fails("prepare", "cityscapes", "--root", tmp_path)

@@ -1,9 +1,9 @@
-"""The README's commands, to the letter, but with small nets and few steps."""
+"""The README's commands, to the letter, but with small networks and few steps."""
 import shutil
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, call
+from conftest import ROOT, SCRIPTS, SMALL, call
 
 import prepare
 
@@ -21,13 +21,13 @@ def test_the_readme_s_commands(blocks, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(blocks, "mine")
     (tmp_path / "mine/ImageSets").rename(tmp_path / "lists")  # of one's own data: it has none
-    for name in ("holiday", "more_pictures"):
+    for name in ("holiday", "more_images"):
         shutil.copytree(blocks / "JPEGImages", name)
     seen = set()
     for script, *words in commands():
         seen.add(script)
         words = [str(blocks) if word in ("ROOT", "shapes") else word for word in words]
-        if script == "data.py":
+        if script == "prepare.py":
             with pytest.raises(SystemExit) as end:
                 prepare.main(prepare.flags().parse_args(words))
             assert not end.value.code
@@ -35,7 +35,9 @@ def test_the_readme_s_commands(blocks, tmp_path, monkeypatch, capsys):
             call(script[:-3], *words, *SMALL)
         else:
             call(script[:-3], *words, *([] if script == "export.py" else ["--gpu", -1]))
-    assert seen == {"eval.py", "report.py", "export.py", "data.py", *(file.name for file in ROOT.glob("train_*.py"))}
+    others = "eval", "predict", "report", "export", "prepare"
+    assert seen >= {f"{name}.py" for name in (*SCRIPTS, *others)}
     assert (tmp_path / "page.html").stat().st_size > 100_000
-    assert (tmp_path / "predictions/legend.png").exists() and (tmp_path / "out/semi/pictures/overview.jpg").exists()
-    assert torch.export.load("net.pt2").module()(torch.zeros(1, 3, 50, 40, dtype=torch.uint8)).shape == (1, 50, 40)
+    assert (tmp_path / "predictions/legend.png").exists()
+    assert (tmp_path / "out/semi/predictions/overview.jpg").exists()
+    assert torch.export.load("model.pt2").module()(torch.zeros(1, 3, 50, 40, dtype=torch.uint8)).shape == (1, 50, 40)

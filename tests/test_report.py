@@ -1,5 +1,4 @@
 """report.py: a page that holds what the runs logged and what their nets predict, and needs no other file."""
-import argparse
 import html
 import re
 import shutil
@@ -9,11 +8,11 @@ import torch
 from conftest import call
 from PIL import Image
 
-import cli
 import data
 import model
 import predict
 import report
+from common import console, layouts
 from csrc import ops
 
 
@@ -30,20 +29,19 @@ def test_what_is_on_the_page(page, seeing, blocks):
     text = html.unescape(page.read_text())
     assert not re.search(r"(?:src|href|srcset)=\"(?!data:)|https?://(?!www\.w3\.org)|@import|url\(", text)
     checkpoint = torch.load(seeing["train_semi"] / "last.pt", weights_only=True)
-    seg, samples = model.load_segmenter(seeing["train_semi"] / "last.pt"), data.open_data(blocks)
+    seg, samples = model.load_segmenter(seeing["train_semi"] / "last.pt"), layouts.open_dataset(blocks)
     samples = samples.samples(samples.ids("val"))
     matrix = torch.zeros(4, 4, dtype=torch.int64)
-    args = argparse.Namespace(**checkpoint["args"])
-    for picture, target in data.Whole(samples, args):
-        ops.confusion_matrix(predict.logits(seg, picture[None], args, torch.device("cpu")), target[None], out=matrix)
+    for image, target in data.EvalDataset(samples, seg.stride, seg.input_scale):
+        ops.confusion_matrix(predict.predict_logits(seg, image[None]), target[None], out=matrix)
     for truth, row in zip(checkpoint["classes"], matrix):
         for guess, n in zip(checkpoint["classes"], row):
             assert f"{truth} taken for {guess}: {n:,} pixels\">{100 * n / max(1, row.sum()):.1f}</td>" in text
     assert f"<td>{100 * ops.mean_iou(matrix)[0]:.2f}</td>" in text
-    for words in ("mIoU, %", "loss_d, healthy", "kept: unlabelled", "loss_u", "--lam-semi", "train_semi: trusted",
+    for words in ("mIoU, %", "<figcaption>loss_d<", "<figcaption>kept<", "loss_u", "--lam-semi", "pseudo-labels<",
                   "Where the runs differ most", "train_match: ", "grey", "prefers-color-scheme: dark"):
         assert words in text, words
-    assert text.count("D's confidence</figcaption>") == 3 * min(report.SHOWN, len(samples))
+    assert text.count("train_semi: discriminator's confidence</figcaption>") == 3 * min(report.SHOWN, len(samples))
 
 
 def test_nets_of_different_strides(train, tmp_path, voc):
@@ -54,18 +52,18 @@ def test_nets_of_different_strides(train, tmp_path, voc):
     one, two = train("train_base"), train("train_adv", "--input-scale", 0.5, out="two")
     call("report", one, two, "--out", tmp_path / "page.html", "--gpu", -1, "--workers", 0)
     text = (tmp_path / "page.html").read_text()
-    assert "Where the runs differ most" in text and "D&#39;s confidence</fig" in text and "trusted</fig" not in text
+    assert "Where the runs differ most" in text and "confidence</fig" not in text
     (voc / "classes.txt").write_text("grey\nred\ngreen\n")
-    with pytest.raises(cli.InputError, match="has 4 classes, .* has 3; name the data"):
+    with pytest.raises(console.InputError, match="has 4 classes, .* has 3; name the data"):
         call("report", one, "--out", tmp_path / "page.html", "--gpu", -1)
 
 
 @pytest.mark.parametrize("spoil, say", [
-    (lambda out: shutil.rmtree(out), "has no run.json; name the --out of a training"),
-    (lambda out: (out / "log.jsonl").unlink(), "has no log.jsonl; name the --out of a training"),
-    (lambda out: (out / "log.jsonl").write_text(""), "has an empty or damaged log.jsonl"),
-    (lambda out: (out / "run.json").write_text('{"args'), "has an empty or damaged run.json; name the --out"),
-    (lambda out: (out / "last.pt").unlink(), "last.pt: No such file or directory; name a training's last.pt"),
+    (lambda out: shutil.rmtree(out), "run.json"),
+    (lambda out: (out / "log.jsonl").unlink(), "log.jsonl"),
+    (lambda out: (out / "log.jsonl").write_text(""), "log.jsonl"),
+    (lambda out: (out / "run.json").write_text('{"args'), "run.json"),
+    (lambda out: (out / "last.pt").unlink(), "last.pt"),
     (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),
      "has other classes than")])
 def test_bad_runs(fails, seeing, tmp_path, spoil, say):
@@ -74,6 +72,16 @@ def test_bad_runs(fails, seeing, tmp_path, spoil, say):
     assert say in fails("report", seeing["train_base"], out, "--out", tmp_path / "page.html", "--gpu", -1)
     assert not list(tmp_path.glob("page*"))
     assert "name a file" in fails("report", seeing["train_base"], "--out", tmp_path, "--gpu", -1)
+
+
+@pytest.mark.quick
+def test_a_run_cannot_bring_code(tmp_path, monkeypatch):
+    """Only the plain name of a file beside report.py is imported."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for script in ("evil.py", "../evil.py", str(tmp_path / "evil.py"), "", "evil", "tests/conftest.py", "train_base"):
+        assert report.find_report_images(script) is None
+    assert report.find_report_images("train_semi.py") and report.find_report_images("train_base.py") is None
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: apt install chromium")
@@ -91,7 +99,7 @@ def test_in_a_browser(page, width, scheme):
         broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
         assert not said and broken == 0 and tab.evaluate("document.images.length") > 20
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        rows = "[...document.querySelectorAll('.pictures')].map(r => getComputedStyle(r).gridTemplateColumns)"
+        rows = "[...document.querySelectorAll('.images')].map(r => getComputedStyle(r).gridTemplateColumns)"
         assert all(len(columns.split()) == (2 if width == 390 else 6) for columns in tab.evaluate(rows))
         light = tab.evaluate("[...document.querySelectorAll('.plots img')].every(i => i.currentSrc == i.src)")
         assert light == (scheme == "light")

@@ -1,4 +1,4 @@
-"""Several processes, torch.compile; signals to stop, and going on."""
+"""Several ranks, torch.compile, stopping by signals and resuming."""
 import contextlib
 import json
 import os
@@ -12,11 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL, call, log, python
 
-import cli
-import common
 import data
 import model
-import parallel
+from common import console, distributed
+from common.layouts import IGNORE
 from csrc import ops
 
 EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --eval-every 100".split()
@@ -63,7 +62,7 @@ def test_two_processes_are_one(voc, train, tmp_path, script):
     """Half the batch each, and pictures with different numbers of void pixels: the same losses."""
     words = EXACT + STARTS.get(script, "").split()
     said = torchrun(2, ROOT / f"{script}.py", "--data", voc, *SMALL, *words, "--out", tmp_path / "two")
-    assert "2 processes" in said and said.count("mIoU") == 1
+    assert "2 ranks" in said and said.count("mIoU") == 1
     alone = log(train(script, *words, out="one"))
     both = log(tmp_path / "two")
     assert len(both) == 10 and len({row["loss_ce"] for row in both}) == 10
@@ -77,12 +76,12 @@ def test_two_processes_are_one(voc, train, tmp_path, script):
 @pytest.mark.quick
 def test_a_mean_over_processes(monkeypatch):
     """Of 6 pixels here and 2 there: the mean of what the processes have is that over all 8."""
-    monkeypatch.setattr(parallel, "WORLD", 2)
-    monkeypatch.setattr(parallel, "total", lambda count: count * 0 + 8)
-    here, there = (parallel.mean(torch.tensor(x), torch.tensor(n)) for x, n in ((1.0, 6), (5.0, 2)))
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda count: count * 0 + 8)
+    here, there = (distributed.global_mean(torch.tensor(x), torch.tensor(n)) for x, n in ((1.0, 6), (5.0, 2)))
     assert (here + there) / 2 == (1.0 * 6 + 5.0 * 2) / 8
-    monkeypatch.setattr(parallel, "total", lambda count: count * 0)
-    assert parallel.mean(torch.tensor(0.0), torch.tensor(0)) == 0  # no pixel anywhere
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda count: count * 0)
+    assert distributed.global_mean(torch.tensor(0.0), torch.tensor(0)) == 0  # no pixel anywhere
 
 
 def test_processes_share_an_evaluation(voc, trained, tmp_path):
@@ -101,7 +100,7 @@ def test_processes_share_an_evaluation(voc, trained, tmp_path):
         for i in range(7):
             assert (tmp_path / f"{n}/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
     assert found[1] == found[3] and found[1]["miou"] > 0
-    torchrun(2, ROOT / "eval.py", "--ckpt", words[1], "--gpu", -1, "--out", tmp_path / "images", "--images",
+    torchrun(2, ROOT / "predict.py", "--ckpt", words[1], "--gpu", -1, "--out", tmp_path / "images",
              *(voc / f"JPEGImages/train{i}.png" for i in range(3)))
     for i in range(3):
         assert (tmp_path / f"images/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
@@ -118,19 +117,19 @@ def test_statistics_are_level_where_they_are_scored(voc, train, tmp_path, capsys
 
 def test_a_signal_during_the_sum_waits_for_the_next(monkeypatch):
     """All processes have to take the same answer, the sum's."""
-    parallel.listen()
-    monkeypatch.setattr(parallel, "WORLD", 2)
+    distributed.install_signal_handlers()
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
 
     def late(x):
         os.kill(os.getpid(), signal.SIGTERM)
         return x
-    monkeypatch.setattr(parallel, "total", late)
-    assert parallel.stopping() is None and parallel.stopping() == "SIGTERM"
+    monkeypatch.setattr(distributed, "all_reduce_sum", late)
+    assert distributed.stop_requested() is None and distributed.stop_requested() == "SIGTERM"
 
 
 def test_processes_start_from_one_step(train, monkeypatch):
-    monkeypatch.setattr(parallel, "total", lambda x: x + 7)
-    with pytest.raises(cli.InputError, match="the processes found different checkpoints"):
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: x + 7)
+    with pytest.raises(console.InputError, match="--resume: the ranks found different checkpoints"):
         train("train_base")
 
 
@@ -138,7 +137,7 @@ def same(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("out", "resume"))
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("out", "resume", "minutes"))
     return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
@@ -147,14 +146,14 @@ def test_stopped_and_resumed_is_straight(train, tmp_path, monkeypatch, capsys, s
     """20 steps, against 20 with SIGTERM in the tenth: the same log and, to the bit, the same checkpoint."""
     words = ["--iters", 20, "--workers", 1, "--eval-every", 8, "--save-every", 7, *STARTS.get(script, "").split()]
     straight = train(script, *words, out="straight")
-    poly_lr = common.poly_lr
+    poly_lr = model.poly_lr
 
-    def lr_and_signal(optimizer, done, args):
-        poly_lr(optimizer, done, args)
-        if done == 9:
+    def lr_and_signal(step, *more):
+        poly_lr(step, *more)
+        if step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(common, "poly_lr", lr_and_signal)
+        m.setattr(model, "poly_lr", lr_and_signal)
         train(script, *words, out="stopped")
     assert not stop.value.code and "stopped by SIGTERM after step 10" in capsys.readouterr().out
     assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["step"] == 10
@@ -167,15 +166,15 @@ def test_stopped_and_resumed_is_straight(train, tmp_path, monkeypatch, capsys, s
 
 def test_stopped_in_an_evaluation(train, tmp_path, monkeypatch, capsys):
     """It is broken off, the step before it is saved, and --resume makes up for it."""
-    words, for_net, seen = ("--iters", 6, "--eval-every", 3, "--save-every", 100), data.for_net, []
+    words, pad_to_stride, seen = ("--iters", 6, "--eval-every", 3, "--save-every", 100), data.pad_to_stride, []
     straight = train("train_semi", *words, out="straight")
 
     def signalling(*args):
         os.kill(os.getpid(), signal.SIGINT)
         seen.append(1)
-        return for_net(*args)
+        return pad_to_stride(*args)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(data, "for_net", signalling)
+        m.setattr(data, "pad_to_stride", signalling)
         train("train_semi", *words, out="stopped")
     assert not stop.value.code and "stopped by SIGINT after step 3" in capsys.readouterr().out
     assert "miou" not in log(tmp_path / "stopped")[-1] and len(seen) == 1
@@ -187,8 +186,9 @@ def test_stopped_in_an_evaluation(train, tmp_path, monkeypatch, capsys):
 
 def slowly(script, seconds):
     """The code of a script whose loaders take so long for a picture."""
-    return (f"import sys, time; sys.path[:0] = {[str(ROOT)]!r}; import cli, data, {script}; r = data.read_picture; "
-            f"data.read_picture = lambda f: time.sleep({seconds}) or r(f); cli.launch({script}.main, {script}.flags)")
+    return (f"import sys, time; sys.path[:0] = {[str(ROOT)]!r}; import data, {script}; from common import console; "
+            f"r = data.read_image; data.read_image = lambda f: time.sleep({seconds}) or r(f); "
+            f"console.launch({script}.main, {script}.flags)")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -226,7 +226,7 @@ def test_several_processes_stop_and_go_on(voc, tmp_path, script):
         os.killpg(run.pid, signal.SIGTERM)
         said, error = run.communicate(timeout=60)
     step = log(tmp_path / "stopped")[-1]["step"]
-    assert f"after step {step}, which is in" in said and 3 < step < 30, error
+    assert f"after step {step};" in said and 3 < step < 30, error
     assert torch.load(tmp_path / "stopped/last.pt", weights_only=True)["step"] == step
     torchrun(2, ROOT / f"{script}.py", *words, "--out", tmp_path / "stopped", "--resume")
     torchrun(2, ROOT / f"{script}.py", *words, "--out", tmp_path / "straight")
@@ -242,8 +242,8 @@ def test_a_process_is_killed(voc, tmp_path, killed):
         mine = subprocess.check_output(["pgrep", "-P", str(run.pid), "-f", "train_base.py"], text=True).split()
         os.kill(int(mine[killed]), signal.SIGKILL)
         _, error = run.communicate(timeout=60)
-    assert error.count("another process ended, so this one does") == 1 and "[rank" not in error, error
-    assert "Traceback" not in error.split("another process ended")[0], error
+    assert error.count("another rank failed") == 1 and "[rank" not in error, error
+    assert "Traceback" not in error.split("another rank failed")[0], error
     step = torch.load(tmp_path / "out/last.pt", weights_only=True)["step"]
     done = python("train_base.py", *words, "--iters", step + 1, "--resume")
     assert done.stdout.count("\nstep ") == 1 and f"\nstep {step + 1}/" in done.stdout, done.stderr
@@ -258,7 +258,7 @@ def test_a_process_with_a_bad_picture(voc, tmp_path):
         _, error = run.communicate(timeout=60)
     first, *more = [line for line in error.splitlines() if line.startswith("train_base.py: ")]
     assert run.returncode and f"{path}: cannot be read" in first
-    assert len(more) <= 1 and all("another process ended" in line for line in more), error
+    assert len(more) <= 1 and all("another rank failed" in line for line in more), error
     assert "Traceback" not in error.split(first)[0] and "[rank" not in error, error
 
 
@@ -277,10 +277,10 @@ def test_two_runs_start_at_once(voc, tmp_path):
 
 @pytest.mark.quick
 def test_what_cannot_be_shared_out(fails, blocks, monkeypatch):
-    monkeypatch.setattr(parallel, "WORLD", 4)
-    assert "batch-size 2: 4 processes share it out; make it a multiple of 4" in fails(
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
+    assert "batch-size 2" in fails(
         "train_base", "--data", blocks, *SMALL)
-    assert "batch-size 4: 4 processes share it out; make it a multiple of 8" in fails(
+    assert "multiple of 8" in fails(
         "train_match", "--data", blocks, *SMALL, "--batch-size", 4)
 
 
@@ -290,8 +290,8 @@ def test_nets_and_losses_compile_whole():
     seg, disc = model.DeepLabV2("resnet18", 4, 8, "none", bn="frozen").train(), model.Discriminator(4)
 
     def losses(picture, target):
-        logits = seg(seg.normalise(picture))
-        valid = target != data.IGNORE
+        logits = seg(picture)
+        valid = target != IGNORE
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
             d_fake = disc(ops.upsample_softmax(logits, valid=valid))
             d_real = disc(model.one_hot(target, 4))

@@ -1,8 +1,8 @@
 """What a user's accidents and long runs do: broken files, wrong flags, kills, full disks, signals, 3,000 steps, 200,000
 pictures, operators under sanitizers. Nothing may be lost.
 
-    python tests/survive.py             about 90 minutes on 2 cores
-    python tests/survive.py --share 0.02 --seed 7 --kinds pictures kills
+    python tests/stress/survive.py             about 90 minutes on 2 cores
+    python tests/stress/survive.py --share 0.02 --seed 7 --kinds pictures kills
 
 Each kind prints a line. Refused: one line on standard error and status 2. Survived: it worked, or --resume took the run
 to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read, memory that grows.
@@ -31,24 +31,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import cli  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import predict  # noqa: E402
 import train_semi  # noqa: E402
+from common import console, layouts  # noqa: E402
+from common.checkpoint import read_checkpoint  # noqa: E402
 from csrc import build, ops  # noqa: E402
 
 SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()
 NET = ["--ckpt", "start/last.pt"]
 RIGHT = {  # a command line of each script that flags drawn at random are added to; trainings have SMALL besides
     **{f"train_{name}": ["--data", "data", "--out", "flags"] for name in ("base", "adv", "semi", "match")},
-    "eval": NET, "report": ["start", "--out", "page.html"], "export": [*NET, "--out", "net.pt2"], "data": []}
-COMMANDS = {  # of data.py; not voc, which `--from ""` would let download
+    "eval": NET, "predict": [*NET, "data/images", "--out", "predicted"],
+    "report": ["start", "--out", "page.html"], "export": [*NET, "--out", "model.pt2"], "prepare": []}
+COMMANDS = {  # of prepare.py; not voc, which `--from ""` would let download
     "check": "--data data", "split": "--data data --out lists", "camvid": "--from camvid --root made",
-    "cityscapes": "--root cityscapes", "bench": "--data data --crop 65 --pictures 8 --rounds 1"}
+    "cityscapes": "--root cityscapes"}
 VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "data/classes.txt", "@no.txt",
           "ü")
 SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
@@ -71,7 +73,7 @@ def make(folder):
         if n % 2:
             image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
         image.save(folder / f"data/labels/{n}.png")
-    for n, part in (0, "train"), (3, "val"):  # the same in the layouts that data.py converts
+    for n, part in (0, "train"), (3, "val"):  # the same in the layouts that prepare.py converts
         for name, source in ((f"camvid/{part}/{n}", "images"), (f"camvid/{part}annot/{n}", "labels"),
                              (f"cityscapes/leftImg8bit/{part}/a/a_1_{n}_leftImg8bit", "images"),
                              (f"cityscapes/gtFine/{part}/a/a_1_{n}_gtFine_labelIds", "labels")):
@@ -92,15 +94,15 @@ def train(script, folder, out, *words, code=None):
     """A training in a process of its own; `code` runs in it first."""
     words = command(script, folder, out, *words)
     if code:
-        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import cli, {script}\n{code}\n"
-        words = [words[0], "-c", start + f"cli.launch({script}.main, {script}.flags)", *words[2:]]
+        start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}; from common import console\n{code}\n"
+        words = [words[0], "-c", start + f"console.launch({script}.main, {script}.flags)", *words[2:]]
     return subprocess.run(words, capture_output=True, text=True, cwd=folder)
 
 
 def readable(folder, out):
     """The step of a run's last.pt. Errors: whatever reading it raises."""
-    checkpoint = model.read_checkpoint(folder / out / "last.pt", "--ckpt")
-    model.build_segmenter(checkpoint, out)
+    checkpoint = read_checkpoint(folder / out / "last.pt", "--ckpt")
+    model.segmenter_of(checkpoint, out)
     return checkpoint["step"]
 
 
@@ -145,11 +147,11 @@ def pictures(folder, rng, _):
     file.write_bytes(spoil(whole.read_bytes(), rng))
     try:
         if kind[0] == "images":
-            assert predict.upright(file).mode == "RGB"
+            assert predict.read_upright(file).mode == "RGB"
         else:
-            ids = data.read_label(data.Label(str(file), 4, ()), (96, 80))
+            ids = data.read_label(layouts.Label(str(file), 4, ()), (96, 80))
             assert ids.shape == (80, 96) and set(np.unique(ids)) <= {0, 1, 2, 3, 255}
-    except cli.InputError as e:
+    except console.InputError as e:
         assert str(file) in str(e) and len(str(e).splitlines()) == 1, e
         return "refused"
     return "survived"
@@ -175,16 +177,16 @@ def checkpoints(folder, rng, number):
             call(train_semi, command("train_semi", folder, "resumed", "--iters", 2, "--resume")[2:])
         else:
             model.load_segmenter(file)
-    except cli.InputError:
+    except console.InputError:
         return "refused"
     return "survived"
 
 
 def wrong_flags(folder, rng, number):
     script = list(RIGHT)[number % len(RIGHT)]
-    module = importlib.import_module("prepare" if script == "data" else script)
+    module = importlib.import_module(script)
     parser, words = module.flags(), [*RIGHT[script]]
-    if script == "data":
+    if script == "prepare":
         name = rng.choice(list(COMMANDS))
         parser, words = parser._subparsers._group_actions[0].choices[name], [name, *COMMANDS[name].split()]
     known = [a for a in parser._actions if a.option_strings and not SLOW & set(a.option_strings)]
@@ -196,7 +198,7 @@ def wrong_flags(folder, rng, number):
     print(f"{script} {' '.join(words)}", file=sys.stderr)
     try:
         call(module, words)
-    except cli.InputError as e:
+    except console.InputError as e:
         assert "\n" not in str(e) and str(e), repr(e)
         return "refused"
     return "survived"
@@ -256,7 +258,7 @@ def kills(folder, many, seed):
             print(f"kill {n}, seed {seed}: {e}")
     done = train("train_semi", folder, "killed", "--iters", last + 5, *flags)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    whole = [row["step"] for row in rows] == [*range(1, last + 6)] and model.read_checkpoint(out / "best.pt", "--ckpt")
+    whole = [row["step"] for row in rows] == [*range(1, last + 6)] and read_checkpoint(out / "best.pt", "--ckpt")
     print(f"kills: {inside} inside a save; step {last}, the log is {'whole' if whole else 'broken'} {done.stderr}")
     counts["lost"] += bool(done.returncode) or not whole or inside < many // 2
     return counts
@@ -292,7 +294,7 @@ def full_disk(folder, many, seed):
     return counts
 
 
-MOMENTS = {"load": "data.read_picture", "step": "common.poly_lr", "save": "torch.save", "evaluation": "data.for_net"}
+MOMENTS = {"load": "data.read_image", "step": "model.poly_lr", "save": "torch.save", "evaluation": "data.pad_to_stride"}
 
 
 def signals(folder, many, seed):

@@ -1,0 +1,144 @@
+"""Folder layouts, lists, classes, the split, and the generated data set."""
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from common import console, layouts, shapes
+
+
+@pytest.mark.quick
+def test_open(voc):
+    dataset = layouts.open_dataset(str(voc))
+    assert dataset.classes == ["grey", "red", "green", "blue"] and not dataset.note
+    assert len(dataset.train_ids()) == 8 and len(dataset.ids("val")) == 2  # the last id has no newline behind it
+    (voc / "ImageSets/Segmentation/train_aug.txt").write_text("train3\n\n train1 \r\n")
+    assert dataset.train_ids() == ["train3", "train1"]
+    (voc / "classes.txt").write_text("sky 1 2 3\nfire hydrant\nroad 4 5 6\ncar\n")
+    dataset = layouts.open_dataset(str(voc))
+    assert dataset.classes + dataset.palette[:9] == ["sky", "fire hydrant", "road", "car", 1, 2, 3, 128, 0, 0, 4, 5, 6]
+    (voc / "classes.txt").unlink()
+    assert len(layouts.open_dataset(str(voc)).classes) == 21
+
+
+def test_voc_palette():
+    p = layouts.voc_palette()
+    assert p[:12] + p[60:63] + p[765:] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 64, 128, 224, 224, 192]
+
+
+@pytest.mark.quick
+def test_split_is_nested_and_seeded():
+    ids = [f"p{n}" for n in range(10582)]
+    parts = [layouts.split_ids(ids, f, 0)[0] for f in (1 / 8, 1 / 4, 1 / 2, 1)]
+    assert [len(p) for p in parts] == [1323, 2646, 5291, 10582]  # round(), so 1322.75 is 1323 and 2645.5 is 2646
+    assert set(parts[0]) < set(parts[1]) < set(parts[2])
+    labelled, unlabelled = layouts.split_ids(ids, 1 / 8, 0)
+    assert sorted(labelled + unlabelled) == sorted(ids) and not set(labelled) & set(unlabelled)
+    assert set(layouts.split_ids(ids[::-1], 1 / 8, 0)[0]) == set(labelled)
+    assert len(set(layouts.split_ids(ids, 1 / 8, 1)[0]) & set(labelled)) < 300
+
+
+def test_labelled_ids(voc, tmp_path):
+    (tmp_path / "mine.txt").write_text("train2\ntrain0")
+    labelled, unlabelled = layouts.split_ids([f"train{n}" for n in range(8)], 0.9, 0, tmp_path / "mine.txt")
+    assert labelled == ["train0", "train2"] and len(unlabelled) == 6
+
+
+def test_layout_of_the_first_implementation(voc):
+    for old, new in (("JPEGImages", "img"), ("SegmentationClassAug", "cls"), ("ImageSets/Segmentation", "lists")):
+        (voc / old).rename(voc / new)
+    dataset = layouts.open_dataset(str(voc))
+    assert len(dataset.samples(dataset.train_ids())) == 8 and len(dataset.ids("val")) == 2 and not dataset.note
+    with pytest.raises(console.InputError, match=f"{voc}/img/train9.jpg"):
+        dataset.samples(["train9"])
+
+
+def test_without_lists_a_fifth_is_val(voc):
+    shutil.rmtree(voc / "ImageSets")
+    dataset = layouts.open_dataset(str(voc))
+    train, val = dataset.train_ids(), dataset.ids("val")
+    assert len(train) == 8 and len(val) == 2 and not set(train) & set(val)
+    assert "8 of its labelled images" in dataset.note and "2 for validation" in dataset.note
+    (voc / "SegmentationClassAug" / f"{train[0]}.png").unlink()
+    dataset = layouts.open_dataset(str(voc))
+    assert len(now := dataset.train_ids()) == 7 and train[0] not in now and "1 have no label" in dataset.note
+    (voc / "classes.txt").unlink()  # VOC's classes, but no lists: more likely a set that is not whole
+    with pytest.raises(console.InputError, match="train.txt.*classes.txt"):
+        layouts.open_dataset(str(voc)).train_ids()
+
+
+def test_a_training_list_alone_draws_nothing(voc, tmp_path, monkeypatch):
+    (voc / "ImageSets/Segmentation/val.txt").unlink()
+    monkeypatch.chdir(tmp_path)
+    dataset = layouts.open_dataset(str(voc))
+    assert len(dataset.train_ids()) == 8 and not dataset.note
+    with pytest.raises(console.InputError, match="no val.txt"):
+        dataset.ids("val")
+    (tmp_path / "mine").write_text("val0")
+    assert dataset.ids("mine") == ["val0"]
+
+
+def test_labels_that_match_no_image(voc):
+    shutil.rmtree(voc / "ImageSets")
+    for f in (voc / "SegmentationClassAug").iterdir():
+        f.rename(f.with_name(f"{f.stem}_mask.png"))
+    with pytest.raises(console.InputError, match="SegmentationClassAug: 0 of 10 images"):
+        layouts.open_dataset(str(voc))
+
+
+def test_odd_files_in_a_folder(voc, tmp_path):
+    (voc / "JPEGImages/._train0.png").write_bytes(b"what a Mac leaves")
+    assert len(layouts.open_dataset(str(voc)).images) == 10
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/link").symlink_to(voc / "JPEGImages")
+    dataset = layouts.open_dataset(str(voc))
+    val = dataset.samples(dataset.ids("val"))
+    assert len(layouts.find_unlabelled(tmp_path / "more", val)) == 8 and layouts.find_unlabelled(None, val) == []
+    with pytest.raises(console.InputError, match="no .jpg or .png"):
+        layouts.find_unlabelled(voc / "ImageSets", val)
+    shutil.copy(voc / "JPEGImages/train0.png", voc / "JPEGImages/train0.jpg")
+    with pytest.raises(console.InputError, match="same id train0"):
+        layouts.open_dataset(str(voc))
+
+
+@pytest.mark.parametrize("text,say", [("a\na\n", "'a' names a class"), ("a\nb\nvoid\n", "'void' has no R G B"),
+                                      ("a\n", "1 classes")])
+def test_wrong_classes(tmp_path, text, say):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(console.InputError, match=say):
+        layouts.read_classes(tmp_path / "classes.txt")
+    (tmp_path / "classes.txt").write_bytes("\ufeffVoid 0 0 0\r\ncar 1 2 3\r\nsky 4 5 ²\r\n".encode())
+    assert layouts.read_classes(tmp_path / "classes.txt")[0] == ["car", "sky 4 5 ²"]
+
+
+def test_split_of_a_folder_of_ones_own(voc, tmp_path):
+    """Labelled, unlabelled and validation samples; ROOT/unlabelled is used without a flag, and named."""
+    dataset = layouts.open_dataset(str(voc))
+    labelled, unlabelled, val = dataset.split(0.25, 0)
+    assert [len(labelled), len(unlabelled), len(val)] == [2, 6, 2] and dataset.kind == "own" and not dataset.note
+    assert all(s.label for s in labelled + val) and not any(s.label for s in unlabelled)
+    (voc / "unlabelled/deep").mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(voc / "unlabelled/deep/a.jpg")
+    unlabelled = dataset.split(0.25, 0)[1]
+    assert len(unlabelled) == 7 and unlabelled[-1].image.endswith("a.jpg")
+    assert str(voc / "unlabelled") in dataset.note
+
+
+def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = layouts.open_dataset(None)
+    assert dataset.name == "shapes" and "data/VOC2012 is not there (to get it: python prepare.py voc" in dataset.note
+    with pytest.raises(console.InputError, match="--data data/VOC2012: no data there"):
+        layouts.open_dataset("data/VOC2012")
+    train, val = dataset.train_ids(), dataset.ids("val")
+    assert len(train) == 400 and len(val) == 100
+    counts = np.zeros(256, int)
+    for _, image, label in dataset.samples(train[:100] + val):
+        size = data.read_image(image).size
+        counts += np.bincount(data.read_label(label, size).ravel(), minlength=256)
+    assert size == (128, 128) and (counts[:6] > 0.01 * counts.sum()).all() and 0.02 < counts[255] / counts.sum() < 0.3
+    again = shapes.draw(np.random.RandomState(5))
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(again, shapes.draw(np.random.RandomState(5))))
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["shapes"]  # nothing half-made beside it
