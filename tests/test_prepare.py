@@ -244,8 +244,8 @@ def test_cityscapes(tmp_path, capsys, fails, kinds):
     assert dataset.train_ids() == ["aachen_000000_000019", "bonn_000001_000019"]
     assert dataset.ids("val") == ["ulm_000000_000019"]
     assert dataset.classes[0] == "road" and dataset.classes[10] == "sky" and len(dataset.classes) == 19
-    assert dataset.palette[:3] == [128, 64, 128] and dataset.defaults["input_scale"] == 0.5
-    label = dataset.samples(dataset.ids("val"))[0][1]
+    assert dataset.palette[:3] == [128, 64, 128] and dataset.kind == "cityscapes"
+    label = dataset.samples(dataset.ids("val"))[0].label
     ids = data.read_label(label, (128, 64))
     assert (ids[:30] == 10).all() and (ids[30:50] == 0).all() and (ids[50:] == 255).all()
     Image.new("L", (128, 64), 34).save(label.path)
@@ -253,7 +253,7 @@ def test_cityscapes(tmp_path, capsys, fails, kinds):
         data.read_label(label, (128, 64))
     for f in (root / "gtFine/val").rglob("*.png"):
         f.unlink()
-    assert "0 of 1 pictures of val have a label; unpack" in fails("prepare", "cityscapes", "--root", root)
+    assert "0 of 1 images of val" in fails("prepare", "cityscapes", "--root", root)
 
 
 def test_camvid(tmp_path, capsys, fails):
@@ -269,13 +269,13 @@ def test_camvid(tmp_path, capsys, fails):
     assert "train 3 images, val 2 images, test 1 images, 11 classes" in capsys.readouterr().out
     dataset = layouts.open_dataset(str(root))
     assert len(dataset.classes) == 11 and dataset.palette[3:6] == [128, 0, 0]
-    path, label = dataset.samples(["train2"])[0]
+    _, path, label = dataset.samples(["train2"])[0]
     old = np.array(Image.open(source / "trainannot/train2.png"))
     assert (data.read_label(label, (48, 36)) == np.where(old == 11, 255, old)).all()
     assert open(path, "rb").read() == (source / "train/train2.png").read_bytes()
     shutil.copy(source / "train/train2.png", source / "trainannot/train2.png")
     done = python("prepare.py", "camvid", "--from", source, "--root", root)  # a worker finds it
-    assert re.fullmatch("data.py: .*/train2.png: is not an index image.*\n", done.stderr) and done.returncode
+    assert re.fullmatch("prepare.py: .*/train2.png: is not an index image.*\n", done.stderr) and done.returncode
     (source / "trainannot/train2.png").unlink()
     assert "train2 is in only one of train/ and trainannot/" in fails("prepare", "camvid", "--from", source)
     assert "needs train/, trainannot/" in fails("prepare", "camvid", "--from", tmp_path)
