@@ -132,9 +132,9 @@ def test_images_of_other_modes(tmp_path, mode):
     grey = np.random.RandomState(0).randint(0, 255, (9, 13), np.uint8).repeat(8, 0).repeat(8, 1)
     image = Image.fromarray(np.stack([grey] * 3, 2)).convert(mode)
     image.save(file)
-    image = data.read_image(str(file))
-    assert image.mode == "RGB" and image.size == (104, 72)
-    assert np.abs(np.subtract(image, image.convert("RGB"), dtype=int)).max() <= (8 if mode == "CMYK" else 0)
+    got = data.read_image(str(file))
+    assert got.mode == "RGB" and got.size == (104, 72)
+    assert np.abs(np.subtract(got, image.convert("RGB"), dtype=int)).max() <= (8 if mode == "CMYK" else 0)
 
 
 def test_images_of_16_bits_are_refused(tmp_path):
