@@ -3,8 +3,10 @@
     python eval.py --ckpt out/semi/last.pt --out out/semi/predictions
 """
 import contextlib
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ class Evaluation(NamedTuple):
     """Results of `evaluate`."""
     scores: dict  # {name: percent}, "miou" first
     per_class: torch.Tensor  # (K,) IoU in 0..1, NaN for a class that is nowhere
-    examples: Image.Image  # rows of image, label and prediction
+    draw_examples: Callable[[], Image.Image]  # rows of image, label and prediction, of this rank's samples
 
 
 @torch.inference_mode()
@@ -72,16 +74,17 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
         if write:
             write(mine[i], ids[0], target[0])
         if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):
-            examples.append(predict.draw_example(mine[i], ids[0].cpu(), seg.palette))
+            examples.append((mine[i], ids[0].cpu()))
     seg.train(was_training)
     if distributed.stop_requested():
         return None
     miou, per_class = ops.mean_iou(distributed.all_reduce_sum(matrix))
     scores = {"miou": 100 * miou}
-    for name, total in sums.items():
-        numerator, denominator = distributed.all_reduce_sum(total).tolist()
+    of_ranks = distributed.all_gather({name: total.cpu() for name, total in sums.items()})  # {} without samples
+    for name in dict.fromkeys(itertools.chain(*of_ranks)):
+        numerator, denominator = sum(totals.get(name, torch.zeros(2)) for totals in of_ranks).tolist()
         scores |= {name: 100 * numerator / denominator} if denominator else {}
-    return Evaluation(scores, per_class, predict.stack_rows(examples))
+    return Evaluation(scores, per_class, lambda: predict.draw_examples(examples, seg.palette))
 
 
 def main(args):
@@ -104,7 +107,7 @@ def main(args):
                           write=write if out else None)
         if out and distributed.RANK == 0:
             with catch_write_errors(f"--out {out}"):
-                result.examples.save(folder / "overview.jpg", quality=95)
+                result.draw_examples().save(folder / "overview.jpg", quality=95)
     if out:
         print(f"predictions in {out}, some beside image and label in {out / 'overview.jpg'}")
     percent = {name: 100 * iou for name, iou in zip(seg.classes, result.per_class.tolist())}

@@ -105,17 +105,18 @@ def palette_image(ids, size, palette):
     return image
 
 
-def draw_example(sample, ids, palette):
-    """Return a PIL image, label and prediction side by side, 240 pixels wide each. ids: (H,W) uint8, may be padded."""
-    image = data.read_image(sample.image)
-    maps = (palette_image(x, image.size, palette) for x in (data.read_label(sample.label, image.size), ids))
-    return np.hstack([np.asarray(x.convert("RGB").resize((240, round(240 * image.height / image.width))))
-                      for x in (image, *maps)])
+def draw_examples(examples, palette):
+    """Return a PIL image with a row of image, label and prediction, 240 pixels wide each, for each (sample, ids).
 
-
-def stack_rows(rows):
-    """Return the rows of draw_example as one PIL image, None without rows."""
-    return Image.fromarray(np.vstack(rows)) if rows else None
+    ids: (H,W) uint8, may be padded.
+    """
+    rows = []
+    for sample, ids in examples:
+        image = data.read_image(sample.image)
+        maps = (palette_image(x, image.size, palette) for x in (data.read_label(sample.label, image.size), ids))
+        rows.append(np.hstack([np.asarray(x.convert("RGB").resize((240, round(240 * image.height / image.width))))
+                               for x in (image, *maps)]))
+    return Image.fromarray(np.vstack(rows))
 
 
 @contextlib.contextmanager

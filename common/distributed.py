@@ -85,6 +85,14 @@ def global_mean(value, count):
     return value * (WORLD_SIZE * count / all_reduce_sum(count.clone()).clamp(min=1))
 
 
+def all_gather(value):
+    """Return the list of every rank's value, any object that pickles."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast_buffers(model):
     """Copy rank 0's buffers (running statistics of batch norm) to all ranks."""
     for buffer in model.buffers() if WORLD_SIZE > 1 else ():

@@ -14,7 +14,6 @@ import torch
 from common import distributed
 from common.checkpoint import METADATA, part_names, read_checkpoint
 from common.console import InputError, catch_write_errors, format_time, git_commit, output_folder, write_atomically
-from common.distributed import describe_device
 
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every", "tensorboard"
@@ -41,7 +40,7 @@ def unhealthy(rows, healthy):
 def announce(about, gpu, describe_ops):
     """Join the process group, print a command's first line, return the torch.device; see csrc.ops.describe."""
     device = distributed.init_device(gpu)
-    print(f"{about}; device {describe_device(device, gpu)}; ops {describe_ops(device.type)}", flush=True)
+    print(f"{about}; device {distributed.describe_device(device, gpu)}; ops {describe_ops(device.type)}", flush=True)
     return device
 
 
@@ -193,7 +192,7 @@ class Run:
                     write_atomically(self.out / "best.pt", lambda f: shutil.copyfile(self.last, f))
                 self.add_scalars(step, result.scores)
                 if self.board:
-                    self.board.add_image("examples", np.asarray(result.examples), step, dataformats="HWC")
+                    self.board.add_image("examples", np.asarray(result.draw_examples()), step, dataformats="HWC")
                 self.write_log()  # last: a run killed before this evaluates again
         self.last_logged = time.monotonic(), step
         extra = "".join(f", {name} {value:.1f}" for name, value in result.scores.items() if name != "miou")
@@ -247,7 +246,8 @@ class Run:
 
     def write_facts(self):
         """Write run.json; a resumed run appends to its `resumed`."""
-        file, now = self.out / "run.json", {"commit": git_commit(), "device": describe_device(self.device)}
+        file = self.out / "run.json"
+        now = {"commit": git_commit(), "device": distributed.describe_device(self.device)}
         if self.is_resumed and file.exists():
             facts = json.loads(file.read_text())
             facts.setdefault("resumed", []).append(now | {"step": self.start, "changed": self.changed})

@@ -106,6 +106,16 @@ def test_processes_share_an_evaluation(voc, trained, tmp_path):
         assert (tmp_path / f"images/train{i}.png").read_bytes() == (tmp_path / f"1/train{i}.png").read_bytes()
 
 
+def test_a_rank_without_a_validation_image(voc, tmp_path):
+    """It takes part in the sums of a script's own scores, so that the other rank does not wait for it."""
+    (voc / "ImageSets/Segmentation/val.txt").write_text("val0")
+    words = "--data", voc, *SMALL, "--iters", 1, "--out", tmp_path / "two"
+    with group(*several(2), ROOT / "train_semi.py", *words, env=ONE_THREAD) as run:
+        said, error = run.communicate(timeout=120)
+    assert run.returncode == 0 and said.count("mIoU") == 1, error
+    assert 0 <= log(tmp_path / "two")[-1]["precision"] <= 100
+
+
 @SLOW
 def test_statistics_are_level_where_they_are_scored(voc, train, tmp_path, capsys):
     """Batch norm that trains sees other pictures in each process; what is scored and what is saved are one net."""
