@@ -1,24 +1,22 @@
-"""What torch must know of the C++ operators, whichever device's are loaded: schemas, shapes of results, gradients."""
+"""The C++ operators as torch sees them, for all devices: schemas, shapes of the results, gradients."""
 from functools import cache
 
 import torch
 from torch.autograd.function import once_differentiable
 
 SCHEMAS = {  # ops.py says what they compute
-    # labels (N,H,W) uint8, 255 where a pixel does not count; counts: kept, everything, bad (which the CPU raises);
-    # the threshold is a scalar on the CPU: torch.compile would make a graph for each value of a float
+    # labels (N,H,W) uint8, 255 if not selected; counts: pixels selected, not ignored, wrong (for which the CPU raises);
+    # threshold: a tensor on the CPU, because torch.compile makes a graph for each value of a float
     "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, Tensor threshold, int K, int ignore) -> "
                  "(Tensor labels, Tensor counts)",
-    # sums over the labels that count; grad (N,K,h,w) float32 is empty without with_grad
+    # sums over labels that are not 255; grad (N,K,h,w) float32 is empty without with_grad
     "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad) -> (Tensor total, Tensor grad)",
-    # probabilities, and their gradient, lie as (N,H,W,K), channels last
+    # probabilities, and their gradient, are (N,H,W,K)
     "upsample_softmax": "(Tensor logits, Tensor? valid, SymInt height, SymInt width, ScalarType dtype) -> Tensor",
     "upsample_softmax_backward": "(Tensor grad, Tensor logits, Tensor? valid) -> Tensor",
-    # confidence: (K,) float32
     "upsample_argmax": "(Tensor logits, SymInt height, SymInt width, Tensor? confidence=None, Tensor? valid=None) "
-                       "-> Tensor",
-    # prediction: class ids (N,H,W), or logits (N,K,h,w)
-    "confusion_matrix": "(Tensor prediction, Tensor target, int ignore, Tensor(a!) out) -> ()"}
+                       "-> Tensor",  # confidence: (K,) float32
+    "confusion_matrix": "(Tensor prediction, Tensor target, int ignore, Tensor(a!) out) -> ()"}  # of logits or ids
 
 
 @cache

@@ -1,12 +1,12 @@
-"""Checks of the arguments of the operators in ops.py: each raises a ValueError that names the argument."""
+"""Checks of the arguments of the operators in ops.py; each raises a ValueError that names the argument."""
 import torch
 
 IDS, FLOATS = (torch.uint8, torch.int64), (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def tensor(x, name, shape, dtypes, device):
-    """Check shape, dtype and device. shape: sizes, None for any size of at least 1."""
-    fits = x.dim() == len(shape) and all(n >= 1 if m is None else n == m for n, m in zip(x.shape, shape))
+    """Check shape, dtype and device. shape: sizes, None for any; only the first one, of the batch, may be 0."""
+    fits = x.dim() == len(shape) and 0 not in x.shape[1:] and all(m in (n, None) for n, m in zip(x.shape, shape))
     if not fits or x.dtype not in dtypes or x.device != device:
         sizes = ",".join("*" if m is None else str(m) for m in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -14,19 +14,9 @@ def tensor(x, name, shape, dtypes, device):
 
 
 def logits(x, name="logits"):
-    tensor(x, name, (x.shape[0] if x.dim() else 0, None, None, None), FLOATS, x.device)
+    tensor(x, name, (None, None, None, None), FLOATS, x.device)
     if x.shape[1] > 255:
         raise ValueError(f"{name} must have at most 255 classes, got {x.shape[1]}")
-
-
-def size_of(size, valid=None):
-    """Return (H,W): `size`, or that of the mask `valid`."""
-    size = valid.shape[-2:] if size is None and valid is not None else size
-    if size is None:
-        raise ValueError("size=(H,W) is needed if neither target nor valid gives it")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (H,W), both at least 1, got {tuple(size)}")
-    return tuple(size)
 
 
 def masks(n, size, device, valid, confidence=None):
@@ -37,38 +27,33 @@ def masks(n, size, device, valid, confidence=None):
         tensor(confidence, "confidence", (n, 1, None, None), FLOATS, device)
 
 
-def pseudo_labels(x, size, confidence, valid):
+def upsampling(x, size, valid=None, confidence=None, target=None):
+    """Check logits x (N,K,h,w) and what belongs to their upsampled pixels; return (H,W): size, target's or valid's."""
     logits(x)
-    size = size_of(size, valid)
-    masks(len(x), size, x.device, valid)
-    if isinstance(confidence, torch.Tensor):
-        tensor(confidence, "confidence", (x.shape[1],), (torch.float32,), x.device)
-    return size
-
-
-def cross_entropy(x, target, confidence, valid, size, divide):
-    logits(x)
-    if divide not in ("kept", "all"):
-        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     if target is not None:
         tensor(target, "target", (len(x), None, None), IDS, x.device)
-        if size is not None and tuple(size) != tuple(target.shape[-2:]):
-            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[-2:])}")
-    size = size_of(size if target is None else target.shape[-2:], valid)
+        if size is not None and tuple(size) != tuple(target.shape[1:]):
+            raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[1:])}")
+        size = target.shape[1:]
+    elif size is None and valid is not None:
+        size = valid.shape[-2:]
+    if size is None or len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size must be (H,W), both at least 1, or be given by target or valid; got {size}")
     masks(len(x), size, x.device, valid, confidence)
-    return size
+    return tuple(size)
 
 
 def confusion(prediction, target, num_classes, out):
-    if prediction.is_floating_point():
+    is_logits = prediction.is_floating_point()
+    if is_logits:
         logits(prediction, "prediction")
         if num_classes not in (None, prediction.shape[1]):
             raise ValueError(f"num_classes {num_classes} is not the {prediction.shape[1]} channels of prediction")
         num_classes = prediction.shape[1]
     if num_classes is None or not 1 <= num_classes <= 255:
         raise ValueError(f"num_classes must be in 1..255 if prediction has class ids, got {num_classes}")
-    tensor(target, "target", (len(prediction), None, None), IDS, prediction.device)
-    if not prediction.is_floating_point():
+    tensor(target, "target", (len(prediction) if is_logits else None, None, None), IDS, prediction.device)
+    if not is_logits:
         tensor(prediction, "prediction", target.shape, IDS, target.device)
     if out is not None:
         tensor(out, "out", (num_classes, num_classes), (torch.int64,), target.device)

@@ -1,9 +1,11 @@
-"""The operators that touch full-resolution logits, each beside its definition in plain PyTorch (`*_reference`).
+"""The operators on full-resolution logits, each with its definition in plain PyTorch (`*_reference`).
 
-Bilinear interpolation is `align_corners=True` throughout; K <= 255 classes; half types are computed in float32 and
-float64 in float64. Wrong shapes, dtypes and devices raise ValueError naming the argument. A label outside 0..K-1 that
-is not `ignore` raises ValueError on the CPU; on CUDA, where looking would synchronise, it makes the loss NaN and the
-first cell of the matrix negative, on which `mean_iou` raises.
+Bilinear interpolation uses `align_corners=True` throughout. Half types are computed in float32, float64 in float64.
+
+Raises:
+    ValueError: a wrong shape, dtype or device, or more than 255 classes; the message names the argument. On the CPU
+        also a label outside 0..K-1 that is not `ignore`. On CUDA, where reading a value would synchronise, such a label
+        makes the loss NaN and the first cell of the matrix negative, on which `mean_iou` raises.
 """
 import os
 from functools import cache
@@ -19,16 +21,15 @@ SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
 @torch.compiler.assume_constant_result
 def in_use(device="cpu"):
-    """The path that tensors on "cpu" or "cuda" take: "kernel", or "reference" with the reason behind it.
+    """Return "kernel", or "reference" with a reason, for tensors on "cpu" or "cuda"; the first call builds the kernels.
 
-    Kernels take float32 and bfloat16, on CUDA float16 too. Builds them on the first call, of which build.note tells.
-    Errors: InputError where SEG_OPS is wrong, or asks for kernels that do not build.
+    Raises InputError if SEG_OPS has an unknown value, or is "kernel" and they cannot be built.
     """
     return _choose(device)
 
 
 def describe(device="cpu"):
-    """Return in_use(device) and what the build of the kernels reported, for the first line of a command."""
+    """Return in_use(device) and how long the build took, if there was one, for the first line of a command."""
     return in_use(device) + build.note
 
 
@@ -42,114 +43,108 @@ def _choose(device="cpu"):
         build.load(device)
     except RuntimeError as e:
         if SEG_OPS == "kernel":
-            raise InputError(f"SEG_OPS=kernel: {e}; mend that, or use SEG_OPS=reference") from None
+            raise InputError(f"SEG_OPS=kernel: {e}; fix that, or use SEG_OPS=reference") from None
         return f"reference ({e})"
     return "kernel"
 
 
-def _kernel(x, *dtypes):
-    """Whether x, of which nothing is empty, and these dtypes go to the kernels."""
+def _kernel(x, *dtypes, size=None):
+    """Return whether the kernels take x and these dtypes, and upsample to `size`; empty or equal sizes they do not."""
     device = x.device.type
-    known = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
-    return 0 not in x.shape and in_use(device) == "kernel" and all(d in known for d in dtypes)
+    supported = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
+    fits = 0 not in x.shape and x.shape[2:] != size and all(dtype in supported for dtype in dtypes)
+    return fits and in_use(device) == "kernel"
 
 
-def _kernel_resizes(logits, size, *dtypes):
-    return logits.shape[2:] != size and _kernel(logits, logits.dtype, *dtypes)
-
-
-def _call(kernel, *args):
+def _call(kernel, *args, name="target"):
+    """Call a kernel; a label outside 0..K-1 raises ValueError, which calls the labels `name`."""
     try:
         return kernel(*args)
-    except RuntimeError as e:  # from torch 2.15 on a kernel's ValueError is one
-        raise (ValueError(str(e)) if ", outside 0.." in str(e) else e) from None
+    except (RuntimeError, ValueError) as e:  # RuntimeError since torch 2.15
+        raise (ValueError(str(e).replace("target", name)) if ", outside 0.." in str(e) else e) from None
 
 
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
                          divide="kept"):
-    """Cross entropy of upsampled logits over the pixels that count -> (loss, kept).
+    """Return (loss, kept): the cross entropy of upsampled logits over the selected pixels, and how many these are.
 
-    logits      (N,K,h,w) at any resolution; the only input that gets a gradient
-    target      (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, lowest class on a tie
-    confidence  (N,1,a,b) logits at any resolution: a pixel counts where sigmoid(upsampled) > threshold; NaN does not
-                (the kernels compare logits, so that no sigmoid rounds to the threshold)
-    valid       (N,H,W) bool, False on padding
-    size        (H,W); target's by default, else valid's
-    divide      "kept": by the pixels counted; "all": by all that are valid and not `ignore`
+    The loss is a float32 scalar (float64 for float64 logits), 0 with zero gradient if no pixel is selected; kept is an
+    int64 scalar. With target=None this is the self-training loss of Hung et al. 2018, eq. 5.
 
-    loss: float32 scalar (float64 for float64 logits), 0 with zero gradient where no pixel counts. kept: int64 scalar,
-    pixels counted. With `target=None` this is the self-taught loss of Hung et al. 2018, eq. 5.
+    Args:
+        logits: (N,K,h,w) at any resolution; the only differentiable argument.
+        target: (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, the lowest class on a tie.
+        confidence: (N,1,a,b) logits at any resolution; a pixel is selected if sigmoid(upsampled) > threshold, never if
+            that is NaN. The kernels compare logits, so that no sigmoid rounds to the threshold.
+        valid: (N,H,W) bool, False on padding.
+        size: (H,W); default: that of target, else that of valid.
+        divide: "kept" divides by the number of selected pixels; "all" by that of valid pixels that are not `ignore`.
     """
-    size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    if not _kernel_resizes(logits, size):
+    if divide not in ("kept", "all"):
+        raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
+    size = checks.upsampling(logits, size, valid, confidence, target)
+    if not _kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
-    kept, everything, bad = counts.unbind()
-    with_grad = logits.requires_grad and torch.is_grad_enabled()
-    total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad)
+    kept, everything, wrong = counts.unbind()
+    total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, logits.requires_grad and torch.is_grad_enabled())
     loss = total / (kept if divide == "kept" else everything).clamp(min=1)
-    return (loss if _can_look(loss) else loss.where(bad == 0, torch.nan)), kept
+    return (loss if _can_look(loss) else loss.where(wrong == 0, torch.nan)), kept
 
 
 def select_labels(labels, confidence, *, valid=None, threshold=0.5):
-    """Return labels (N,H,W) uint8 or int64 as uint8, 255 where not valid or the confidence is not above the threshold.
+    """Return labels (N,H,W) uint8, 255 on pixels that masked_cross_entropy(logits, labels, confidence, ...) leaves out.
 
-    confidence: (N,1,a,b) logits at any resolution; the sigmoid of the upsampled logit is compared, and NaN is not above
-    anything. valid: (N,H,W) bool. The cross entropy against the result is
-    masked_cross_entropy(logits, labels, confidence, valid=valid, threshold=threshold).
+    labels: (N,H,W) uint8 or int64. confidence (None: all pixels are confident), valid, threshold: as there.
     """
-    checks.tensor(labels, "labels", (len(labels), None, None), checks.IDS, labels.device)
+    checks.tensor(labels, "labels", (None, None, None), checks.IDS, labels.device)
     checks.masks(len(labels), labels.shape[1:], labels.device, valid, confidence)
-    if not _kernel(labels):
+    if not _kernel(labels, getattr(confidence, "dtype", torch.float32)):
         return select_labels_reference(labels, confidence, valid=valid, threshold=threshold)
-    return _label_map(labels, confidence, valid, threshold, 255, 255)[0]
+    return _label_map(labels, confidence, valid, threshold, 255, 255, name="labels")[0]
 
 
-def _label_map(target, confidence, valid, threshold, num_classes, ignore):
-    """Return one byte a pixel, its class or 255 where it does not count, and (counted, valid, bad) pixels."""
+def _label_map(target, confidence, valid, threshold, num_classes, ignore, name="target"):
+    """Return labels (N,H,W) uint8, 255 if not selected, and the numbers of pixels (selected, not ignored, wrong)."""
     confidence = confidence if confidence is None else confidence.float()
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     limit = torch.ones(()) * threshold
-    return _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore)
+    return _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore, name=name)
 
 
 def upsample_softmax(logits, size=None, dtype=None, valid=None):
-    """Class probabilities (N,K,H,W) of logits (N,K,h,w) upsampled to `size`, by default valid's; channels last.
+    """Return class probabilities (N,K,H,W), channels last, of logits (N,K,h,w) upsampled to `size` (default: valid's).
 
-    In the active autocast's dtype unless `dtype` is given, else in the logits'. Where valid (N,H,W) bool is False all K
-    are 0, and so is their gradient.
+    valid: (N,H,W) bool; if False, probabilities and gradient are 0. dtype: default the active autocast's, else logits'.
     """
-    checks.logits(logits)
-    size = checks.size_of(size, valid)
-    checks.masks(len(logits), size, logits.device, valid)
+    size = checks.upsampling(logits, size, valid)
     dtype = dtype or autocast_dtype(logits, logits.dtype)
-    if not _kernel_resizes(logits, size, dtype):
+    if not _kernel(logits, logits.dtype, dtype, size=size):
         return upsample_softmax_reference(logits, size, dtype, valid)
     valid = valid if valid is None else valid.contiguous()
     return torch.ops.seg_ops.upsample_softmax(logits, valid, *size, dtype).permute(0, 3, 1, 2)
 
 
 def upsample_argmax(logits, size):
-    """Class ids (N,H,W) uint8 of logits (N,K,h,w) upsampled to `size`: the most probable, the lowest class on a tie."""
-    checks.logits(logits)
-    size = checks.size_of(size)
-    if logits.shape[2:] == size:
-        return logits.max(1).indices.to(torch.uint8)  # two to five times faster than argmax
-    if not _kernel_resizes(logits, size):
+    """Return the argmax (N,H,W) uint8 of logits (N,K,h,w) upsampled to `size`, the lowest class on a tie."""
+    size = checks.upsampling(logits, size)
+    if not _kernel(logits, logits.dtype, size=size):
         return upsample_argmax_reference(logits, size)
     return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size)
 
 
 def pseudo_labels(logits, size, confidence, valid=None):
-    """upsample_argmax, but 255 where the largest probability is not above `confidence`, or valid (N,H,W) is False.
+    """Return upsample_argmax(logits, size), but 255 if the probability is not above `confidence`, or valid is False.
 
-    confidence: a number, or (K,) float32, of which that of the argmax counts. A NaN is above nothing.
+    confidence: a number, or (K,) float32, one for each argmax. valid: (N,H,W) bool. NaN is not above any confidence.
     """
-    size = checks.pseudo_labels(logits, size, confidence, valid)
-    if not _kernel_resizes(logits, size):
+    size = checks.upsampling(logits, size, valid)
+    if isinstance(confidence, torch.Tensor):
+        checks.tensor(confidence, "confidence", (logits.shape[1],), (torch.float32,), logits.device)
+    if not _kernel(logits, logits.dtype, size=size):
         return pseudo_labels_reference(logits, size, confidence, valid)
     limits = torch.ones(logits.shape[1], device=logits.device) * confidence
     valid = valid if valid is None else valid.contiguous()
@@ -157,14 +152,15 @@ def pseudo_labels(logits, size, confidence, valid=None):
 
 
 def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=None):
-    """(K,K) int64 counts, rows truth, columns prediction; pixels whose target is `ignore` do not count.
+    """Return the confusion matrix (K,K) int64, rows truth, columns prediction, of pixels that are not `ignore`.
 
-    prediction: (N,K,h,w) logits, upsampled to the target and argmaxed on the way, or (N,H,W) class ids with
-    `num_classes` given. target: (N,H,W) uint8 or int64. Adds into `out` where given, and returns it.
+    prediction: (N,K,h,w) logits, of which the upsampled argmax is taken, or (N,H,W) uint8 or int64 class ids, for which
+    num_classes is required. target: (N,H,W) uint8 or int64. out: a matrix to add to and return.
     """
     num_classes = checks.confusion(prediction, target, num_classes, out)
-    if prediction.is_floating_point() and not _kernel_resizes(prediction, target.shape[1:]):
-        prediction = upsample_argmax(prediction, target.shape[1:])
+    size = target.shape[1:]
+    if prediction.is_floating_point() and not _kernel(prediction, prediction.dtype, size=size):
+        prediction = upsample_argmax(prediction, size)
     if not _kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
@@ -174,10 +170,10 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
 
 
 def mean_iou(matrix, absent="exclude"):
-    """(miou, per_class) of a confusion matrix: a float and a (K,) float64 tensor, fractions in 0..1.
+    """Return (miou, per_class) of a confusion matrix: a float and a (K,) float64 tensor, fractions in 0..1.
 
-    IoU = diagonal / (row + column - diagonal), as the VOC devkit counts. A class absent from truth and prediction is
-    NaN in per_class; the mean leaves it out ("exclude") or counts it as 0 ("zero").
+    IoU = diagonal / (row + column - diagonal), as in the VOC devkit. A class absent from truth and prediction is NaN in
+    per_class; the mean leaves it out ("exclude") or takes it as 0 ("zero").
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix must be (K,K), got {tuple(matrix.shape)}")
@@ -194,55 +190,52 @@ def mean_iou(matrix, absent="exclude"):
 
 def masked_cross_entropy_reference(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None,
                                    ignore=255, divide="kept"):
-    size = checks.cross_entropy(logits, target, confidence, valid, size, divide)
-    k = logits.shape[1]
+    size = checks.upsampling(logits, size, valid, confidence, target)
     upsampled = _upsample(logits, size)  # (N,K,H,W)
     if target is None:
-        labels = upsampled.argmax(1)  # (N,H,W)
-        counts, bad = torch.ones_like(labels, dtype=torch.bool), labels.new_zeros((), dtype=torch.bool)
-    else:
-        counts = target.long() != ignore  # as bytes 300 would be 44
-        labels, bad = _in_range(target, counts, k, "target")
+        target, ignore = upsampled.argmax(1), -1  # (N,H,W)
+    selected = target.long() != ignore  # as bytes 300 would be 44
+    labels, wrong = _in_range(target, selected, logits.shape[1], "target")
     if valid is not None:
-        counts = counts & valid
-    everything = counts.sum()
+        selected = selected & valid
+    everything = selected.sum()
     if confidence is not None:
-        counts = counts & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
-    kept = counts.sum()
-    # where() and not a product: a NaN on a pixel that does not count must reach neither the loss nor the gradient
-    upsampled = upsampled.where(counts[:, None], upsampled.new_zeros(()))
-    labels = labels.where(counts, labels.new_full((), -100))  # cross_entropy's own "ignore"
+        selected = selected & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
+    kept = selected.sum()
+    # where() and not a product: a NaN on a pixel that is not selected must reach neither the loss nor the gradient
+    upsampled = upsampled.where(selected[:, None], 0)
+    labels = labels.where(selected, -100)  # the ignore_index below
     loss = F.cross_entropy(upsampled, labels, ignore_index=-100, reduction="sum")
     loss = loss / (kept if divide == "kept" else everything).clamp(min=1)
-    return loss.where(~bad, torch.nan), kept
+    return loss.where(~wrong, torch.nan), kept
 
 
 def select_labels_reference(labels, confidence, *, valid=None, threshold=0.5):
     labels, _ = _in_range(labels, labels.long() != 255, 255, "labels", otherwise=255)
-    selected = _upsample(confidence.detach(), labels.shape[1:])[:, 0].sigmoid() > threshold
-    return labels.where(selected if valid is None else selected & valid, 255).to(torch.uint8)
+    if confidence is not None:
+        labels = labels.where(_upsample(confidence.detach(), labels.shape[1:])[:, 0].sigmoid() > threshold, 255)
+    return (labels if valid is None else labels.where(valid, 255)).to(torch.uint8)
 
 
 def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
-    upsampled = _upsample(logits, checks.size_of(size, valid))
+    upsampled = _upsample(logits, checks.upsampling(logits, size, valid))
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if valid is None:
         return upsampled.softmax(1).to(dtype)
-    zero = upsampled.new_zeros(())  # before and after: a NaN that is not valid reaches neither result nor gradient
-    probabilities = upsampled.where(valid[:, None], zero).softmax(1)
-    return probabilities.where(valid[:, None], zero).to(dtype)
+    # before and after: a NaN of a pixel that is not valid reaches neither the result nor the gradient
+    return upsampled.where(valid[:, None], 0).softmax(1).where(valid[:, None], 0).to(dtype)
 
 
 def upsample_argmax_reference(logits, size):
-    return _upsample(logits, size).argmax(1).to(torch.uint8)
+    return _upsample(logits, size).max(1).indices.to(torch.uint8)  # two to five times faster than argmax
 
 
 def pseudo_labels_reference(logits, size, confidence, valid=None):
     upsampled = _upsample(logits.detach(), size)
     ids, largest = upsampled.argmax(1), upsampled.softmax(1).amax(1)  # (N,H,W)
     limits = upsampled.new_ones(upsampled.shape[1]) * confidence
-    sure = largest > limits[ids]
-    return ids.where(sure if valid is None else sure & valid, 255).to(torch.uint8)
+    selected = largest > limits[ids]
+    return ids.where(selected if valid is None else selected & valid, 255).to(torch.uint8)
 
 
 def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=255, out=None):
@@ -250,19 +243,18 @@ def confusion_matrix_reference(prediction, target, num_classes=None, *, ignore=2
     if prediction.is_floating_point():
         prediction = upsample_argmax_reference(prediction, target.shape[1:])
     cells = num_classes * num_classes
-    counts = target.long() != ignore
-    truth, bad = _in_range(target, counts, num_classes, "target")
-    guess, bad_guess = _in_range(prediction, counts, num_classes, "prediction")
-    cell = (truth * num_classes + guess).where(counts, truth.new_full((), cells))  # one more cell for what is ignored
-    matrix = torch.zeros(cells + 1, dtype=torch.int64, device=target.device)
-    matrix.scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
+    selected = target.long() != ignore
+    truth, wrong = _in_range(target, selected, num_classes, "target")
+    guess, wrong_guess = _in_range(prediction, selected, num_classes, "prediction")
+    cell = (truth * num_classes + guess).where(selected, cells)  # one more cell, for ignored pixels
+    matrix = cell.new_zeros(cells + 1).scatter_add_(0, cell.flatten(), torch.ones_like(cell).flatten())
     matrix = matrix[:-1].view(num_classes, num_classes)
-    matrix[0, 0] -= (bad | bad_guess).to(torch.int64) << 44  # far below any count, and many of them do not wrap
+    matrix[0, 0] -= (wrong | wrong_guess).to(torch.int64) << 44  # below any count; sums of many do not wrap
     return matrix if out is None else out.add_(matrix)
 
 
 def autocast_dtype(x, otherwise):
-    """The dtype of the autocast that is active on x's device, `otherwise` where none is."""
+    """Return the dtype of the autocast that is active on x's device, `otherwise` if none is."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
 
@@ -270,19 +262,19 @@ def autocast_dtype(x, otherwise):
 def _upsample(x, size):
     x = x if x.dtype == torch.float64 else x.float()
     if x.shape[2:] == tuple(size):
-        return x  # interpolation would multiply neighbours by 0, and infinite ones by that to NaN
+        return x  # interpolate() would turn an infinite neighbour into NaN: 0 * inf
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-def _in_range(x, counts, k, name, otherwise=0):
-    """int64 labels, `otherwise` if they do not count or are out of range, and whether any was: on the CPU an error."""
+def _in_range(x, selected, k, name, otherwise=0):
+    """Return int64 labels, `otherwise` if not selected or outside 0..k-1, and whether any was; on the CPU raise."""
     x = x.long()
-    outside = ((x < 0) | (x >= k)) & counts
+    outside = ((x < 0) | (x >= k)) & selected
     if _can_look(x) and outside.any():
         raise ValueError(f"{name} holds {x[outside][0].item()}, outside 0..{k - 1} and not ignored")
-    return x.where(counts & ~outside, otherwise), outside.any()
+    return x.where(selected & ~outside, otherwise), outside.any()
 
 
 def _can_look(x):
-    """Whether reading a value costs no synchronisation with a device."""
+    """Return whether reading a value needs no synchronisation."""
     return x.device.type == "cpu"

@@ -241,8 +241,30 @@ def test_selected_labels_are_their_definition(threshold, dtype, masked):
     assert all(torch.equal(a, b) for a, b in zip(*found)) and (found[0][1] > 0) == (threshold < 1)
 
 
+def test_without_a_confidence_all_valid_labels_are_selected():
+    labels = torch.arange(16).view(1, 4, 4)
+    valid = labels % 3 > 0
+    for select in (ops.select_labels, ops.select_labels_reference):
+        assert torch.equal(select(labels, None), labels.to(torch.uint8))
+        assert torch.equal(select(labels, None, valid=valid), labels.where(valid, 255).to(torch.uint8))
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_a_float64_confidence_is_compared_in_float64(above):
+    """Nearer to the threshold than float32 can tell."""
+    confidence = torch.full((1, 1, 2, 2), math.log(0.3 / 0.7) + (1e-10 if above else -1e-10), dtype=torch.float64)
+    for select in (ops.select_labels, ops.select_labels_reference):
+        assert ((select(T, confidence, threshold=0.3) < 255) == above).all()
+    for loss in (ops.masked_cross_entropy, ops.masked_cross_entropy_reference):
+        assert loss(Z, T, confidence, threshold=0.3)[1] == 16 * above
+
+
 @pytest.mark.parametrize("match,call", [
     ("labels must be", lambda: ops.select_labels(T.float(), C)),
+    ("labels must be", lambda: ops.select_labels(T[0, 0, 0], C)),
+    ("labels holds 300", lambda: ops.select_labels(T.long() + 300, C)),
+    ("labels holds 300", lambda: ops.select_labels_reference(T.long() + 300, C)),
+    ("target must be", lambda: ops.confusion_matrix(T[0, 0, 0], T[0, 0, 0], 3)),
     ("confidence must be", lambda: ops.select_labels(T, T)),
     ("valid must be", lambda: ops.select_labels(T, C, valid=T)),
     ("target holds 3", lambda: ops.masked_cross_entropy(Z, T + 3)),
@@ -275,7 +297,7 @@ def test_seg_ops(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "SEG_OPS", "auto")
     assert path() == "reference (no C++ compiler: no-such-compiler)"
     monkeypatch.setattr(ops, "SEG_OPS", "kernel")
-    with pytest.raises(InputError, match="SEG_OPS=kernel: no C.. compiler: no-such-compiler; mend that"):
+    with pytest.raises(InputError, match="SEG_OPS=kernel: no C.. compiler: no-such-compiler; fix that"):
         path()
     monkeypatch.setattr(ops, "SEG_OPS", "fast")
     monkeypatch.setattr(ops, "_choose", path)
