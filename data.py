@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 from common import distributed
@@ -23,26 +23,24 @@ PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisat
 
 
 def read_image(path):
-    """Return the image at `path` as a PIL image of mode RGB; an InputError if it cannot be read."""
+    """Return the image at `path` as a PIL image in RGB, turned by its EXIF orientation; InputError if unreadable."""
     with catch_read_errors(path):
         image = Image.open(path)
         if image.mode[0] in "IF":  # PIL would clip values above 255
             raise ValueError(f"mode {image.mode}: convert it to 8 bits a channel")
-        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
         return image if image.mode == "RGB" else image.convert("RGB")  # convert() copies
 
 
 def read_label(label, size):
     """Return the class ids of a Label, 255 for ignored pixels, (H,W) uint8. size: (W,H) of its image.
 
-    An InputError if the file cannot be read, has another size, or holds values that are not classes.
+    Raises an InputError if the file cannot be read, has another size, or holds values that are not classes.
     """
     with catch_read_errors(label.path):
         image = Image.open(label.path)
-        image.load()
         if image.size != size:
-            raise InputError(f"{label.path}: the label is {image.width}x{image.height}, its image {size[0]}x{size[1]}"
-                             "; make them equal")
+            raise InputError(f"{label.path}: the label's size {image.size} is not its image's {size}; make them equal")
         if image.mode in ("L", "P"):
             ids = np.array(image)
             if label.colours:
@@ -50,19 +48,18 @@ def read_label(label, size):
             if label.path.endswith("_labelIds.png"):
                 ids = cityscapes_ids()[ids]
         elif image.mode in ("RGB", "RGBA") and label.colours:
-            codes = np.asarray(image.convert("RGB")).astype(np.int32) @ np.array([65536, 256, 1], np.int32)
-            ids = colour_ids(label.colours)[codes]
+            colours = np.asarray(image.convert("RGB"))
+            ids = colour_ids(label.colours)[colours.astype(np.int32) @ np.array([65536, 256, 1], np.int32)]
             if (ids == 254).any():
-                code = codes[ids == 254][0]
-                raise InputError(f"{label.path}: colour {code >> 16} {code >> 8 & 255} {code & 255} is no class's; "
+                raise InputError(f"{label.path}: colour {' '.join(map(str, colours[ids == 254][0]))} is no class's; "
                                  "correct it or name it in classes.txt (NAME R G B, or void R G B to ignore it)")
         else:
             raise InputError(f"{label.path}: a label is an 8-bit index image (mode L or P), or a colour image if "
                              f"classes.txt gives each class its own colour; this one is {image.mode}; convert it")
-    if ((ids - np.uint8(label.num_classes)) < IGNORE - label.num_classes).any():  # wraps: ids num_classes .. 254
-        value = ids[(ids >= label.num_classes) & (ids != IGNORE)][0]
-        raise InputError(f"{label.path}: label value {value} is outside the {label.num_classes} classes (0.."
-                         f"{label.num_classes - 1}, 255 is ignored); correct it or add the class to classes.txt")
+    if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # wraps: ids k .. 254
+        value = ids[(ids >= k) & (ids != IGNORE)][0]
+        raise InputError(f"{label.path}: label value {value} is outside the {k} classes (0..{k - 1}; 255 is ignored); "
+                         "correct it or add the class to classes.txt")
     return ids
 
 
@@ -74,8 +71,7 @@ def check_indices(image, label):
         r, g, b = palette[3 * i:3 * i + 3] or (0, 0, 0) if palette else (i, i, i)
         if known.get(r << 16 | g << 8 | b, i) != i:
             raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives to another "
-                             "class; save it as RGB if its colours are meant, else in mode L or with the colours of "
-                             "classes.txt")
+                             "class; save it as RGB if its colours are meant, else in mode L")
 
 
 @functools.lru_cache
@@ -91,8 +87,7 @@ def cityscapes_ids():
     """Return a table (256,) uint8 from Cityscapes' label ids to its 19 train ids, 255 for ignored ones."""
     from torchvision.datasets import Cityscapes
     table = np.arange(256, dtype=np.uint8)  # unknown ids stay: they are no train ids either
-    for c in Cityscapes.classes:
-        table[c.id] = c.train_id % 256  # the licence plate is -1 in both
+    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # one is -1 in both
     return table
 
 
@@ -109,25 +104,19 @@ def random_geometry(size, crop, factor, draw):
 
     The box (left, top, right, bottom) of the image becomes w x h pixels, at most crop x crop, mirrored if flip is True.
     """
-    box, out = [0, 0, 0, 0], [0, 0]
-    for axis in (0, 1):
-        out[axis] = min(max(1, round(size[axis] * factor)), crop)
-        span = min(size[axis], max(1, round(out[axis] / factor)))
-        box[axis] = draw.randint(0, size[axis] - span)
-        box[axis + 2] = box[axis] + span
-    return tuple(box), tuple(out), draw.random() < 0.5
+    out = [min(max(1, round(side * factor)), crop) for side in size]
+    spans = [min(side, max(1, round(n / factor))) for side, n in zip(size, out)]
+    start = [draw.randint(0, side - span) for side, span in zip(size, spans)]
+    return (*start, *(n + span for n, span in zip(start, spans))), tuple(out), draw.random() < 0.5
 
 
 def place_image(image, geometry, canvas):
-    """Apply a random_geometry to a PIL image; return (crop,crop,3) uint8, `canvas` where the crop is padded."""
+    """Apply a random_geometry to a PIL image; return (crop,crop,3) uint8, padded with the pixels of `canvas`."""
     box, (w, h), flip = geometry
     pixels = torch.from_numpy(np.array(image.crop(box)))  # (H,W,3)
     pixels = resize(pixels.permute(2, 0, 1)[None], (h, w))
-    pixels = (pixels.flip(3) if flip else pixels)[0].permute(1, 2, 0)
-    if pixels.shape == canvas.shape:
-        return pixels
     canvas = canvas.clone()
-    canvas[:h, :w] = pixels
+    canvas[:h, :w] = (pixels.flip(3) if flip else pixels)[0].permute(1, 2, 0)
     return canvas
 
 
@@ -144,27 +133,19 @@ def place_label(ids, geometry, crop):
 class TrainDataset(torch.utils.data.Dataset):
     """Endless random crops of Samples. Item n is a pure function of (seed, name, n); an epoch is a shuffle of all.
 
-    With labels: ((crop,crop,3) uint8, (crop,crop) uint8 with 255 on padding). Without (no label file is opened):
-    ((crop,crop,3) uint8, (crop,crop) bool, False on padding).
-
-    name: of the stream. scale: (low, high) of the random scaling, on top of input_scale. epoch_multiple: an epoch
-    leaves out samples so that its length is a multiple of this.
+    An item is an image (crop,crop,3) uint8 and its label (crop,crop) uint8, 255 on padding; or, for samples without
+    labels, (crop,crop) bool, False on padding. scale: (low, high) of the random scaling, on top of input_scale.
     """
 
-    def __init__(self, samples, name, seed, crop, scale=(0.5, 1.5), input_scale=1, epoch_multiple=1):
-        self.samples, self.crop = samples, crop
+    def __init__(self, samples, name, seed, crop, scale=(0.5, 1.5), input_scale=1):
+        self.samples, self.crop, self.scale = samples, crop, [s * input_scale for s in scale]
         self.canvas = torch.tensor(PADDING, dtype=torch.uint8).repeat(crop, crop, 1)
-        self.scale = [s * input_scale for s in scale]
         self.key, self.order = f"{seed}/{name}", (None, None)
-        self.epoch = len(samples) - len(samples) % epoch_multiple
         if not samples:
             raise InputError("--split, --labelled-ids: no image is left unlabelled; label fewer or add --unlabelled")
-        if not self.epoch:
-            raise InputError(f"--drop-last: {len(samples)} {name} images are less than a batch of {epoch_multiple}; "
-                             "omit it")
 
     def __getitem__(self, n):
-        epoch, position = divmod(n, self.epoch)
+        epoch, position = divmod(n, len(self.samples))
         if self.order[0] != epoch:
             order = list(range(len(self.samples)))
             random.Random(f"{self.key}/epoch {epoch}").shuffle(order)
@@ -173,41 +154,37 @@ class TrainDataset(torch.utils.data.Dataset):
         draw = random.Random(f"{self.key}/draw {n}")
         image = read_image(sample.image)
         geometry = random_geometry(image.size, self.crop, draw.uniform(*self.scale), draw)
-        pixels = place_image(image, geometry, self.canvas)
-        if sample.label is None:
-            (w, h), valid = geometry[1], torch.zeros(self.crop, self.crop, dtype=torch.bool)
-            valid[:h, :w] = True
-            return pixels, valid
-        return pixels, place_label(read_label(sample.label, image.size), geometry, self.crop)
+        ids = read_label(sample.label, image.size) if sample.label else np.zeros(image.size[::-1], np.uint8)
+        label = place_label(ids, geometry, self.crop)
+        return place_image(image, geometry, self.canvas), label if sample.label else label != IGNORE
 
 
-def batches(samples, name, *, seed, batch_size, iters, crop, scale, input_scale, drop_last, workers, start, device):
+def batches(samples, name, *, seed, batch_size, iters, crop, scale, input_scale, workers, start, device):
     """Return an iterator over this rank's part of each batch, from step `start` + 1 to `iters`, on `device`.
 
-    A batch is (images (B,3,crop,crop) uint8 in channels_last memory, labels (B,crop,crop) uint8; bool, False on
-    padding, if the samples have no labels). It does not depend on the number of workers, nor the whole batch on the
-    number of ranks. Workers start with this call: make it before the networks exist, of which they would keep copies.
-    batch_size counts all ranks; the other arguments are those of TrainDataset.
+    A part is (images (B,3,crop,crop) uint8 in channels_last memory, labels (B,crop,crop)); see TrainDataset. batch_size
+    counts all ranks. The whole batch does not depend on the number of workers and ranks. Workers start with this call:
+    make it before the networks exist, of which they would keep copies.
     """
-    dataset = TrainDataset(samples, name, seed, crop, scale, input_scale, batch_size if drop_last else 1)
-    size = batch_size // distributed.WORLD_SIZE
-    mine = range(size * distributed.RANK, size * distributed.RANK + size)  # of each batch
-    items = [step * batch_size + n for step in range(start, iters) for n in mine]
+    dataset, size = TrainDataset(samples, name, seed, crop, scale, input_scale), batch_size // distributed.WORLD_SIZE
+    first = size * distributed.RANK  # this rank's part of a batch begins there
+    items = [step * batch_size + n for step in range(start, iters) for n in range(first, first + size)]
     loaded = iter(loader(dataset, workers, batch_size=size, sampler=items, pin_memory=device.type == "cuda"))
     return ((pixels.permute(0, 3, 1, 2).to(device, non_blocking=True), other.to(device, non_blocking=True))
             for pixels, other in loaded)
 
 
-def strong_view(images, seed, step):
-    """Return this rank's images (B,3,H,W) uint8 with random colours, greyscale and blur, as in UniMatch (Yang 2023).
+def batch_generators(key, step, count):
+    """Return a random.Random for each of the `count` images of this rank in a step's batch."""
+    first = ((step - 1) * distributed.WORLD_SIZE + distributed.RANK) * count
+    return [random.Random(f"{key}/draw {n}") for n in range(first, first + count)]
 
-    Brightness, contrast and saturation change by a factor of 0.5 to 1.5 and hue by up to a quarter of the circle with
-    probability 0.8; greyscale 0.2; a blur of up to 2 pixels 0.5. The result depends on seed, step and position only.
-    """
-    views, first = [], ((step - 1) * distributed.WORLD_SIZE + distributed.RANK) * len(images)
+
+def strong_view(images, seed, step):
+    """Return this rank's images (B,3,H,W) uint8 with random colours, greyscale and blur, as in UniMatch (Yang 2023)."""
+    views = []
     with torch.autocast(images.device.type, enabled=False):  # the blur is a convolution
-        for n, view in enumerate(images, first):
-            draw = random.Random(f"{seed}/strong/draw {n}")
+        for view, draw in zip(images, batch_generators(f"{seed}/strong", step, len(images))):
             if draw.random() < 0.8:
                 for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
                     view = adjust(view, draw.uniform(0.5, 1.5))
@@ -223,14 +200,11 @@ def strong_view(images, seed, step):
 def cut_mix(tensors, probability, seed, step):
     """Return the tensors (B,...,H,W) of one batch with, for each image with `probability`, a box of its neighbour.
 
-    The box is the same in all tensors: 2 to 40 % of the area, sides at most 1 : 3.3, as in UniMatch (Yang 2023).
-    Neighbours are the first two images of this rank, the next two, and so on. The result depends on seed, step and
-    position only.
+    The box, the same in all tensors, has 2 to 40 % of the area (UniMatch, Yang 2023). Neighbours are images 0 and 1 of
+    this rank, 2 and 3, and so on. The result depends on seed, step and position only.
     """
     mixed, count, (height, width) = [x.clone() for x in tensors], len(tensors[0]), tensors[0].shape[-2:]
-    first = ((step - 1) * distributed.WORLD_SIZE + distributed.RANK) * count
-    for i in range(count):
-        draw = random.Random(f"{seed}/mix/draw {first + i}")
+    for i, draw in enumerate(batch_generators(f"{seed}/mix", step, count)):
         if draw.random() >= probability:
             continue
         area, ratio = draw.uniform(0.02, 0.4), math.exp(draw.uniform(-1.2, 1.2))
@@ -260,14 +234,12 @@ class EvalDataset(torch.utils.data.Dataset):
 def pad_to_stride(image, stride, input_scale=1):
     """Pad a PIL image on the right and below to (H,W), shrink it for the network; return ((3,h,w) uint8, (H,W)).
 
-    h, w are stride*k+1 and H, W are stride/input_scale*k+1. Shrinking with antialiasing, as in training, aligns the
-    edges of the images, not the centres of the corner pixels: at input_scale 0.5 align_corners=True is half a pixel
-    off, at 0.25 1.5 pixels.
+    h, w are stride*k+1 and H, W are stride/input_scale*k+1. Shrinking aligns the edges of the images, not the centres
+    of the corner pixels: at input_scale 0.5 align_corners=True is half a pixel off, at 0.25 1.5 pixels.
     """
     multiple = round(stride / input_scale)
     steps = [math.ceil((n - 1) / multiple) for n in (image.height, image.width)]
-    padded = Image.new("RGB", [multiple * k + 1 for k in reversed(steps)], PADDING)
-    padded.paste(image)
+    padded = ImageOps.expand(image, (0, 0, *(multiple * k + 1 - n for k, n in zip(steps[::-1], image.size))), PADDING)
     pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1)
     if input_scale != 1:
         pixels = resize(pixels[None], [stride * k + 1 for k in steps])[0]
@@ -281,7 +253,7 @@ def loader(dataset, workers, **more):
 
 
 def ignore_signals(_):
-    """Leave SIGTERM and SIGINT, which a whole process group receives, to the script: it finishes its step."""
+    """Leave stop signals, which a whole process group receives, to the script: it finishes its step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

@@ -2,8 +2,6 @@
 
     python eval.py --ckpt out/semi/last.pt --out out/semi/predictions
 """
-import contextlib
-import itertools
 import json
 import math
 from collections.abc import Callable
@@ -19,7 +17,7 @@ import predict
 from common import distributed
 from common.args import NON_NEGATIVE_INT
 from common.checkpoint import read_checkpoint
-from common.console import catch_write_errors, launch, output_folder, progress, write_atomically
+from common.console import launch, output_folder, progress, write_atomically
 from common.layouts import open_dataset
 from common.run import announce
 from csrc import ops
@@ -49,17 +47,15 @@ class Evaluation(NamedTuple):
 def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WINDOW, tta=False, write=None):
     """Score a segmentation model on Samples at their labels' own sizes, by one confusion matrix over all of them.
 
-    The ranks share the samples and sum their counts, so that every image counts once.
-
-    extra: function (logits (1,K,h,w), target (1,H,W)) -> {name: (numerator, denominator)} of 0-dim tensors; the ratio
-    of their sums over all samples is the score `name`, in percent. write: called with (sample, ids, target) for each
-    sample of this rank; both (H,W) uint8, still padded. Returns None if a signal asked to stop meanwhile.
+    extra: {score: function (logits (1,K,h,w), target (1,H,W)) -> 0-dim (numerator, denominator)}; the ratio of their
+    sums over all samples is the score, in percent. write: called with (sample, ids, target) for each sample of this
+    rank; both (H,W) uint8, still padded. Returns None if a signal asked to stop meanwhile.
     """
     distributed.broadcast_buffers(seg)
     was_training, device = seg.training, next(seg.parameters()).device
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    sums, examples = {}, []
+    sums, examples = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in extra or {}}, []
     mine = samples[distributed.RANK::distributed.WORLD_SIZE]
     dataset = data.EvalDataset(mine, seg.stride, seg.input_scale)
     batches = progress(data.loader(dataset, workers, batch_size=1), len(mine), "evaluation")
@@ -67,8 +63,8 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
         if distributed.stop_reason:
             break
         logits, target = predict.predict_logits(seg, image, amp, window, tta), target.to(device)
-        for name, fraction in (extra(logits, target) if extra else {}).items():
-            sums[name] = sums.get(name, 0) + torch.stack(fraction).double()
+        for name in sums:
+            sums[name] += torch.stack(extra[name](logits, target))
         ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
         ops.confusion_matrix(ids, target, seg.num_classes, out=matrix)
         if write:
@@ -80,45 +76,39 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
         return None
     miou, per_class = ops.mean_iou(distributed.all_reduce_sum(matrix))
     scores = {"miou": 100 * miou}
-    of_ranks = distributed.all_gather({name: total.cpu() for name, total in sums.items()})  # {} without samples
-    for name in dict.fromkeys(itertools.chain(*of_ranks)):
-        numerator, denominator = sum(totals.get(name, torch.zeros(2)) for totals in of_ranks).tolist()
+    for name, total in sums.items():
+        numerator, denominator = distributed.all_reduce_sum(total).tolist()
         scores |= {name: 100 * numerator / denominator} if denominator else {}
     return Evaluation(scores, per_class, lambda: predict.draw_examples(examples, seg.palette))
 
 
 def main(args):
     checkpoint = read_checkpoint(args.ckpt, "--ckpt")
-    seg, trained = model.segmenter_of(checkpoint, args.ckpt), checkpoint["args"]
-    out = output_folder("--out", args.out) if args.out is not None else None
+    seg, trained = model.load_segmenter(args.ckpt, checkpoint), checkpoint["args"]
+    out = args.out if args.out is None else output_folder("--out", args.out)
     dataset = open_dataset(args.data or trained.get("data"))
     note = dataset.note + predict.check_classes(seg.classes, dataset, args.ckpt)
     samples = dataset.samples(dataset.ids(args.list))
     device = announce(f"{note}data {dataset.name}: {len(samples)} images of list {args.list}", args.gpu, ops.describe)
 
     def write(sample, ids, _):
-        with catch_write_errors(f"--out {out}"):
-            drawn = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)
-            drawn.save(folder / f"{sample.id}.png")
+        drawn = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)
+        write_atomically(out / f"{sample.id}.png", lambda f: drawn.save(f, "PNG"))
 
-    amp = trained.get("amp") if args.amp is None else args.amp
-    with predict.temporary_folder(out) if out else contextlib.nullcontext() as folder:
-        result = evaluate(seg.to(device), samples, args.workers, amp, window=args.window, tta=args.tta,
-                          write=write if out else None)
-        if out and distributed.RANK == 0:
-            with catch_write_errors(f"--out {out}"):
-                result.draw_examples().save(folder / "overview.jpg", quality=95)
-    if out:
+    result = evaluate(seg.to(device), samples, args.workers, trained.get("amp") if args.amp is None else args.amp,
+                      window=args.window, tta=args.tta, write=write if out else None)
+    if out and distributed.RANK == 0:
+        write_atomically(out / "overview.jpg", lambda f: result.draw_examples().save(f, "JPEG", quality=95))
         print(f"predictions in {out}, some beside image and label in {out / 'overview.jpg'}")
-    percent = {name: 100 * iou for name, iou in zip(seg.classes, result.per_class.tolist())}
-    for name, iou in percent.items():
-        print(f"{name:20} {iou:6.2f}" + ("  (absent)" if math.isnan(iou) else ""))
+    percent = [None if math.isnan(iou) else 100 * iou for iou in result.per_class.tolist()]
+    for name, iou in zip(seg.classes, percent):
+        print(f"{name:20} {'absent' if iou is None else f'{iou:6.2f}'}")
     if args.json and distributed.RANK == 0:
-        facts = {"data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"], "per_class": {
-            name: None if math.isnan(iou) else iou for name, iou in percent.items()}}
+        facts = {"data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"],
+                 "per_class": dict(zip(seg.classes, percent))}
         write_atomically(Path(args.json), lambda f: f.write_text(json.dumps(result.scores | facts, indent=1) + "\n"))
-    print(f"data {dataset.name}, list {args.list}, {len(samples)} images, step {checkpoint['step']}")
-    print(f"mIoU {result.scores['miou']:.2f}")
+    print(f"data {dataset.name}, list {args.list}, {len(samples)} images, step {checkpoint['step']}\n"
+          f"mIoU {result.scores['miou']:.2f}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import model
 from common.args import Parser
 from common.console import InputError, launch, write_atomically
 
-FORMATS = {".pt2": "torch.export", ".onnx": "ONNX"}
-
 
 def flags():
     p = Parser(__doc__)
@@ -25,10 +23,7 @@ def flags():
 
 
 class Predictor(torch.nn.Module):
-    """RGB images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, as predict.py predicts them in float32.
-
-    If input_scale shrinks images it runs on the CPU only: CUDA cannot shrink uint8 images (see data.resize).
-    """
+    """RGB images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, as predict.py has them; only on the CPU if it shrinks."""
 
     def __init__(self, seg):
         super().__init__()
@@ -42,8 +37,7 @@ class Predictor(torch.nn.Module):
         x = F.pad(images - self.padding, (0, full[1] - width, 0, full[0] - height)) + self.padding
         if self.seg.input_scale != 1:
             x = data.resize(x.to(torch.uint8), [self.seg.stride * k + 1 for k in steps])
-        logits = self.seg(self.seg.normalise(x))
-        logits = F.interpolate(logits, full, mode="bilinear", align_corners=True)
+        logits = F.interpolate(self.seg(self.seg.normalise(x)), full, mode="bilinear", align_corners=True)
         ids = logits.argmax(1).to(torch.uint8)  # (N,H,W), padded; a slice would fix whether there is padding
         return ids.index_select(1, torch.arange(height, device=ids.device)).index_select(
             2, torch.arange(width, device=ids.device))
@@ -51,12 +45,11 @@ class Predictor(torch.nn.Module):
 
 def main(args):
     out = Path(args.out)
-    if out.suffix not in FORMATS:
-        raise InputError(f"--out {out}: must end in {' or '.join(FORMATS)}")
+    if out.suffix not in (".pt2", ".onnx"):
+        raise InputError(f"--out {out}: must end in .pt2 or .onnx")
     seg = model.load_segmenter(args.ckpt)
     predictor = Predictor(seg).eval().to(memory_format=torch.contiguous_format)
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes, example = ({0: dynamic, 2: dynamic, 3: dynamic},), torch.zeros(2, 3, 203, 187, dtype=torch.uint8)
+    shapes, example = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), torch.zeros(2, 3, 203, 187).byte()
     with torch.no_grad():
         program = torch.export.export(predictor, (example,), dynamic_shapes=shapes)
     facts = json.dumps({"classes": seg.classes, "palette": seg.palette})
@@ -71,7 +64,7 @@ def main(args):
             raise InputError(f"--out {out}: {e.name} is not installed; pip install onnx onnxscript") from None
         onnx.model.metadata_props["classes.json"] = facts
         write_atomically(out, onnx.save)
-    print(f"{out}: {FORMATS[out.suffix]}, images (N,3,H,W) uint8 -> ids (N,H,W) uint8, {len(seg.classes)} classes")
+    print(f"{out}: images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, {len(seg.classes)} classes")
 
 
 if __name__ == "__main__":

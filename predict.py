@@ -3,23 +3,21 @@
     python predict.py --ckpt out/semi/last.pt photos --out predictions --blend
 """
 import argparse
-import contextlib
-import glob
 import itertools
-import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import data
 import model
 from common import distributed
 from common.args import Parser, number
 from common.checkpoint import read_checkpoint
-from common.console import InputError, catch_read_errors, catch_write_errors, launch, output_folder, progress
+from common.console import InputError, launch, output_folder, progress, write_atomically
 from common.layouts import IMAGE_SUFFIXES
 from common.run import announce
 from csrc import ops
@@ -30,8 +28,7 @@ WINDOW = 2049  # largest side of an image that is predicted at once, in pixels
 
 def flags():
     p = model_flags(__doc__)
-    p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, folders (searched at any depth) or "
-                   "globs; images are turned as their EXIF orientation says")
+    p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, or folders of images at any depth")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the predictions")
     p.add_argument("--blend", action="store_true", help="also write each image with its prediction laid over it")
     return p
@@ -52,25 +49,22 @@ def model_flags(description):
 def predict_logits(seg, images, amp=None, window=WINDOW, tta=False):
     """Return the logits (N,K,h,w) of uint8 images (N,3,H,W) that data.pad_to_stride made.
 
-    Sides above `window` are cut into windows that overlap by half, where logits are averaged. tta: the logarithm of the
-    mean probabilities over SCALES and mirrored images.
+    Larger images are cut into windows that overlap by half, where logits are averaged. tta: the logarithm of the mean
+    probabilities over SCALES and mirrored images.
     """
     images, stride = images.to(next(seg.parameters()).device), seg.stride
     side = (window - 1) // stride * stride + 1
 
-    def predict_view(view):
-        with model.autocast(seg, amp):
-            return seg(view)
-
     def predict_windows(view):
         height, width = view.shape[2:]
         if max(height, width) <= side:
-            return predict_view(view)
+            with model.autocast(seg, amp):
+                return seg(view)
         total, half = 0, side // 2 // stride * stride
         tops, lefts = ([*range(0, n - side, half), max(0, n - side)] for n in (height, width))
         for y, x in itertools.product(tops, lefts):
             part = view[:, :, y:y + side, x:x + side]
-            logits = predict_view(part).float()  # (N,K,h,w)
+            logits = predict_windows(part).float()  # (N,K,h,w)
             step = (part.shape[2] - 1) // (logits.shape[2] - 1)
             padding = (x // step, (width - 1) // step + 1 - x // step - logits.shape[3],
                        y // step, (height - 1) // step + 1 - y // step - logits.shape[2])
@@ -79,23 +73,21 @@ def predict_logits(seg, images, amp=None, window=WINDOW, tta=False):
 
     if not tta:
         return predict_windows(images)
-    found, size = [], None
+    found = []
     for scale in SCALES:
         view = data.resize(images, [round((n - 1) / stride * scale) * stride + 1 for n in images.shape[2:]])
-        for flip in (False, True):
-            p = predict_windows(view.flip(3) if flip else view).float().softmax(1)
-            size = size or p.shape[2:]
-            found.append(F.interpolate(p.flip(3) if flip else p, size, mode="bilinear", align_corners=True))
-    return torch.stack(found).mean(0).log()
+        both = predict_windows(view), predict_windows(view.flip(3)).flip(3)
+        found += [logits.float().softmax(1) for logits in both]
+    size = found[0].shape[2:]
+    return sum(F.interpolate(p, size, mode="bilinear", align_corners=True) for p in found).div(len(found)).log()
 
 
 def check_classes(classes, dataset, ckpt):
     """Return a note if the data set names the model's classes differently; an InputError if their number differs."""
     if len(dataset.classes) != len(classes):
-        raise InputError(f"{ckpt}: has {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; name the "
-                         "data it was trained on with --data")
-    differ = classes != dataset.classes and classes[0] != "class 0"  # of a file without names
-    return f"{dataset.root} names its classes differently from {ckpt}; " if differ else ""
+        raise InputError(f"{ckpt}: {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; correct --data")
+    is_named = classes[0] != "class 0"  # published files do not name theirs
+    return f"{dataset.root} names its classes differently from {ckpt}; " * (is_named and classes != dataset.classes)
 
 
 def palette_image(ids, size, palette):
@@ -106,49 +98,23 @@ def palette_image(ids, size, palette):
 
 
 def draw_examples(examples, palette):
-    """Return a PIL image with a row of image, label and prediction, 240 pixels wide each, for each (sample, ids).
-
-    ids: (H,W) uint8, may be padded.
-    """
+    """Return a PIL image: for each (sample, ids (H,W)), a row of image, label and prediction, 240 pixels wide each."""
     rows = []
     for sample, ids in examples:
         image = data.read_image(sample.image)
         maps = (palette_image(x, image.size, palette) for x in (data.read_label(sample.label, image.size), ids))
-        rows.append(np.hstack([np.asarray(x.convert("RGB").resize((240, round(240 * image.height / image.width))))
-                               for x in (image, *maps)]))
+        size = 240, round(240 * image.height / image.width)
+        rows.append(np.hstack([np.asarray(x.convert("RGB").resize(size)) for x in (image, *maps)]))
     return Image.fromarray(np.vstack(rows))
 
 
-@contextlib.contextmanager
-def temporary_folder(out):
-    """Yield a temporary folder whose files move to `out` at the end, and only if nothing failed."""
-    with catch_write_errors(f"--out {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=f".{out.name}-")
-    with folder:
-        yield Path(folder.name)
-        with catch_write_errors(f"--out {out}"):
-            out.mkdir(exist_ok=True)
-            for file in Path(folder.name).iterdir():
-                file.replace(out / file.name)
-
-
-def read_upright(path):
-    """Return the image at `path`, turned as its EXIF orientation says; an InputError if it cannot be read."""
-    with catch_read_errors(path):
-        return ImageOps.exif_transpose(data.read_image(path))
-
-
 def find_images(names):
-    """Return the paths of all images that the arguments name: files, globs, and folders at any depth."""
+    """Return the paths of all images that the arguments name: files, and folders at any depth."""
     found = []
-    for name in names:
-        if Path(name).is_dir():
-            more = sorted(f for f in Path(name).rglob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES)
-        elif Path(name).exists() or not glob.has_magic(name):
-            more = [Path(name)]
-        else:
-            more = [f for f in map(Path, sorted(glob.glob(name, recursive=True))) if f.is_file()]
+    for name in map(Path, names):
+        more = [name]
+        if name.is_dir():
+            more = sorted(f for f in name.rglob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES)
         if not more:
             raise InputError(f"{name}: no images there; name files, or folders of {' '.join(IMAGE_SUFFIXES)}")
         found += more
@@ -156,22 +122,16 @@ def find_images(names):
 
 
 def check_images(paths, out, blend):
-    """Raise an InputError if an image cannot be read, or a prediction would overwrite it or another prediction."""
-    inputs, names = {path.resolve() for path in paths}, {"legend"}
-    for path in paths:
-        if path.stem in names:
-            raise InputError(f"{path}: {out / path.stem}.png would be written twice; rename the image")
-        names.add(path.stem)
-        targets = [out / f"{path.stem}.png", out / f"{path.stem}_blend.jpg"][:1 + blend]
-        if overwritten := inputs & {file.resolve() for file in targets}:
-            raise InputError(f"--out {out}: the prediction would overwrite {overwritten.pop()}; name another folder")
-        read_upright(path)
+    """Raise an InputError if a prediction would overwrite an image or another prediction."""
+    files = [out / f"{path.stem}{end}" for path in paths for end in (".png", "_blend.jpg")[:1 + blend]]
+    counts = Counter(path.resolve() for path in [*files, out / "legend.png", *paths])
+    if taken := [file for file, n in counts.items() if n > 1]:
+        raise InputError(f"--out {out}: a prediction would overwrite {taken[0]}; rename it, or use another folder")
 
 
 def draw_legend(classes, palette):
     """Return an image of the classes' colours beside their names."""
-    image = Image.new("RGB", (260, 8 + 24 * len(classes)), "white")
-    draw = ImageDraw.Draw(image)
+    draw = ImageDraw.Draw(image := Image.new("RGB", (260, 8 + 24 * len(classes)), "white"))
     for k, name in enumerate(classes):
         draw.rectangle((8, 8 + 24 * k, 32, 24 + 24 * k), tuple(palette[3 * k:3 * k + 3]), "grey")
         draw.text((42, 9 + 24 * k), name, "black")
@@ -181,28 +141,25 @@ def draw_legend(classes, palette):
 @torch.inference_mode()
 def main(args):
     checkpoint = read_checkpoint(args.ckpt, "--ckpt")
-    seg = model.segmenter_of(checkpoint, args.ckpt)
+    seg = model.load_segmenter(args.ckpt, checkpoint)
     amp = checkpoint["args"].get("amp") if args.amp is None else args.amp
     out, paths = output_folder("--out", args.out), find_images(args.images)
     device = announce(f"data {len(paths)} images", args.gpu, ops.describe)
     check_images(paths, out, args.blend)
     seg.to(device)
     mine = paths[distributed.RANK::distributed.WORLD_SIZE]
-    with temporary_folder(out) as folder:
-        for path in progress(mine, len(mine), "prediction"):
-            image = read_upright(path)
-            pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
-            logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
-            drawn = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
-            with catch_write_errors(f"--out {out}"):
-                drawn.save(folder / f"{path.stem}.png")
-                if args.blend:
-                    blend = Image.blend(image, drawn.convert("RGB"), 0.5)
-                    blend.save(folder / f"{path.stem}_blend.jpg", quality=92)
-        if distributed.RANK == 0:
-            with catch_write_errors(f"--out {out}"):
-                draw_legend(seg.classes, seg.palette).save(folder / "legend.png")
-        distributed.all_reduce_sum(torch.zeros(1))  # no file moves before every rank has written its own
+    for path in progress(mine, len(mine), "prediction"):
+        image = data.read_image(path)
+        pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
+        logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
+        drawn = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
+        write_atomically(out / f"{path.stem}.png", lambda f: drawn.save(f, "PNG"))
+        if args.blend:
+            blend = Image.blend(image, drawn.convert("RGB"), 0.5)
+            write_atomically(out / f"{path.stem}_blend.jpg", lambda f: blend.save(f, "JPEG", quality=92))
+    if distributed.RANK == 0:
+        write_atomically(out / "legend.png", lambda f: draw_legend(seg.classes, seg.palette).save(f, "PNG"))
+    distributed.all_reduce_sum(torch.zeros(1))  # all ranks have written their part
     print(f"{len(paths)} predictions in {out}")
 
 

@@ -15,7 +15,7 @@ import tarfile
 import zlib
 from collections import Counter
 from http.client import HTTPException
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -36,10 +36,9 @@ SHOWN = 20  # mistakes of a kind that `check` prints
 
 def voc_archives():
     """Return [(file name, URL, MD5)] of VOC 2012 and SBD, as torchvision has them."""
-    from torchvision.datasets import SBDataset
-    from torchvision.datasets.voc import DATASET_YEAR_DICT
-    voc = DATASET_YEAR_DICT["2012"]
-    return [(voc["filename"], voc["url"], voc["md5"]), (SBDataset.filename, SBDataset.url, SBDataset.md5)]
+    from torchvision.datasets import SBDataset, voc
+    return [[voc.DATASET_YEAR_DICT["2012"][key] for key in ("filename", "url", "md5")],
+            [SBDataset.filename, SBDataset.url, SBDataset.md5]]
 
 
 def voc(args):
@@ -51,18 +50,18 @@ def voc(args):
     if (not all((lists / f"{name}.txt").is_file() for name in ("train", "val"))
             or len(layouts.index_files(own_dir, [".png"])) < VOC_COUNTS["train"] + VOC_COUNTS["val"]
             or len(layouts.index_files(root / "JPEGImages", layouts.IMAGE_SUFFIXES)) < VOC_COUNTS["images"]):
-        wanted = "JPEGImages/", "SegmentationClass/", "ImageSets/Segmentation/"
-        unpack(fetch(*voc_archive, root, args.source), "VOCdevkit/VOC2012/", wanted, root)
+        unpack(fetch(*voc_archive, root, args.source), "VOCdevkit/VOC2012/",
+               ("JPEGImages/", "SegmentationClass/", "ImageSets/Segmentation/"), root)
     train, val = (layouts.read_ids(lists / f"{name}.txt") for name in ("train", "val"))
 
     have = layouts.index_files(merged, [".png"])
     aug = layouts.read_ids(lists / "train_aug.txt") if (lists / "train_aug.txt").is_file() else []
-    if not aug or any(i not in have for i in set(aug) - set(train)):
+    if not aug or not have.keys() >= set(aug) - set(train):
         sbd, wanted = root / "sbd.part", ("cls/", "train.txt", "val.txt")
         unpack(fetch(*sbd_archive, root, args.source), "benchmark_RELEASE/dataset/", wanted, sbd)
         aug = sorted({*layouts.read_ids(sbd / "train.txt"), *layouts.read_ids(sbd / "val.txt"), *train} - set(val))
         jobs = [(sbd / f"cls/{i}.mat", merged / f"{i}.png") for i in aug if i not in train and i not in have]
-        everywhere(convert_sbd, jobs, "converting SBD")
+        map_in_parallel(convert_sbd, jobs, "converting SBD")
         shutil.rmtree(sbd)
     for i in train + val:  # VOC's own labels win
         if i not in have or not filecmp.cmp(own_dir / f"{i}.png", merged / f"{i}.png", shallow=False):
@@ -73,45 +72,40 @@ def voc(args):
             raise InputError(f"{root}: {name} has {len(ids):,} images, {VOC_COUNTS[name]:,} are published; remove "
                              f"{lists} and run the same command again")
     write_atomically(lists / "train_aug.txt", lambda f: f.write_text("\n".join(aug) + "\n"))
-    print(f"{root}: train_aug {len(aug):,} images ({len(train):,} of them with VOC's own labels), val {len(val):,}"
-          + (f"; {root / 'archives'} may be deleted" if (root / "archives").is_dir() else ""))
+    print(f"{root}: train_aug {len(aug):,} images ({len(train):,} of them with VOC's own labels), val {len(val):,}; "
+          f"{root / 'archives'}, if it is there, may be deleted")
 
 
 def fetch(name, url, md5, root, source):
     """Return the path of the archive `name`, in `source` or, downloaded, in `root`/archives; checks its MD5."""
     from torchvision.datasets.utils import check_integrity, download_url
     path = (Path(source) if source else root / "archives") / name
+    if source and not check_integrity(path, md5):
+        raise InputError(f"--from {source}: no {name} with the MD5 {md5}; get it from {url}, or leave --from out")
     try:
         if not source:
-            download_url(url, path.parent, name, md5)  # a file there that is not the published one is replaced
-        elif not check_integrity(path, md5):
-            raise InputError(f"--from {source}: {name} is not there or is not the published file, whose MD5 is {md5}; "
-                             f"get it from {url}, or leave --from out")
+            download_url(url, path.parent, name, md5)  # replaces a file there that is not the published one
     except (OSError, RuntimeError, HTTPException) as e:
-        raise InputError(f"{path}: cannot be had from {source or url} ({e}); run the same command again, or get the "
-                         f"file, whose MD5 is {md5}, elsewhere and name its folder with --from") from None
+        raise InputError(f"{path}: cannot be downloaded from {url} ({e}); run the same command again, or get the file, "
+                         f"whose MD5 is {md5}, elsewhere and name its folder with --from") from None
     return path
 
 
 def unpack(archive, base, wanted, root):
     """Unpack to `root` the files of a tar archive below `base` whose names start with one of `wanted`.
 
-    Files that exist are skipped. An InputError if the archive is damaged or contains a link, an absolute path or "..".
+    Files that exist are skipped, and so are links and paths with "..".
     """
     print(f"unpacking {archive}", flush=True)
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                path = PurePosixPath(member.name)
-                if (path.is_absolute() or ".." in path.parts or "\\" in member.name
-                        or not (member.isfile() or member.isdir())):
-                    raise InputError(f"{archive}: contains {member.name!r}, a link or a path to another place, so it "
-                                     "is not unpacked further; get the published file")
-                if member.isfile() and member.name.startswith(tuple(base + name for name in wanted)):
-                    target = root / path.relative_to(base)
-                    if not target.is_file() or target.stat().st_size != member.size:
-                        content = tar.extractfile(member).read()
-                        write_atomically(target, lambda f: f.write_bytes(content))
+                target = root / member.name.removeprefix(base)
+                if (member.isfile() and member.name.startswith(tuple(base + name for name in wanted))
+                        and ".." not in target.parts
+                        and not (target.is_file() and target.stat().st_size == member.size)):
+                    content = tar.extractfile(member).read()
+                    write_atomically(target, lambda f: f.write_bytes(content))
     except (tarfile.TarError, EOFError, OSError, zlib.error) as e:
         raise InputError(f"{archive}: cannot be unpacked ({e}); remove it and run the same command again") from None
 
@@ -125,13 +119,13 @@ def write_label(target, ids, palette):
 
 def write_lists(root, lists, classes):
     """Write ImageSets/Segmentation/NAME.txt for {NAME: ids} and classes.txt for {name: (R, G, B)}."""
-    for name, ids in lists.items():
-        write_atomically(root / layouts.LIST_DIRS[0] / f"{name}.txt", lambda f: f.write_text("\n".join(ids) + "\n"))
-    lines = [f"{name} {r} {g} {b}\n" for name, (r, g, b) in classes.items()]
-    write_atomically(root / "classes.txt", lambda f: f.write_text("".join(lines)))
+    files = {root / layouts.LIST_DIRS[0] / f"{name}.txt": ids for name, ids in lists.items()}
+    files[root / "classes.txt"] = [f"{name} {r} {g} {b}" for name, (r, g, b) in classes.items()]
+    for file, lines in files.items():
+        write_atomically(file, lambda f: f.write_text("\n".join(lines) + "\n"))
 
 
-def everywhere(function, items, what):
+def map_in_parallel(function, items, what):
     """Return [function(item)] in order, computed on all cores, with a progress bar."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return list(progress(data.loader(items, cores, batch_size=None, collate_fn=function), len(items), what))
@@ -149,21 +143,18 @@ def cityscapes(args):
     """Check a Cityscapes folder and write its lists and classes.txt; label ids are mapped when a label is read."""
     from torchvision.datasets import Cityscapes
     root = output_folder("--root", args.root)
-    files = [layouts.index_cityscapes(root / kind, f"_{kind}{ending}.png") for kind, ending in (
-        ("leftImg8bit", ""), ("gtFine", "_labelTrainIds"), ("gtFine", "_labelIds"))]
-    lists, said = {}, []
-    for name, published in CITYSCAPES_COUNTS.items():
-        images, train_ids, label_ids = ([i for i, f in found.items() if Path(f).parts[-3] == name] for found in files)
-        good = {*images} & {*train_ids, *label_ids}
-        if not images or len(good) < len(images):
-            raise InputError(f"--root {root}: {len(good)} of {len(images)} images of {name} have a label; unpack "
-                             "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
-        lists[name] = images
-        said.append(f"{name} {len(images):,} images (published: {published:,}), {len(train_ids):,} labels of train "
-                    f"ids, {len(label_ids):,} of label ids")
+    files = (layouts.index_cityscapes(root / "leftImg8bit", "_leftImg8bit.png"),
+             layouts.index_cityscapes(root / "gtFine", "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"))
+    lists = {}
+    for name in CITYSCAPES_COUNTS:
+        lists[name], labels = ([i for i, f in found.items() if Path(f).parts[-3] == name] for found in files)
+        if not lists[name] or not {*labels} >= {*lists[name]}:
+            raise InputError(f"--root {root}: {len({*labels} & {*lists[name]})} of {len(lists[name])} images of {name} "
+                             "have a label; unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
     classes = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < layouts.IGNORE), key=lambda c: c.train_id)
     write_lists(root, lists, {c.name.replace(" ", "_"): c.color for c in classes})
-    print(f"{root}: " + "; ".join(said) + f"; {len(classes)} classes")
+    said = [f"{name} {len(ids):,} images (published: {CITYSCAPES_COUNTS[name]:,})" for name, ids in lists.items()]
+    print(f"{root}: {'; '.join(said)}; {len(classes)} classes")
 
 
 def camvid(args):
@@ -174,14 +165,13 @@ def camvid(args):
         images, labels = (layouts.index_files(source / f"{name}{kind}", [".png"]) for kind in ("", "annot"))
         odd = set(images) ^ set(labels) | {i for ids in lists.values() for i in ids if i in images}
         if odd:
-            raise InputError(f"--from {source}: {min(odd)} is in only one of {name}/ and {name}annot/, or in another "
-                             "part as well; add the other file, or rename one")
+            raise InputError(f"--from {source}: {min(odd)} is in only one of {name}/ and {name}annot/, or in two parts")
         if images:
             lists[name] = sorted(images)
         jobs += [(images[i], labels[i], root) for i in images]
     if not {"train", "val"} <= set(lists):
         raise InputError(f"--from {source}: needs train/, trainannot/, val/ and valannot/ of SegNet's CamVid")
-    everywhere(convert_camvid, jobs, "converting")
+    map_in_parallel(convert_camvid, jobs, "converting")
     write_lists(root, lists, CAMVID_CLASSES)
     print(f"{root}: " + ", ".join(f"{name} {len(ids)} images" for name, ids in lists.items()) + ", 11 classes")
 
@@ -201,48 +191,44 @@ def convert_camvid(job):
 
 def inspect(sample):
     """Read a Sample; return (size or None, digest, number of pixels of each label value (256,), error or "")."""
-    size, digest, counts, error = None, "", np.zeros(256, int), ""
+    size, digest, counts = None, "", np.zeros(256, int)
     try:
         image = data.read_image(sample.image)
         size, digest = image.size, hashlib.sha256(image.tobytes()).hexdigest()
         if sample.label:
             counts = np.bincount(data.read_label(sample.label, size).ravel(), minlength=256)
+        return size, digest, counts, ""
     except InputError as e:
-        error = str(e)
-    return size, digest, counts, error
+        return size, digest, counts, str(e)
 
 
 def check(args):
     """Read every image and label; print counts, sizes, classes and what is wrong. Exit status 1 if anything is."""
     dataset = layouts.open_dataset(args.data)
-    wrong = {kind: [] for kind in ("bad files", "in a list, but not there", "label without an image",
-                                   "both in train and val", "class that no training label shows")}
-    lists = []
-    for names in (layouts.TRAIN_LISTS, ["val"]):
+    lists, bad_lists = {"train": [], "val": []}, []
+    for name, names in ("train", layouts.TRAIN_LISTS), ("val", ["val"]):
         try:
-            lists.append(dataset.ids(*names))
+            lists[name] = dataset.ids(*names)
         except InputError as e:
-            wrong["bad files"].append(str(e))
-            lists.append([])
-    train, val = lists
-    for i in train + val:
-        wrong["in a list, but not there"] += [f"{where}/{i}" for where, files in (
-            (dataset.image_dir, dataset.images), (dataset.label_dir, dataset.labels)) if i not in files]
-    wrong["label without an image"] = [dataset.labels[i] for i in sorted(dataset.labels) if i not in dataset.images]
-
+            bad_lists.append(str(e))
+    train, val = lists.values()
     ids = sorted(dataset.images)
     samples = [dataset.samples([i], labels=i in dataset.labels)[0] for i in ids]
-    sizes, digests, counts, bad = zip(*everywhere(inspect, samples, "reading"))
+    sizes, digests, counts, bad = zip(*map_in_parallel(inspect, samples, "reading"))
     sizes, digests, counts = Counter(filter(None, sizes)), dict(zip(ids, digests)), dict(zip(ids, counts))
-    wrong["bad files"] += filter(None, bad)
     first = {digests[i]: i for i in reversed(train) if digests.get(i)}
-    wrong["both in train and val"] = [i if i in train else f"{i} of val has the pixels of {first[digests[i]]} of train"
-                                      for i in val if i in set(train) or digests.get(i) in first]
+    wrong = {
+        "bad files": [*bad_lists, *filter(None, bad)],
+        "in a list, but not there": [f"{folder}/{i}" for i in train + val for folder, files in (
+            (dataset.image_dir, dataset.images), (dataset.label_dir, dataset.labels)) if i not in files],
+        "label without an image": [dataset.labels[i] for i in sorted(dataset.labels) if i not in dataset.images],
+        "both in train and val": [i if i in train else f"{i} of val has the pixels of {first[digests[i]]} of train"
+                                  for i in val if i in set(train) or digests.get(i) in first],
+        "class that no training label shows": []}
 
     print(f"{dataset.note}data {dataset.name}: {len(ids):,} images, {len(dataset.labels):,} labels, "
           f"{len(dataset.classes)} classes; {len(train):,} training, {len(val):,} validation images")
-    print("sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8))
-          + (f" and {len(sizes) - 8} others" if len(sizes) > 8 else ""))
+    print("most common sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8)))
     totals = [sum((counts[i] for i in part if i in counts), np.zeros(256, int)) for part in (train, val)]
     shares = [100 * total / max(1, total.sum()) for total in totals]
     print(f"{'share of pixels, percent':28}   train     val   labels with it")
@@ -252,13 +238,10 @@ def check(args):
         if not shares[0][value] and value != layouts.IGNORE:
             wrong["class that no training label shows"].append(f"{value}, {name} (255 is void, not a class)")
     for kind, found in wrong.items():
-        for line in found[:SHOWN]:
+        for line in found[:SHOWN] + [f"and {len(found) - SHOWN:,} more"] * (len(found) > SHOWN):
             print(f"wrong, {kind}: {line}")
-        if len(found) > SHOWN:
-            print(f"wrong, {kind}: and {len(found) - SHOWN:,} more")
-    total = sum(map(len, wrong.values()))
-    print(f"{total:,} mistakes" if total else "nothing is wrong")
-    sys.exit(total > 0)
+    print(f"{sum(map(len, wrong.values())):,} mistakes" if any(wrong.values()) else "nothing is wrong")
+    sys.exit(any(wrong.values()))
 
 
 def split(args):
@@ -267,18 +250,13 @@ def split(args):
     ids = dataset.ids(args.list) if args.list else dataset.train_ids()
     labelled, unlabelled = layouts.split_ids(ids, args.split, args.split_seed)
     out = output_folder("--out", args.out or dataset.root / layouts.LIST_DIRS[0])
-    files, of = [], f"{Path(args.list).stem}_" if args.list else ""
+    of = f"{Path(args.list).stem}_" if args.list else ""
     for kind, part in (("labelled", labelled), ("unlabelled", unlabelled)):
-        files.append(out / f"{kind}_{of}{args.split}_seed{args.split_seed}.txt")
-        write_atomically(files[-1], lambda f: f.write_text("".join(f"{i}\n" for i in part)))
-    print(*labelled, *unlabelled, f"{len(labelled):,} labelled above, and in {files[0]}",
-          f"{len(unlabelled):,} unlabelled after them, and in {files[1]}", sep="\n")
+        file = out / f"{kind}_{of}{args.split}_seed{args.split_seed}.txt"
+        write_atomically(file, lambda f: f.write_text("".join(f"{i}\n" for i in part)))
+        print(*part, f"{len(part):,} {kind} above, and in {file}", sep="\n")
     print(f"{dataset.note}protocol: {args.split:g} of the {len(ids):,} images of {args.list or 'the training list'},"
           f" {args.split * len(ids):.6g} rounded to {len(labelled):,} (halves to even), seed {args.split_seed}")
-    fine = set(dataset.ids("train")) if layouts.find_list(dataset.root, "train") else set()
-    if 0 < len(fine) < len(ids):
-        print(f"{len(fine & set(labelled)):,} of the labelled are of the {len(fine):,} in train.txt, whose labels are "
-              "VOC's own and finer than SBD's")
 
 
 def main(args):
@@ -307,8 +285,7 @@ def flags():
     flag("--data", metavar="ROOT", help="data set, as in training")
     flag("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     flag("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
-    flag("--list", help="list to split; default: the training list. `train` is the protocol of 1,464 on VOC: give its "
-         "labelled list to a training with --labelled-ids")
+    flag("--list", help="list to split (default: the training list; on VOC `train` has 1,464 images)")
     flag("--out", metavar="DIR", help="where the lists are written; default: ROOT/ImageSets/Segmentation")
     return p
 

@@ -29,6 +29,7 @@ from eval import evaluate
 WIDTH = 240  # of an image on the page, in pixels
 SHOWN = 4    # of the best images, of the worst, and of those where the runs differ most
 GREY = [x // 3 for x in range(768)]  # a palette
+STYLES = {"light": "default", "dark": "dark_background"}  # of matplotlib, for either kind of page
 
 
 def flags():
@@ -48,18 +49,16 @@ class Run:
     def __init__(self, folder, name):
         self.folder, self.name = Path(folder), name
         try:
-            self.facts = json.loads((self.folder / (file := "run.json")).read_text())
-            lines = (self.folder / (file := "log.jsonl")).read_text().splitlines()
+            self.facts = json.loads((self.folder / "run.json").read_text())
+            lines = (self.folder / "log.jsonl").read_text().splitlines()
             self.rows = [json.loads(line) for line in lines if line[-1:] == "}"]  # not one that is being written
-            self.rows[0]
-        except (OSError, ValueError, IndexError) as e:
-            what = "no" if isinstance(e, OSError) else "an empty or damaged"
-            raise InputError(f"{folder}: has {what} {file}; name the --out of a training") from None
+            self.script_images = find_report_images(self.facts.get("script", ""))
+        except (OSError, ValueError, AttributeError) as e:
+            raise InputError(f"{folder}: no run.json and log.jsonl of a training there ({e}); name its --out") from None
         self.checkpoint = read_checkpoint(last := self.folder / "last.pt", "OUT")
-        self.seg = model.segmenter_of(self.checkpoint, last)
-        self.classes, self.step, self.flags = self.seg.classes, self.checkpoint["step"], self.checkpoint["args"]
-        self.healthy, self.minutes = self.facts.get("healthy", {}), self.checkpoint.get("minutes")
-        self.script_images = find_report_images(self.facts.get("script", ""))
+        self.seg, self.step = model.load_segmenter(last, self.checkpoint), self.checkpoint["step"]
+        self.classes, self.flags = self.seg.classes, self.checkpoint["args"]
+        self.minutes = self.checkpoint.get("minutes")
 
     def predict(self, samples, workers, device):
         """Predict all samples; keep the ids (n,) of every 16th labelled pixel and the mIoU of each sample."""
@@ -86,56 +85,45 @@ class Run:
 
 
 def find_report_images(script):
-    """Return the function report_images of a training script beside this file, or None.
+    """Return the function report_images of a training script beside this file (a plain file name), or None.
 
     report_images(parts, image, logits, valid) -> {title: (H,W) array}: uint8 arrays are class ids, floating-point ones
-    are in 0..1. parts: the checkpoint dict; image: (3,h,w) uint8; logits: (1,K,h,w); valid: (1,H,W) bool. Only a plain
-    file name is imported, so that the folder of a run cannot bring code.
+    are in 0..1. parts: the checkpoint dict; image: (3,h,w) uint8; logits: (1,K,h,w); valid: (1,H,W) bool.
     """
     name = Path(script).stem
-    if script != f"{name}.py" or not name.isidentifier() or not (Path(__file__).parent / script).is_file():
-        return None
-    return getattr(importlib.import_module(name), "report_images", None)
+    is_ours = script == f"{name}.py" and name.isidentifier() and (Path(__file__).parent / script).is_file()
+    return getattr(importlib.import_module(name), "report_images", None) if is_ours else None
 
 
-def data_uri(kind, content):
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def data_uri(kind, save):
+    """Return what save(file) writes as a data URI."""
+    save(file := io.BytesIO())
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def embed_image(image, kind="png", **more):
     """Return a PIL image, WIDTH wide, as a data URI."""
-    file = io.BytesIO()
-    image.resize((WIDTH, round(WIDTH * image.height / image.width))).save(file, kind, **more)
-    return data_uri(kind, file.getvalue())
-
-
-def plot(draw):
-    """Return the plot that draw(axes) draws as two data URIs, for a light and a dark page."""
-    found = []
-    for style in ("default", "dark_background"):
-        with matplotlib.style.context([style, {"savefig.transparent": True, "font.size": 9}]):
-            figure, file = Figure(figsize=(5, 2.6), layout="constrained"), io.BytesIO()
-            draw(axes := figure.subplots())
-            axes.legend()
-            figure.savefig(file, format="svg")
-            found.append(data_uri("svg+xml", file.getvalue()))
-    return found
+    small = image.resize((WIDTH, round(WIDTH * image.height / image.width)))
+    return data_uri(kind, lambda file: small.save(file, kind, **more))
 
 
 def curves(runs):
-    """Yield (column, data URIs) for each column of the logs, mIoU first; the band is the healthy range."""
+    """Yield (column, "light" or "dark", data URI) for each column of the logs; a band is the healthy range."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row if name not in ("step", "lr"))
-    for name in sorted(names, key=lambda name: name != "miou"):
-        def draw(axes):
+    for name, scheme in itertools.product(sorted(names, key=lambda name: name != "miou"), STYLES):
+        with matplotlib.style.context([STYLES[scheme], {"savefig.transparent": True, "font.size": 9}]):
+            figure = Figure(figsize=(5, 2.6), layout="constrained")
+            axes = figure.subplots()
             for run in runs:
                 rows = [row for row in run.rows if name in row]
                 line = "-" if len(rows) > len(run.rows) / 2 else ".-"  # scores have fewer points
                 axes.plot([row["step"] for row in rows], [row[name] for row in rows], line, label=run.name)
-                if rows and name in run.healthy:
-                    axes.axhspan(*run.healthy[name][:2], alpha=0.15 / len(runs), color="tab:green", lw=0)
+                if rows and name in (healthy := run.facts.get("healthy", {})):
+                    axes.axhspan(*healthy[name][:2], alpha=0.15 / len(runs), color="tab:green", lw=0)
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
-        yield "mIoU, %" if name == "miou" else name, plot(draw)
+            axes.legend()
+            yield name, scheme, data_uri("svg+xml", lambda file: figure.savefig(file, format="svg"))
 
 
 def choose_images(runs, samples, palette, device):
@@ -144,9 +132,8 @@ def choose_images(runs, samples, palette, device):
     for one, two in itertools.combinations(runs, 2):
         difference = np.maximum(difference, [(a != b).float().mean() for a, b in zip(one.ids, two.ids)])
     order = [i for i in np.argsort(means) if not np.isnan(means[i])]
-    groups = [("Worst", order[:SHOWN]), ("Best", order[::-1][:SHOWN])]
-    if len(runs) > 1:
-        groups.append(("Where the runs differ most", np.argsort(-difference)[:SHOWN]))
+    groups = [("Worst", order[:SHOWN]), ("Best", order[::-1][:SHOWN]),
+              ("Where the runs differ most", np.argsort(-difference)[:SHOWN])][:3 if len(runs) > 1 else 2]
 
     def row(i):
         image = data.read_image(samples[i].image)
@@ -170,8 +157,7 @@ def main(args):
     dataset = open_dataset(args.data or runs[0].flags.get("data"))
     samples = dataset.samples(dataset.ids(args.list))
     note = dataset.note + predict.check_classes(classes, dataset, runs[0].folder)
-    about = f"{note}data {dataset.name}: {len(samples)} images of list {args.list}"
-    device = announce(about, args.gpu, ops.describe)
+    device = announce(f"{note}data {dataset.name}: {len(samples)} images of list {args.list}", args.gpu, ops.describe)
     for run in runs:
         run.predict(samples, args.workers, device)
     varied = [name for name in sorted({name for run in runs for name in run.flags} - {"out", "palette", "resume"})

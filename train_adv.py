@@ -23,11 +23,11 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.start_format, model.DISC_PAPER, model.DISC_SMALL)
-    run = Run(args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
+    run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
     opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)

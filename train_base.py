@@ -21,11 +21,11 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.start_format)
-    run = Run(args, dataset, labelled, ops.describe)
+    run = Run(__file__, args, dataset, labelled, ops.describe)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     run.resume(seg=seg_raw, opt_seg=opt_seg)
     seg = distributed.prepare_model(seg_raw, args.compile)

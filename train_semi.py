@@ -23,8 +23,7 @@ def flags():
     p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
                    "images (default 0.001, from the authors' code; the paper has none)")
     p.add_argument("--lam-semi", type=number(), help="weight of the semi-supervised loss (paper: 0.1; small data 0.5)")
-    p.add_argument("--threshold", type=number(), default=0.2, help="confidence of D above which a pixel gets a pseudo-"
-                   "label, in 0..1 (default 0.2, paper)")
+    p.add_argument("--threshold", type=number(), default=0.2, help="least confidence for a pseudo-label (paper: 0.2)")
     p.add_argument("--semi-start", type=number(int), help="steps before that loss (default --iters / 4; paper: 5000)")
     return p
 
@@ -32,7 +31,7 @@ def flags():
 def select_pseudo_labels(logits, d_logits, valid, threshold):
     """Return the argmax class of each pixel, or 255 where D's confidence is not above the threshold (eq. 5).
 
-    logits (N,K,h,w) and d_logits (N,1,a,b) are upsampled to valid (N,H,W) bool, False on padding; (N,H,W) uint8.
+    logits (N,K,h,w) and d_logits (N,1,a,b) are upsampled to valid (N,H,W) bool, False on padding.
     """
     classes = ops.upsample_argmax(logits, valid.shape[1:])
     return ops.select_labels(classes, d_logits, valid=valid, threshold=threshold)
@@ -50,18 +49,19 @@ def report_images(parts, image, logits, valid):
 
 def main(args):
     dataset = open_dataset(args.data)
-    labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids, args.unlabelled)
+    labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
+                                              args.unlabelled or dataset.unlabelled_folder)
     resolve_args(args, dataset, model.start_format, model.DISC_PAPER | {"lam_semi": 0.1},
                  model.DISC_SMALL | {"lam_semi": 0.5})
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
-    run = Run(args, dataset, labelled, ops.describe, {
-        "loss_d": model.healthy_loss_d(args.d_smooth), "kept": HealthyRange(
-            0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --threshold", args.semi_start)})
+    healthy = {"loss_d": model.healthy_loss_d(args.d_smooth), "kept": HealthyRange(
+        0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --threshold", args.semi_start)}
+    run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.upsample, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
     opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)
@@ -73,9 +73,9 @@ def main(args):
         valid = target != IGNORE
         d_logits = disc_raw(ops.upsample_softmax(logits, valid=valid))
         pseudo = select_pseudo_labels(logits, d_logits, valid, args.threshold)
-        return {"precision": (((pseudo == target) & valid).sum(), (pseudo != IGNORE).sum())}
+        return ((pseudo == target) & valid).sum(), (pseudo != IGNORE).sum()
 
-    for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp, precision)):
+    for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp, {"precision": precision})):
         model.poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
         image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
         image_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool

@@ -1,5 +1,6 @@
 """Reading checkpoint files, ours and published ones, and loading their weights into a network."""
 import re
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -11,8 +12,7 @@ from common.layouts import VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 # What a file that does not say was trained with.
-OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "upsample": "bilinear", "input_scale": 1,
-              "palette": voc_palette()}
+OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "input_scale": 1, "palette": voc_palette()}
 # Entries of a checkpoint that are not parts a script registered.
 METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 
@@ -20,10 +20,7 @@ METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 def read_checkpoint(path, flag, mmap=False):
     """Return the checkpoint dict in a file of ours, or one like it made from a published DeepLabv2 or ResNet file.
 
-    flag: the flag that named the file, for the error. mmap: leave the tensors in the file if its format allows that.
-
-    Raises:
-        InputError: if it is neither.
+    mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, for others.
     """
     scalar = np.float64().__reduce__()[0]  # the first implementation's snapshots have one, under either numpy name
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -37,7 +34,8 @@ def read_checkpoint(path, flag, mmap=False):
     ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
     found = checkpoint if ours else translate(checkpoint)
     types = {"args": dict, "classes": (list, tuple), "step": int}
-    if found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types):
+    if (found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types)
+            or found["args"].get("norm", "none") not in ("imagenet", "caffe", "none")):
         raise InputError(f"{flag} {path}: not a network known here; {advice}")
     return found | {"args": OLDER_ARGS | found["args"]}
 
@@ -54,9 +52,8 @@ def is_state_dict(x):
 def translate(theirs):
     """Return a checkpoint dict made from the weights in a published file, or None if it is unknown.
 
-    Known are the networks on Caffe's ResNet: the authors' (a plain state dict; the first 2 of their 4 branches run),
-    the first implementation's snapshots ({epoch, state_dict, miou}, "module." before each name) and DeepLabv2 on
-    MS-COCO (with or without "Scale." before each name); and torchvision's ImageNet ResNets.
+    Known are DeepLabv2 on Caffe's ResNet, by the authors (a plain state dict; the first 2 of their 4 branches run), by
+    the first implementation (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
     """
     snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
     weights = theirs["state_dict"] if snapshot else theirs
@@ -66,26 +63,21 @@ def translate(theirs):
     weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
     parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
     depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
-    bottlenecks = "layer1.0.conv3.weight" in weights
-    backbone = {(2, 2, 2, 2, False): "resnet18", (3, 4, 6, 3, True): "resnet50", (3, 4, 23, 3, True): "resnet101"}.get(
-        (*depths, bottlenecks))
+    backbone = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}.get(depths)
     caffe = any(k.startswith("layer5.") for k in weights)
-    if backbone is None or caffe == ("fc.weight" in weights) or (caffe and not bottlenecks):
+    has_bottlenecks, has_fc = "layer1.0.conv3.weight" in weights, "fc.weight" in weights
+    if not backbone or has_bottlenecks == (backbone == "resnet18") or caffe == has_fc:
         return None
     seg = {}
-    for name, weight in weights.items():
-        if parts[name]:
-            layer, block, rest = parts[name].groups()
-            seg[f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"] = weight
-        elif name.startswith("layer5.conv2d_list."):
-            seg[name.replace("layer5.conv2d_list", "head")] = weight
-        elif not name.startswith("fc."):
-            seg[f"backbone.0.{name}"] = weight
+    for name in [k for k in weights if not k.startswith("fc.")]:
+        layer, block, rest = parts[name].groups() if parts[name] else (1, -1, name)
+        ours = f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"
+        seg[name.replace("layer5.conv2d_list", "head") if name.startswith("layer5.") else ours] = weights[name]
     classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
     args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if plain else 4,
             "norm": "imagenet" if snapshot or not caffe else "caffe"}
-    names = VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]
-    return {"seg": seg, "args": args, "classes": names, "step": 0}
+    return {"seg": seg, "args": args, "step": 0,
+            "classes": VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]}
 
 
 def read_start(init, mmap=False):
@@ -100,11 +92,8 @@ def read_start(init, mmap=False):
 def load_weights(seg, theirs, where, new_classifier=False):
     """Load the state dict `theirs` into `seg`, without classifier branches that `seg` does not have.
 
-    where: flag and file, for messages. new_classifier: a missing classifier, or one for another number of classes,
-    leaves that of `seg` as it is.
-
-    Raises:
-        InputError: that lists the keys which are missing, unexpected, or of another shape.
+    where: flag and file, for messages. new_classifier: keep the classifier of `seg` if the file has none, or one for
+    another number of classes. Raises an InputError if keys are missing, unexpected or of another shape.
     """
     ours = seg.state_dict()
     skipped = {k for k in ours if k.endswith("num_batches_tracked") and k not in theirs}  # which old files lack
@@ -113,16 +102,11 @@ def load_weights(seg, theirs, where, new_classifier=False):
     if new_classifier and (not any(k.startswith("head.") for k in theirs) or
                            (bias is not None and bias.shape != ours["head.0.bias"].shape)):
         print(f"{where}: the file has no classifier for these classes; the classifier is initialised randomly")
-        skipped |= {k for k in ours if k.startswith(("head.", "up."))}
-        unused |= {k for k in theirs if k.startswith("up.")} - ours.keys()
+        skipped |= {k for k in ours if k.startswith("head.")}
     elif unused:
         print(f"{where}: {len(seg.head)} of its {len(seg.head) + len(unused) // 2} branches are used")
-    if new_classifier and "up.weight" not in theirs:
-        skipped.add("up.weight")  # initialised as bilinear
-    wrong = {"missing": ours.keys() - theirs.keys() - skipped, "unexpected": theirs.keys() - ours.keys() - unused,
-             "of another shape": {k for k in ours.keys() & theirs.keys() - skipped if ours[k].shape != theirs[k].shape}}
-    if any(wrong.values()):
-        listed = "; ".join(f"{what}: {', '.join(sorted(keys)[:20])}{', ...' if len(keys) > 20 else ''}"
-                           for what, keys in wrong.items() if keys)
-        raise InputError(f"{where}: another network; {listed}; give the --backbone and flags of its training")
-    seg.load_state_dict({k: w for k, w in theirs.items() if k not in unused | skipped}, strict=False)
+    try:
+        seg.load_state_dict({k: w for k, w in theirs.items() if k not in unused} | {k: ours[k] for k in skipped})
+    except RuntimeError as e:
+        why = textwrap.shorten(str(e).partition("\n")[2], 400)
+        raise InputError(f"{where}: another network; {why}; give the --backbone and flags of its training") from None

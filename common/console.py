@@ -47,18 +47,15 @@ def format_time(seconds):
 
 def progress(items, total, description):
     """Return the items under a progress bar of rank 0; without a terminal it appears every 10 seconds."""
-    seconds = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(items, desc=description, total=total, leave=False, disable=int(os.environ.get("RANK", 0)) > 0,
-                mininterval=seconds, delay=seconds)
+    seconds, rank = 0.1 if sys.stderr.isatty() else 10, int(os.environ.get("RANK", 0))
+    return tqdm(items, description, total, leave=False, disable=rank > 0, mininterval=seconds, delay=seconds)
 
 
 def output_folder(flag, path):
     """Return `path` as a Path at which a folder can be made; an InputError if it is empty, a file, or unreachable."""
-    try:
+    with catch_write_errors(f"{flag} {path}"):
         if not path or Path(path).exists() and not Path(path).is_dir():
             raise InputError(f"{flag} {str(path) or repr('')}: not a folder; name a folder")
-    except PermissionError as e:
-        raise InputError(f"{flag} {path}: cannot be reached ({e.strerror}); name another folder") from None
     return Path(path)
 
 
@@ -82,8 +79,8 @@ def catch_write_errors(path):
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError if the disk is full
-        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or name another "
-                         "place") from None
+        why = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: cannot be written ({why}); make room or name another place") from None
 
 
 def write_atomically(path, write):

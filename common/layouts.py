@@ -1,6 +1,5 @@
 """Which files make up a data set: known folder layouts, lists of ids, classes, the labelled and unlabelled parts."""
 import hashlib
-import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -50,21 +49,24 @@ class Dataset:
     labels: dict  # id -> path
     image_dir: Path
     label_dir: Path
-    drawn: dict  # list name -> ids, if the folder has no lists; see draw_lists
+    drawn: dict  # list name -> ids, if the folder has no lists: the fifth with the lowest hashes is val
     note: str = ""  # what the first line of a run should say first
 
+    @property
+    def unlabelled_folder(self):
+        """ROOT/unlabelled of a folder of one's own, or None."""
+        return folder if self.kind == "own" and (folder := self.root / "unlabelled").is_dir() else None
+
     def ids(self, *names):
-        """Return the ids of the first list in `names` that exists: in the folder, drawn, or a file of ids."""
-        for find in (lambda name: find_list(self.root, name), self.drawn.get, Path):
-            for found in map(find, names):
-                if isinstance(found, list):
-                    return found
-                if found and found.is_file():
-                    return read_ids(found)
-        advice = "" if (self.root / "classes.txt").is_file() else "; a folder of your own needs classes.txt as well"
-        if self.kind == "cityscapes":
-            advice = f", or run python prepare.py cityscapes --root {self.root}"
-        raise InputError(f"{self.root / LIST_DIRS[0]}: no {' or '.join(f'{n}.txt' for n in names)}; add it{advice}")
+        """Return the ids of the first list in `names` that exists: drawn, in the folder, or a file of ids."""
+        for name in names:
+            if name in self.drawn:
+                return self.drawn[name]
+            if (file := find_list(self.root, name) or Path(name)).is_file():
+                return read_ids(file)
+        advice = (f"run python prepare.py cityscapes --root {self.root}" if self.kind == "cityscapes" else
+                  "add it; a folder of your own also needs classes.txt")
+        raise InputError(f"{self.root / LIST_DIRS[0]}: no {' or '.join(f'{n}.txt' for n in names)}; {advice}")
 
     def train_ids(self):
         """Return the ids of the training list."""
@@ -72,70 +74,72 @@ class Dataset:
 
     def samples(self, ids, labels=True):
         """Return the Samples of `ids`, without their labels if labels is False; an InputError if a file is missing."""
-        kinds = [(self.images, self.image_dir, "jpg"), (self.labels, self.label_dir, "png")][:1 + labels]
-        for i, (files, folder, suffix) in itertools.product(ids, kinds):
-            if i not in files:
-                raise InputError(f"{folder}/{i}.{suffix}: missing, but its id is in a list; add it or remove the id")
+        for i in ids:
+            if i not in self.images or labels and i not in self.labels:
+                file = self.label_dir / f"{i}.png" if i in self.images else self.image_dir / f"{i}.jpg"
+                raise InputError(f"{file}: missing, but its id is in a list; add it or remove the id")
         k = len(self.classes)
         return [Sample(i, self.images[i], Label(self.labels[i], k, self.colours) if labels else None) for i in ids]
 
     def split(self, fraction, seed, labelled_ids=None, unlabelled_folder=None):
         """Return the Samples (labelled, unlabelled, val); see split_ids. Unlabelled ones have no label.
 
-        unlabelled_folder: more images without labels, at any depth (default: ROOT/unlabelled of a folder of one's own).
+        unlabelled_folder: of more images without labels, at any depth; those that are in the data set are left out.
         """
         labelled, unlabelled = split_ids(self.train_ids(), fraction, seed, labelled_ids)
         labelled, unlabelled = self.samples(labelled), self.samples(unlabelled, labels=False)
         val = self.samples(self.ids("val"))
-        default = self.root / "unlabelled"
-        if unlabelled_folder is None and self.kind == "own" and default.is_dir():
-            unlabelled_folder = default
-        more = find_unlabelled(unlabelled_folder, labelled + unlabelled + val)
-        if more and unlabelled_folder is default:
-            self.note += f"{len(more)} unlabelled images in {default}; "
-        return labelled, unlabelled + more, val
+        if folder := unlabelled_folder:
+            known = {os.path.realpath(sample.image) for sample in labelled + unlabelled + val}
+            files = [os.path.join(at, f) for at, _, names in os.walk(Path(folder), followlinks=True) for f in names]
+            files = [f for f in sorted(files, key=lambda f: f.split(os.sep)) if os.path.realpath(f) not in known and
+                     Path(f).suffix.lower() in IMAGE_SUFFIXES and not Path(f).name.startswith(".")]
+            if not files and folder != self.unlabelled_folder:
+                raise InputError(f"--unlabelled {folder}: no .jpg or .png that is not in the data set; name another")
+            self.note += f"{len(files)} unlabelled images in {folder}; "
+            unlabelled += [Sample(f, f, None) for f in files]
+        return labelled, unlabelled, val
 
     def median_size(self):
         """Return the medians (shorter side, longer side) of about 50 images, in pixels."""
         sizes = []
         for path in list(self.images.values())[::max(1, len(self.images) // 50)]:
             with catch_read_errors(path), Image.open(path) as image:
-                sizes.append(image.size)
-        return [int(np.median([pick(size) for size in sizes])) for pick in (min, max)]
+                sizes.append(sorted(image.size))
+        return np.median(sizes, 0).astype(int).tolist()
 
 
 def open_dataset(root=None):
     """Return the Dataset in the folder `root`, or `shapes`; None: VOC 2012 if it is there, else `shapes`."""
-    note, drawn, kind = "", {}, "voc"
+    note, drawn = "", {}
     if root is None and not any(find_list(VOC_ROOT, name) for name in TRAIN_LISTS[:2]):
-        problem = f"has no {TRAIN_LISTS[0]}.txt" if VOC_ROOT.is_dir() else "is not there"
-        root, note = "shapes", f"{VOC_ROOT} {problem} (to get it: python prepare.py voc), so this run uses shapes; "
+        note = f"{VOC_ROOT} has no {TRAIN_LISTS[0]}.txt (to get it: python prepare.py voc), so this run uses shapes; "
+        root = "shapes"
     name = str(root or VOC_ROOT)
     root = SHAPES_ROOT if name == "shapes" else Path(name)
     if name == "shapes":
         with catch_write_errors(root):
             shapes.make(root)
-    image_dir, label_dir = (next((root / d for d in dirs if (root / d).is_dir()), root)
-                            for dirs in (IMAGE_DIRS, LABEL_DIRS))
-    if (root / "leftImg8bit").is_dir():
-        image_dir, label_dir, kind = root / "leftImg8bit", root / "gtFine", "cityscapes"
+    has_classes = (root / "classes.txt").is_file()
+    if is_cityscapes := (root / "leftImg8bit").is_dir():
+        image_dir, label_dir = root / "leftImg8bit", root / "gtFine"
         images = index_cityscapes(image_dir, "_leftImg8bit.png")
-        labels = (index_cityscapes(label_dir, "_gtFine_labelIds.png")
-                  | index_cityscapes(label_dir, "_gtFine_labelTrainIds.png"))
+        labels = index_cityscapes(label_dir, "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png")
     else:
+        image_dir, label_dir = (next((root / d for d in dirs if (root / d).is_dir()), root)
+                                for dirs in (IMAGE_DIRS, LABEL_DIRS))
         images, labels = index_files(image_dir, IMAGE_SUFFIXES), index_files(label_dir, [".png"])
     if not images or not labels or root in (image_dir, label_dir):
         raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/*"
                          ".png (or labels/) and classes.txt; or use --data shapes")
-    has_classes = (root / "classes.txt").is_file()
-    if name == "shapes" or has_classes and kind == "voc":
-        kind = "shapes" if name == "shapes" else "own"
+    kind = "shapes" if name == "shapes" else "cityscapes" if is_cityscapes else "own" if has_classes else "voc"
     classes, palette, colours = read_classes(root / "classes.txt")
     if has_classes and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
             raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of the same name")
-        drawn = draw_lists(pairs)
+        val = set(sorted(pairs, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())[:math.ceil(len(pairs) / 5)])
+        drawn = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
         note = (f"{root} has no lists: {len(drawn['train'])} of its labelled images are for training, "
                 f"{len(drawn['val'])} for validation, {len(images) - len(pairs)} have no label; ")
     return Dataset(name, root, kind, classes, palette, colours, images, labels, image_dir, label_dir, drawn, note)
@@ -146,21 +150,10 @@ def find_list(root, name):
     return next((f for d in LIST_DIRS if (f := root / d / f"{name}.txt").is_file()), None)
 
 
-def draw_lists(ids):
-    """Return {"train": ids, "val": ids} for a folder without lists: the fifth with the lowest hashes is val."""
-    ranked = sorted(ids, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())
-    val = set(ranked[:math.ceil(len(ids) / 5)])
-    return {"train": [i for i in ids if i not in val], "val": [i for i in ids if i in val]}
-
-
 def index_files(folder, suffixes):
     """Return {id: path} of the files in `folder` that end in one of `suffixes`; the id is the name without it."""
-    try:
-        files = [Path(e.path) for e in os.scandir(folder) if not e.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be read ({e.strerror}); check its permissions") from None
+    with catch_read_errors(folder):
+        files = [Path(e.path) for e in os.scandir(folder) if not e.name.startswith(".")] if folder.is_dir() else []
     found = {}
     for f in sorted(f for f in files if f.suffix.lower() in suffixes):
         if found.setdefault(f.stem, str(f)) != str(f):
@@ -168,17 +161,15 @@ def index_files(folder, suffixes):
     return found
 
 
-def index_cityscapes(folder, ending):
-    """Return {id: path} of the files FOLDER/SPLIT/CITY/ID+ending."""
-    return {f.name.removesuffix(ending): str(f) for f in sorted(folder.glob(f"*/*/*{ending}"))}
+def index_cityscapes(folder, *endings):
+    """Return {id: path} of the files FOLDER/SPLIT/CITY/ID+ending; the last ending wins."""
+    return {f.name.removesuffix(end): str(f) for end in endings for f in sorted(folder.glob(f"*/*/*{end}"))}
 
 
 def read_lines(file):
     """Return the non-empty lines of a text file, stripped; an InputError if it cannot be read."""
-    try:
+    with catch_read_errors(file):
         return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{file}: cannot be read ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
 
 
 def read_ids(file):
@@ -192,10 +183,9 @@ def read_ids(file):
 
 
 def read_classes(file):
-    """Return (names, palette, colours) from classes.txt: a line for each class, its name and optionally `R G B`.
+    """Return (names, palette, colours) from classes.txt, or VOC's if there is no such file.
 
-    Lines `void R G B` give colours of ignored pixels. `colours` are those of a Label, empty unless each class has its
-    own. Without the file the classes are VOC's.
+    A line is the name of a class and optionally `R G B`, or `void R G B` for ignored pixels. See Dataset for colours.
     """
     palette, names, colours = voc_palette(), [], []
     if not file.is_file():
@@ -204,8 +194,7 @@ def read_classes(file):
         words, colour, n = line.split(), None, len(names)
         if len(words) > 3 and all(w.isdecimal() and int(w) < 256 for w in words[-3:]):
             colour, words = tuple(map(int, words[-3:])), words[:-3]
-        name = " ".join(words)
-        void = name.lower() == "void"
+        void = (name := " ".join(words)).lower() == "void"
         if void and not colour or name in names:
             why = "has no R G B: void is not a class, it is 255 in index labels" if void else "names a class twice"
             raise InputError(f"{file}: the line {line!r} {why}; correct it")
@@ -228,8 +217,7 @@ def voc_palette():
 def split_ids(ids, fraction, seed, labelled_ids=None):
     """Return the (labelled, unlabelled) parts of `ids`, both in their order; round(fraction * n) are labelled.
 
-    The rank of an id is a hash of (seed, id), so the parts are nested (1/8 within 1/4 within 1/2) and do not depend on
-    the order of the list. labelled_ids: a list file that replaces fraction and seed.
+    They are those with the lowest hashes of (seed, id), so that 1/8 is within 1/4; or those in the file labelled_ids.
     """
     if labelled_ids:
         chosen = set(read_ids(labelled_ids))
@@ -243,17 +231,3 @@ def split_ids(ids, fraction, seed, labelled_ids=None):
         if not chosen:
             raise InputError(f"--split {fraction}: leaves none of {len(ids)} images labelled; raise it")
     return [i for i in ids if i in chosen], [i for i in ids if i not in chosen]
-
-
-def find_unlabelled(folder, samples):
-    """Return Samples without labels of all images under `folder` that are not among `samples`; None: []."""
-    if folder is None:
-        return []
-    files = [os.path.join(at, name) for at, _, names in os.walk(Path(folder), followlinks=True) for name in names
-             if name[0] != "." and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    known = {os.path.realpath(sample.image) for sample in samples}
-    files = sorted((f for f in files if os.path.realpath(f) not in known), key=lambda f: f.split(os.sep))
-    found = [Sample(f, f, None) for f in files]
-    if not found:
-        raise InputError(f"--unlabelled {folder}: no .jpg or .png that is not in the data set; name another folder")
-    return found

@@ -1,4 +1,5 @@
 """A training run: its log, warnings, checkpoints, evaluations, resuming and stopping; it knows no method."""
+import importlib.util
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.checkpoint import METADATA, part_names, read_checkpoint
+from common.checkpoint import part_names, read_checkpoint
 from common.console import InputError, catch_write_errors, format_time, git_commit, output_folder, write_atomically
 
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
@@ -47,54 +48,51 @@ def announce(about, gpu, describe_ops):
 class Run:
     """What a training script prints and, on rank 0, writes to --out.
 
-    args: all flags, resolved. labelled: Samples. describe_ops: function (device type) -> the operators in use, in
-    words. healthy: {logged scalar: HealthyRange}, for warnings and the report.
+    script: its __file__. args: all flags, resolved. labelled: Samples. describe_ops: function (device type) -> the
+    operators in use, in words. healthy: {logged scalar: HealthyRange}, for warnings and the report.
     """
 
-    def __init__(self, args, dataset, labelled, describe_ops, healthy=None):
-        self.args, self.dataset, self.labelled, self.healthy = args, dataset, labelled, healthy or {}
-        self.script = Path(sys._getframe(1).f_code.co_filename).name  # the file that creates the run
+    def __init__(self, script, args, dataset, labelled, describe_ops, healthy=None):
+        self.script, self.args, self.dataset, self.labelled = Path(script).name, args, dataset, labelled
+        self.healthy, self.rows, self.minutes, self.changed = healthy or {}, [], 0, {}
+        self.lock_file = self.board = None
         self.out = output_folder("--out", args.out)
         self.last = self.out / "last.pt"
         self.device = announce(f"{dataset.note}data {dataset.name}: {len(labelled)} labelled images, "
                                f"{len(dataset.classes)} classes", args.gpu, describe_ops)
         self.ops = describe_ops(self.device.type)
-        self.rows, self.has_begun, self.minutes, self.changed = [], False, 0, {}
-        self.is_resumed = args.resume and self.last.exists()
-        self.start = read_checkpoint(self.last, "--resume", mmap=True)["step"] if self.is_resumed else 0
+        resumes = args.resume and self.last.exists()
+        self.checkpoint = read_checkpoint(self.last, "--resume", mmap=True) if resumes else None
+        self.start = self.checkpoint["step"] if resumes else 0
         if distributed.all_reduce_sum(torch.tensor(self.start)) != self.start * distributed.WORLD_SIZE:
             raise InputError("--resume: the ranks found different checkpoints; all machines must share --out")
-        self.board = import_tensorboard() if args.tensorboard and distributed.RANK == 0 else None
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise InputError("--tensorboard: tensorboard is not installed; pip install tensorboard")
         torch.manual_seed(args.seed)
 
     @property
     def loader_args(self):
         """Keyword arguments of data.batches that all streams of a script share."""
-        names = "seed", "batch_size", "iters", "crop", "scale", "input_scale", "drop_last", "workers"
+        names = "seed", "batch_size", "iters", "crop", "scale", "input_scale", "workers"
         return {name: getattr(self.args, name) for name in names} | {"start": self.start, "device": self.device}
 
     def resume(self, **parts):
         """Register the parts of a checkpoint (networks, optimisers, ...); with --resume, load OUT/last.pt into them."""
         distributed.install_signal_handlers()
-        if clash := METADATA & set(parts):
-            raise ValueError(f"a part cannot be named {clash.pop()}: a checkpoint has an entry of that name")
-        self.parts = parts
-        if not self.is_resumed:
+        self.parts, checkpoint, self.checkpoint = parts, self.checkpoint, None
+        if not checkpoint:
             return
-        checkpoint = read_checkpoint(self.last, "--resume")
-        if checkpoint["step"] != self.start:
-            raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out")
         if part_names(checkpoint) != set(parts):
-            raise InputError(f"--resume: {self.last} has the parts {', '.join(sorted(part_names(checkpoint)))}; this "
-                             f"script has {', '.join(sorted(parts))}; name another --out")
+            raise InputError(f"--resume: {self.last} has the parts {', '.join(sorted(part_names(checkpoint)))}; "
+                             f"{self.script} has {', '.join(sorted(parts))}; name another --out")
         for name, before in checkpoint["args"].items():
-            now = getattr(self.args, name, None)  # None for a flag that this script does not have
-            if name in ("palette", "resume") or now == before or now is None and not before:
-                continue
+            now = getattr(self.args, name, f"unknown to {self.script}" if before else before)
+            if name not in ("palette", "resume") and now != before:
+                self.changed[name] = [before, now]
+        for name, (before, now) in self.changed.items():
             if name not in MAY_CHANGE:
                 raise InputError(f"--resume: --{name.replace('_', '-')} was {before} in {self.last} and is now {now}; "
-                                 "give the flags of its run.json or another --out")
-            self.changed[name] = [before, now]
+                                 "give the flags of its run.json or name another --out")
         if self.start > self.args.iters:
             raise InputError(f"--iters {self.args.iters}: {self.last} is at step {self.start} already")
         try:
@@ -106,19 +104,22 @@ class Run:
         self.minutes = checkpoint.get("minutes", 0)
         log = self.out / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut off the last line
-        self.rows = [r for r in rows if r["step"] <= self.start] or [{"step": self.start}]
+        rows = (json.loads(line) for line in lines if line.endswith("}"))  # a kill can cut off the last line
+        self.rows = [row for row in rows if row["step"] <= self.start]
 
     def steps(self, evaluate):
-        """Yield the remaining steps, counted from 1; `end_step` ends each.
-
-        evaluate: function () -> eval.Evaluation, or None if a stop was requested meanwhile.
-        """
-        self.evaluate, self.began, self.minutes_before = evaluate, time.monotonic(), self.minutes
-        if self.start == self.args.iters or self.is_due(self.start) and not self.is_scored(self.start):
-            self.exit_if(not self.score(self.start), self.start)  # at its end, or interrupted in its evaluation
+        """Yield the remaining steps, counted from 1. evaluate() returns eval.Evaluation, or None if asked to stop."""
+        self.evaluate, self.began = evaluate, time.monotonic() - 60 * self.minutes
+        if self.start == self.args.iters or self.is_due(self.start) and "miou" not in self.row(self.start):
+            self.score(self.start)  # it had ended, or was interrupted in this evaluation
         self.last_logged = time.monotonic(), self.start
         yield from range(self.start + 1, self.args.iters + 1)
+
+    def row(self, step):
+        """Return the log's row of the last step, which is appended if it is not there."""
+        if not self.rows or self.rows[-1]["step"] != step:
+            self.rows.append({"step": step})
+        return self.rows[-1]
 
     def log(self, step, **scalars):
         """Log and print a step's scalars if due: 0-dim tensors, averaged over the ranks, or numbers."""
@@ -126,25 +127,23 @@ class Run:
         is_logged = step in (1, args.iters) or not step % args.log_every or not step % args.eval_every
         if not is_logged and step % args.save_every:
             return  # reading the values would wait for the device
-        row, tensors = {"step": step} | scalars, {k: v for k, v in scalars.items() if isinstance(v, torch.Tensor)}
-        if tensors:
-            values = torch.stack([value.detach().double() for value in tensors.values()])
-            row |= zip(tensors, (distributed.all_reduce_sum(values) / distributed.WORLD_SIZE).tolist())
-        for name, value in row.items():
-            if not math.isfinite(value):  # checked before each checkpoint too
-                raise InputError(f"{name} is {value} at step {step}: the run diverged; lower --lr or a loss's weight")
+        values = [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in scalars.values()]
+        values = distributed.all_reduce_sum(torch.stack(values)) / distributed.WORLD_SIZE
+        scalars = dict(zip(scalars, values.tolist()))
+        if infinite := [name for name, value in scalars.items() if not math.isfinite(value)]:
+            raise InputError(f"{infinite[0]} is {scalars[infinite[0]]} at step {step}: the run diverged; lower --lr")
         if not is_logged:
             return
         self.begin()
-        self.rows.append(row)
+        self.row(step).update(scalars)
         if distributed.RANK:
             return
-        with catch_write_errors(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
-        self.add_scalars(step, row)
+        with catch_write_errors(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        self.write_board(step, scalars)
         (began, before), self.last_logged = self.last_logged, (time.monotonic(), step)
         rate = (step - before) / (self.last_logged[0] - began + 1e-9)
-        text = " ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "step")
+        text = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {format_time((args.iters - step) / rate)} left",
               *unhealthy(self.rows, self.healthy), sep="\n", flush=True)
 
@@ -155,72 +154,62 @@ class Run:
         elif step == self.start + 10 < self.args.iters:  # the first step is slower and not counted
             seconds = (time.monotonic() - self.first_step_end) / 9 * (self.args.iters - step)
             print(f"about {format_time(seconds)} minutes to the end, without evaluations", flush=True)
-        is_due, stopping = self.is_due(step), distributed.stop_requested()
-        if is_due or stopping or step % self.args.save_every == 0:
+        is_due, reason = self.is_due(step), distributed.stop_requested()
+        if is_due or reason or step % self.args.save_every == 0:
             self.save(step)
-        if is_due and not stopping:
-            stopping = not self.score(step) or step < self.args.iters and distributed.stop_requested()
-        self.exit_if(stopping, step)
+        if is_due and not reason:
+            self.score(step)
+            reason = distributed.stop_requested() if step < self.args.iters else None
+        self.exit_if(reason, step)
 
-    def exit_if(self, stopping, step):
-        if stopping:
-            print(f"stopped by {distributed.stop_requested()} after step {step}; --resume continues", flush=True)
+    def exit_if(self, reason, step):
+        if reason:
+            print(f"stopped by {reason} after step {step}; --resume continues", flush=True)
             sys.exit(0)
 
     def is_due(self, step):
         """Whether an evaluation is due after this step."""
         return step > 0 and (step == self.args.iters or step % self.args.eval_every == 0)
 
-    def is_scored(self, step):
-        return any("miou" in row for row in self.rows[-1:] if row["step"] == step)
-
     def score(self, step):
-        """Evaluate, log and print the scores, keep the best checkpoint; return False if a stop was requested."""
+        """Evaluate, log and print the scores, keep the best checkpoint; exit if a signal asked to stop meanwhile."""
         result = self.evaluate()
         if result is None:
-            return False
-        miou = result.scores["miou"]
-        earlier = [(row["miou"], row["step"]) for row in self.rows if "miou" in row and row["step"] != step]
-        best, at = max(earlier, default=(-1, 0))
-        if not self.is_scored(step):
+            self.exit_if(distributed.stop_requested(), step)
+        miou, row = result.scores["miou"], self.row(step)
+        best = max((r["miou"] for r in self.rows if "miou" in r), default=-1)
+        if "miou" not in row:
             self.save(step, miou)
-            if not self.rows or self.rows[-1]["step"] != step:  # --log-every left it out
-                self.rows.append({"step": step})
-            self.rows[-1] |= result.scores
+            row |= result.scores
             if distributed.RANK == 0:
                 if miou > best:
                     write_atomically(self.out / "best.pt", lambda f: shutil.copyfile(self.last, f))
-                self.add_scalars(step, result.scores)
-                if self.board:
-                    self.board.add_image("examples", np.asarray(result.draw_examples()), step, dataformats="HWC")
+                self.write_board(step, result.scores, result.draw_examples)
                 self.write_log()  # last: a run killed before this evaluates again
         self.last_logged = time.monotonic(), step
         extra = "".join(f", {name} {value:.1f}" for name, value in result.scores.items() if name != "miou")
-        print(f"data {self.dataset.name}, list val, step {step}" + f", best before {best:.2f} at step {at}" * (at > 0)
-              + f"{extra}\nmIoU {miou:.2f}", flush=True)
-        return True
+        print(f"data {self.dataset.name}, list val, step {step}{extra}\nmIoU {miou:.2f}", flush=True)
 
     def save(self, step, miou=None):
         """Write OUT/last.pt atomically."""
         if distributed.RANK:
             return
         self.begin()
-        self.minutes = self.minutes_before + (time.monotonic() - self.began) / 60
         checkpoint = {name: part.state_dict() for name, part in self.parts.items()} | {
             "step": step, "args": vars(self.args) | {"palette": self.dataset.palette}, "miou": miou,
-            "classes": list(self.dataset.classes), "rng": torch.get_rng_state(), "minutes": self.minutes}
+            "classes": list(self.dataset.classes), "rng": torch.get_rng_state(),
+            "minutes": (time.monotonic() - self.began) / 60}
         write_atomically(self.last, lambda f: torch.save(checkpoint, f))
 
     def begin(self):
         """Once, before the first file is written: lock --out, move the files of an earlier run to earlier-N."""
-        if self.has_begun or distributed.RANK:
+        if self.lock_file or distributed.RANK:
             return
-        self.has_begun = True
         with catch_write_errors(f"--out {self.out}"):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock()
             old = [f for f in map(self.out.joinpath, FILES) if f.exists()]
-            if old and not self.is_resumed:
+            if old and not self.start:
                 aside = next(p for p in (self.out / f"earlier-{n}" for n in itertools.count(1)) if not p.exists())
                 aside.mkdir()
                 for f in old:
@@ -230,14 +219,15 @@ class Run:
         ids = "".join(f"{sample.id}\n" for sample in self.labelled)
         write_atomically(self.out / "labelled.txt", lambda f: f.write_text(ids))
         self.write_log()
-        if self.board:  # entries of steps after the checkpoint are void
-            self.board = self.board(self.out / "tensorboard", purge_step=self.start + 1)
+        if self.args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)  # later entries are void
 
     def lock(self):
-        """Keep --out to this process until it ends; an InputError if another one has it. Windows has no such lock."""
+        """Keep --out to this process until it ends; an InputError if another one has it."""
+        self.lock_file = open(self.out / ".lock", "w")
         try:
-            import fcntl
-            self.lock_file = open(self.out / ".lock", "w")
+            import fcntl  # not on Windows
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # forked workers do not inherit it
         except BlockingIOError:
             raise InputError(f"--out {self.out}: another run is writing there; end it or name another --out") from None
@@ -248,7 +238,7 @@ class Run:
         """Write run.json; a resumed run appends to its `resumed`."""
         file = self.out / "run.json"
         now = {"commit": git_commit(), "device": distributed.describe_device(self.device)}
-        if self.is_resumed and file.exists():
+        if self.start and file.exists():
             facts = json.loads(file.read_text())
             facts.setdefault("resumed", []).append(now | {"step": self.start, "changed": self.changed})
         else:
@@ -261,17 +251,10 @@ class Run:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(self.out / "log.jsonl", lambda f: f.write_text(text))
 
-    def add_scalars(self, step, scalars):
+    def write_board(self, step, scalars, draw_examples=None):
         if self.board:
             for name, value in scalars.items():
                 self.board.add_scalar(name, value, step)
+            if draw_examples:
+                self.board.add_image("examples", np.asarray(draw_examples()), step, dataformats="HWC")
             self.board.flush()
-
-
-def import_tensorboard():
-    """Return TensorBoard's writer class; an InputError if it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard: tensorboard is not installed; pip install tensorboard") from None
-    return SummaryWriter

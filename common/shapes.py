@@ -1,10 +1,9 @@
 """The generated data set `shapes`: textured shapes on textured grounds, the same on every machine."""
 import colorsys
 import hashlib
-import os
-import shutil
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = {"ground": (0, 0, 0), "disc": (220, 60, 60), "square": (60, 160, 60), "triangle": (60, 90, 220),
@@ -14,17 +13,14 @@ IGNORE = 255
 
 
 def make(root):
-    """Write the set to the folder `root` in VOC layout unless it exists: 400 training and 100 val images, 128x128.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    if root.is_dir():
-        return
-    part = root.with_name(f"{root.name}.{os.getpid()}")
-    try:
+    """Write the set to the folder `root` in VOC layout unless it exists: 400 training and 100 val images, 128x128."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if root.is_dir():
+            return
+        part = root.with_name(f"{root.name}.part")
         for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
-            (part / folder).mkdir(parents=True)
+            (part / folder).mkdir(parents=True, exist_ok=True)
         (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in CLASSES.items()))
         for name, count in (("train", 400), ("val", 100)):
             ids = [f"{name}_{n:03d}" for n in range(count)]
@@ -34,23 +30,17 @@ def make(root):
                 image.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
                 label.save(part / "SegmentationClassAug" / f"{i}.png")
             (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        os.rename(part, root)
-    except OSError:
-        if not root.is_dir():  # another process was faster and wrote the same
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        part.rename(root)
 
 
 def texture(rng, size, hue, saturation):
     """Stripes, checks or blotches in two tones of a hue (0..1), (size,size,3) float32 in 0..255."""
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     angle, waves, kind = rng.uniform(0, np.pi), rng.uniform(4, 16), rng.randint(3)
-    u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    if kind == 0:
-        mix = np.sin(2 * np.pi * waves * u) > 0
-    elif kind == 1:
-        mix = (np.sin(2 * np.pi * waves * u) > 0) ^ (np.sin(2 * np.pi * waves * v) > 0)
+    turned = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    u, v = (np.sin(2 * np.pi * waves * axis) > 0 for axis in turned)
+    if kind < 2:
+        mix = u ^ v if kind else u
     else:
         coarse = Image.fromarray(rng.rand(int(waves), int(waves)).astype(np.float32))
         mix = np.array(coarse.resize((size, size), Image.Resampling.BICUBIC))
@@ -62,8 +52,7 @@ def texture(rng, size, hue, saturation):
 def outline(kind, rng):
     """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind 0 is a blob, which counts as ground."""
     corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
-    angle = np.arange(corners) * 2 * np.pi / corners
-    radius = np.ones(corners)
+    angle, radius = np.arange(corners) * 2 * np.pi / corners, np.ones(corners)
     if kind == "star":
         radius[1::2] = 0.45
     elif kind == "ground":
@@ -74,10 +63,9 @@ def outline(kind, rng):
 
 
 def draw(rng, size=128):
-    """One image (RGB) and its label (mode P): textured shapes and blobs on a textured ground, void along every edge.
+    """Return an image (RGB) and its label (mode P): shapes and blobs on a textured ground, void along every edge.
 
-    A class always has its outline and mostly its hue: its neighbours' hues reach into its own, and blobs, which count
-    as ground, have any.
+    A class always has its outline and mostly its hue; blobs, which are ground, have any.
     """
     image, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
     kinds = list(CLASSES)
@@ -85,8 +73,7 @@ def draw(rng, size=128):
         number = rng.randint(len(kinds))
         kind, centre, radius = kinds[number], rng.uniform(16, size - 16, 2), rng.uniform(18, 44)
         hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
-        mask = Image.new("L", (size, size))
-        pen = ImageDraw.Draw(mask)
+        pen = ImageDraw.Draw(mask := Image.new("L", (size, size)))
         corners = outline(kind, rng)
         pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
         if kind == "ring":

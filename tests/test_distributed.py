@@ -22,7 +22,7 @@ EXACT = "--bn frozen --no-amp --iters 10 --batch-size 4 --eval-every 100".split(
 SLOW, ONE_THREAD = pytest.mark.slow, os.environ | {"OMP_NUM_THREADS": "1"}
 # what train_semi.py does in a step train_base.py and train_adv.py do too
 EACH = [pytest.param(script, marks=SLOW) if script in ("train_base", "train_adv") else script for script in SCRIPTS]
-STARTS = {"train_semi": "--semi-start 3 --d-unlabelled --upsample learned",
+STARTS = {"train_semi": "--semi-start 3 --d-unlabelled",
           "train_match": "--u-start 3 --confidence 0.2"}
 
 

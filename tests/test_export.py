@@ -35,7 +35,7 @@ def differing(net, ckpt):
 
 @pytest.mark.parametrize("words", [
     ("--init", "imagenet"), ("--init", "imagenet", "--input-scale", 0.5),
-    ("--backbone", "resnet18", "--upsample", "learned", "--iters", 20, "--lr", 0.02)])
+    ("--backbone", "resnet18", "--iters", 20, "--lr", 0.02)])
 def test_exported(train, tmp_path, words):
     ckpt = train("train_base", "--iters", 1, *words) / "last.pt"
     call("export", "--ckpt", ckpt, "--out", tmp_path / "net.pt2")

@@ -21,9 +21,9 @@ PROTO = [  # (text of train_base.py, what a second network needs instead)
     p.add_argument("--proto-start", type=int, help="steps before the loss on prototypes (default --iters / 4)")
     return p
 """),
-    ("    run = Run(args, dataset, labelled, ops.describe)\n", """\
+    ("    run = Run(__file__, args, dataset, labelled, ops.describe)\n", """\
     args.proto_start = args.iters // 4 if args.proto_start is None else args.proto_start
-    run = Run(args, dataset, labelled, ops.describe, {"loss_proto": HealthyRange(0, 1e-9, "lower it")})
+    run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_proto": HealthyRange(0, 1e-9, "lower it")})
 """),
     ("from common.run import Run\n", "from common.run import HealthyRange, Run\n"),
     ("    run.resume(seg=seg_raw, opt_seg=opt_seg)\n", """\
@@ -116,10 +116,10 @@ def test_more_scores(trained, voc):
     seg, dataset = model.load_segmenter(trained["train_base"] / "last.pt"), open_dataset(str(voc))
     calls = []
 
-    def extra(logits, target):
+    def share(logits, target):
         calls.append(target)
-        return {"share": (torch.tensor(len(calls)), torch.tensor(10))}
-    result = evaluate(seg, dataset.samples(dataset.train_ids()), 0, extra=extra)
+        return torch.tensor(len(calls)), torch.tensor(10)
+    result = evaluate(seg, dataset.samples(dataset.train_ids()), 0, extra={"share": share})
     assert len(calls) == 8 and result.scores["share"] == pytest.approx(100 * 36 / 80) and "miou" in result.scores
 
 

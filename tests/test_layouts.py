@@ -44,6 +44,8 @@ def test_labelled_ids(voc, tmp_path):
     (tmp_path / "mine.txt").write_text("train2\ntrain0")
     labelled, unlabelled = layouts.split_ids([f"train{n}" for n in range(8)], 0.9, 0, tmp_path / "mine.txt")
     assert labelled == ["train0", "train2"] and len(unlabelled) == 6
+    with pytest.raises(console.InputError, match="mine.txt: train2 is not in the training list"):
+        layouts.split_ids(["train0", "train1"], 0.9, 0, tmp_path / "mine.txt")
 
 
 def test_layout_of_the_first_implementation(voc):
@@ -93,11 +95,11 @@ def test_odd_files_in_a_folder(voc, tmp_path):
     assert len(layouts.open_dataset(str(voc)).images) == 10
     (tmp_path / "more").mkdir()
     (tmp_path / "more/link").symlink_to(voc / "JPEGImages")
+    Image.new("RGB", (9, 9)).save(tmp_path / "more/new.png")
     dataset = layouts.open_dataset(str(voc))
-    val = dataset.samples(dataset.ids("val"))
-    assert len(layouts.find_unlabelled(tmp_path / "more", val)) == 8 and layouts.find_unlabelled(None, val) == []
-    with pytest.raises(console.InputError, match="no .jpg or .png"):
-        layouts.find_unlabelled(voc / "ImageSets", val)
+    assert [s.id for s in dataset.split(1, 0, None, tmp_path / "more")[1]] == [str(tmp_path / "more/new.png")]
+    with pytest.raises(console.InputError, match="--unlabelled .*ImageSets"):
+        dataset.split(1, 0, None, voc / "ImageSets")
     shutil.copy(voc / "JPEGImages/train0.png", voc / "JPEGImages/train0.jpg")
     with pytest.raises(console.InputError, match="same id train0"):
         layouts.open_dataset(str(voc))
@@ -120,16 +122,20 @@ def test_split_of_a_folder_of_ones_own(voc, tmp_path):
     assert [len(labelled), len(unlabelled), len(val)] == [2, 6, 2] and dataset.kind == "own" and not dataset.note
     assert all(s.label for s in labelled + val) and not any(s.label for s in unlabelled)
     (voc / "unlabelled/deep").mkdir(parents=True)
-    Image.new("RGB", (9, 9)).save(voc / "unlabelled/deep/a.jpg")
-    unlabelled = dataset.split(0.25, 0)[1]
-    assert len(unlabelled) == 7 and unlabelled[-1].image.endswith("a.jpg")
-    assert str(voc / "unlabelled") in dataset.note
+    for count in (0, 1):
+        dataset = layouts.open_dataset(str(voc))
+        unlabelled = dataset.split(0.25, 0, None, dataset.unlabelled_folder)[1]
+        assert len(unlabelled) == 6 + count and f"{count} unlabelled images in {voc / 'unlabelled'}" in dataset.note
+        Image.new("RGB", (9, 9)).save(voc / "unlabelled/deep/a.jpg")
+    assert unlabelled[-1].image.endswith("a.jpg")
+    (voc / "classes.txt").unlink()
+    assert layouts.open_dataset(str(voc)).unlabelled_folder is None
 
 
 def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset = layouts.open_dataset(None)
-    assert dataset.name == "shapes" and "data/VOC2012 is not there (to get it: python prepare.py voc" in dataset.note
+    assert dataset.name == "shapes" and "python prepare.py voc" in dataset.note
     with pytest.raises(console.InputError, match="--data data/VOC2012: no data there"):
         layouts.open_dataset("data/VOC2012")
     train, val = dataset.train_ids(), dataset.ids("val")
@@ -141,4 +147,4 @@ def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
     assert size == (128, 128) and (counts[:6] > 0.01 * counts.sum()).all() and 0.02 < counts[255] / counts.sum() < 0.3
     again = shapes.draw(np.random.RandomState(5))
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(again, shapes.draw(np.random.RandomState(5))))
-    assert [p.name for p in (tmp_path / "data").iterdir()] == ["shapes"]  # nothing half-made beside it
+    assert {p.name for p in (tmp_path / "data").iterdir()} == {"shapes", ".shapes.lock"}  # nothing half-made beside it

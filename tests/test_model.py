@@ -8,6 +8,7 @@ import torchvision
 
 import model
 from common.console import InputError
+from common.layouts import voc_palette
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_imagenet_s_resnet_is_read_and_not_run(tmp_path, monkeypatch):
         def __reduce__(self):
             return Path.touch, (tmp_path / "ran",)
     torch.save({"fc.bias": Payload()}, file)
-    with pytest.raises(InputError, match="the weights of resnet18 cannot be downloaded"):
+    with pytest.raises(InputError, match="weights of resnet18 cannot be downloaded"):
         model.resnet("resnet18", True)
     assert not (tmp_path / "ran").exists()
 
@@ -149,14 +150,19 @@ def test_pseudo_label_loss_is_its_definition():
 @pytest.mark.quick
 def test_checkpoint_comes_back(lite, tmp_path):
     args = {"backbone": "efficientnet_lite0", "stride": 16, "bn": "train"}
-    torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}, tmp_path / "a.pt")
+    checkpoint = {"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}
+    torch.save(checkpoint | {"args": args | {"input_scale": 0.5, "palette": [7] * 768}}, tmp_path / "a.pt")
+    seg = model.load_segmenter(tmp_path / "a.pt")
+    assert seg.input_scale == 0.5 and seg.palette == [7] * 768
+    torch.save(checkpoint, tmp_path / "a.pt")  # an older one says neither
     seg, x = model.load_segmenter(tmp_path / "a.pt"), torch.randn(1, 3, 65, 65)
     assert not seg.training and torch.equal(seg(x), lite.eval()(x)) and seg.classes == list("abcde")
+    assert seg.input_scale == 1 and seg.palette == voc_palette()
     init = str(tmp_path / "a.pt")
     assert model.start_format(init) == {"caffe": False, "norm": "imagenet"}
 
     def create(classes, backbone="efficientnet_lite0", stride=16):
-        return model.create_segmenter(classes, [], backbone, init, stride, "train", "imagenet", 4, "bilinear", 1).eval()
+        return model.create_segmenter(classes, [], backbone, init, stride, "train", "imagenet", 4, 1).eval()
     assert torch.equal(create("abcde")(x), lite(x))
     assert torch.equal(create("abcd").backbone(x), lite.backbone(x))  # only the backbone is loaded
     with pytest.raises(InputError, match="a.pt"):

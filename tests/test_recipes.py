@@ -4,14 +4,11 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, SMALL, log
-from PIL import Image
 
-import data
 import model
 import train_base
-from common import console, layouts
+from common import layouts
 from common.args import resolve_args
 
 RECIPES = sorted((ROOT / "recipes").glob("*.txt"))
@@ -35,10 +32,10 @@ PAPER = dict(split=0.125, init="imagenet", backbone="resnet101", crop=321, bn="t
              d_betas=[0.9, 0.999], d_smooth=0, lam_adv_u=0, lam_semi=0.1, threshold=0.2, semi_start=5000)
 STREET = PAPER | dict(crop=513, scale=[1, 1], input_scale=0.5, batch_size=2, iters=40000)
 VALUES = {"paper_voc_base": PAPER, "paper_voc_adv": PAPER, "paper_voc_semi": PAPER, "paper_cityscapes_semi": STREET,
-          "animals_adv_8": dict(lam_adv=0.01, d_lr=1e-4, d_smooth=0, split=0.125),
+          "animals_adv_8": dict(lam_adv=0.01, d_lr=1e-4, d_smooth=0),
           "animals_semi_32": dict(lam_adv=0.01, lam_adv_u=0, lam_semi=0.1, threshold=0.2, d_lr=1e-4, d_smooth=0,
-                                  semi_start=300, split=0.03125, iters=1200),
-          "base101": dict(norm="none", decay_every=10, upsample="learned", init="coco", split=1, bn="no-grad"),
+                                  semi_start=300, iters=1200),
+          "base101": dict(norm="none", decay_every=10, init="coco", split=1, bn="no-grad"),
           "adv204": dict(d_lr=1e-5, d_smooth=0.1, d_optim="adam"), "adv101": dict(d_optim="sgd", d_smooth=0)}
 
 
@@ -63,6 +60,17 @@ def test_recipes_parse_and_win_over_the_data(recipe, monkeypatch):
     args.init = "none"  # the initial weights are not at hand
     resolve_args(args, dataset, model.start_format)
     assert {k: getattr(args, k) for k in given} == given and args.backbone
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("recipe", [f for f in RECIPES if "_" in f.stem], ids=lambda f: f.stem)
+def test_methods_are_compared_on_equal_terms(recipe):
+    """A recipe NAME_METHOD_N trains on 1/N of the labels, with the flags of NAME_base_N but for the method's own."""
+    args = vars(settings(f"@{recipe}", script=script_of(recipe)))
+    base = vars(settings(f"@{recipe.with_stem(re.sub('adv|semi|match', 'base', recipe.stem))}"))
+    assert {k: args[k] for k in base if k != "out"} == {k: base[k] for k in base if k != "out"}
+    if labelled := re.search(r"_(\d+|full)$", recipe.stem):
+        assert args["split"] == 1 / int(labelled[1].replace("full", "1"))
 
 
 @pytest.mark.quick
@@ -92,8 +100,6 @@ def test_a_file_of_flags_is_found_beside_the_one_that_names_it(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "elsewhere")
     args = settings("@../mine/leaf.txt", "--nesterov")
     assert (args.lr, args.iters, args.nesterov) == (0.5, 8, True)
-    (tmp_path / "mine/root.txt").write_text("--lr 1\n@leaf.txt\n")
-    assert "@leaf.txt: ../mine/root.txt" in fails("train_base", "@../mine/leaf.txt")
     (tmp_path / "mine/root.txt").write_text("@gone.txt\n")
     assert "../mine/gone.txt" in fails("train_base", "@../mine/leaf.txt")
 
@@ -101,8 +107,8 @@ def test_a_file_of_flags_is_found_beside_the_one_that_names_it(tmp_path, monkeyp
 @pytest.mark.parametrize("recipe", [pytest.param(f, id=f.stem, marks=[] if f.stem in RUN else pytest.mark.slow)
                                     for f in RECIPES])
 def test_two_steps(recipe, train):
-    early = ["--semi-start", 0] if "semi" in recipe.stem else []
-    rows = log(train(script_of(recipe).__name__, f"@{recipe}", *SMALL, "--batch-size", 1, "--iters", 2, *early))
+    words = "--split", 0.5, "--batch-size", 1, "--iters", 2, *(["--semi-start", 0] if "semi" in recipe.stem else [])
+    rows = log(train(script_of(recipe).__name__, f"@{recipe}", *SMALL, *words))
     assert [r["step"] for r in rows] == [1, 2] and "miou" in rows[-1] and rows[-1].get("loss_semi", 1) > 0
 
 
@@ -119,37 +125,13 @@ def test_rates_decay_every_k_steps_or_never():
         assert rates == [pytest.approx([lr, 10 * lr]) for lr in want]
 
 
-@pytest.mark.parametrize("stride", [8, 16])
-def test_learned_upsampling_starts_as_bilinear(stride):
-    logits = torch.randn(2, 5, 9, 12)
-    want = F.interpolate(logits, (8 * stride + 1, 11 * stride + 1), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(model.bilinear_deconvolution(5, stride)(logits), want, rtol=0, atol=1e-5)
-
-
 def test_flags_of_the_optimisers():
-    seg = model.DeepLabV2("resnet18", 5, 8, "none", branches=2, upsample="learned")
+    seg = model.DeepLabV2("resnet18", 5, 8, "none", branches=2)
     sgd = model.seg_optimizer(seg, 1e-3, head_lr=4, nesterov=False, weight_decay=5e-4)
     assert len(seg.head) == 2 and [g["lr"] for g in sgd.param_groups] == [1e-3, 4e-3]
-    assert any(p is seg.up.weight for p in sgd.param_groups[1]["params"]) and seg.up.weight.requires_grad
     assert all(not g["nesterov"] and g["weight_decay"] == 5e-4 and g["momentum"] == 0.9 for g in sgd.param_groups)
     disc = model.Discriminator(5)
     adam = model.disc_optimizer(disc, 1e-4, betas=(0.9, 0.99), weight_decay=0.1).defaults
     sgd = model.disc_optimizer(disc, 1, "sgd", momentum=0.9).defaults
     assert adam["betas"] == (0.9, 0.99) and adam["weight_decay"] == 0.1
     assert sgd["momentum"] == 0.9 and sgd["weight_decay"] == 1e-4
-
-
-def test_drop_last(voc):
-    for n in range(8):  # an image is told by its grey
-        Image.new("RGB", (96, 80), (n, n, n)).save(voc / f"JPEGImages/train{n}.png")
-    dataset = layouts.open_dataset(str(voc))
-
-    def drawn(batch_size=1):
-        samples = dataset.samples(dataset.train_ids())
-        stream = data.TrainDataset(samples, "labelled", 0, 65, scale=(1, 1), epoch_multiple=batch_size)
-        return [int(stream[n][0][0, 0, 0]) for n in range(16)]
-    whole, cut = drawn(), drawn(3)
-    assert sorted(whole[:8]) == sorted(whole[8:]) == list(range(8)) and whole[:8] != whole[8:]
-    assert cut[:6] == whole[:6] and cut[6:12] == whole[8:14]  # each epoch less its last two
-    with pytest.raises(console.InputError, match="--drop-last"):
-        drawn(9)

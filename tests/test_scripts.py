@@ -98,11 +98,11 @@ def test_predicts_any_images(trained, tmp_path, fails):
     assert not (tmp_path / "q").exists()
 
 
-def test_a_bad_label_leaves_no_half_of_the_predictions(trained, voc, tmp_path, fails):
+def test_a_bad_label_ends_the_evaluation(trained, voc, tmp_path, fails):
     ckpt = trained["train_base"] / "last.pt"
     (voc / "SegmentationClassAug/val1.png").write_text("no picture")
     assert "val1.png: cannot be read" in fails("eval", "--ckpt", ckpt, "--data", voc, "--out", tmp_path / "p/q")
-    assert not list((tmp_path / "p").iterdir())
+    assert {f.suffix for f in (tmp_path / "p/q").iterdir()} <= {".png"}  # no overview, nothing half-written
 
 
 def columns(out, names):
@@ -220,13 +220,19 @@ def test_losses_count_valid_pixels_only(train, monkeypatch):
 
 
 def test_a_picture_is_unlabelled_once(train, voc, monkeypatch):
-    """--unlabelled may name a folder that holds the data set's own pictures: none comes twice, none of train or val."""
+    """--unlabelled may name a folder that holds the data set's own pictures: none comes twice, none of train or val.
+
+    It replaces ROOT/unlabelled.
+    """
     seen, stream = {}, data.TrainDataset
     monkeypatch.setattr(data, "TrainDataset", lambda samples, name, *more: stream(seen.setdefault(name, samples), name,
                                                                                   *more))
-    Image.new("RGB", (96, 80)).save(voc / "JPEGImages/more.png")
+    (voc / "unlabelled").mkdir()
+    for name in ("JPEGImages/more.png", "unlabelled/other.png"):
+        Image.new("RGB", (96, 80)).save(voc / name)
     train("train_semi", "--unlabelled", voc / "JPEGImages", "--iters", 1)
     labelled, unlabelled = ([sample.image for sample in seen[name]] for name in ("labelled", "unlabelled"))
+    assert str(voc / "JPEGImages/more.png") in unlabelled
     assert len(labelled) == 4 and len(unlabelled) == len(set(unlabelled)) == 5 and not set(labelled) & set(unlabelled)
 
 

@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import model  # noqa: E402
-import predict  # noqa: E402
 import train_semi  # noqa: E402
 from common import console, layouts  # noqa: E402
 from common.checkpoint import read_checkpoint  # noqa: E402
@@ -102,7 +101,7 @@ def train(script, folder, out, *words, code=None):
 def readable(folder, out):
     """The step of a run's last.pt. Errors: whatever reading it raises."""
     checkpoint = read_checkpoint(folder / out / "last.pt", "--ckpt")
-    model.segmenter_of(checkpoint, out)
+    model.load_segmenter(out, checkpoint)
     return checkpoint["step"]
 
 
@@ -147,7 +146,7 @@ def pictures(folder, rng, _):
     file.write_bytes(spoil(whole.read_bytes(), rng))
     try:
         if kind[0] == "images":
-            assert predict.read_upright(file).mode == "RGB"
+            assert data.read_image(file).mode == "RGB"
         else:
             ids = data.read_label(layouts.Label(str(file), 4, ()), (96, 80))
             assert ids.shape == (80, 96) and set(np.unique(ids)) <= {0, 1, 2, 3, 255}
