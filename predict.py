@@ -126,7 +126,7 @@ def check_images(paths, out, blend):
     files = [out / f"{path.stem}{end}" for path in paths for end in (".png", "_blend.jpg")[:1 + blend]]
     counts = Counter(path.resolve() for path in [*files, out / "legend.png", *paths])
     if taken := [file for file, n in counts.items() if n > 1]:
-        raise InputError(f"--out {out}: a prediction would overwrite {taken[0]}; rename it, or use another folder")
+        raise InputError(f"{taken[0]}: would be written twice, or over an image; rename that, or use another --out")
 
 
 def draw_legend(classes, palette):

@@ -91,11 +91,11 @@ def test_folders_and_turned_images(seeing, tmp_path, fails):
     found = [f.name for f in predict.find_images([tmp_path / "in"])]
     assert found == ["[1].png", "broken.jpg", "turned.png", "upright.png"]
     assert "broken.jpg" in fails("predict", *words, tmp_path / "in/broken.jpg", "--out", tmp_path / "no")
-    assert "overwrite" in fails("predict", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
+    assert "in/upright.png" in fails("predict", *words, tmp_path / "in/upright.png", "--out", tmp_path / "in")
     picture.save(tmp_path / "in/deep/one_blend.jpg")
     picture.save(tmp_path / "in/deep/one.jpg")
     one = tmp_path / "in/deep/one.jpg", tmp_path / "in/deep/one_blend.jpg", "--out", tmp_path / "in/deep"
-    assert "overwrite" in fails("predict", *words, *one, "--blend")
+    assert "deep/one_blend.jpg" in fails("predict", *words, *one, "--blend")
     for nothing in (tmp_path / "out/none*.jpg", tmp_path / "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         assert nothing.name in fails("predict", *words, nothing, "--out", tmp_path / "no")

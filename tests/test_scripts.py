@@ -92,8 +92,8 @@ def test_predicts_any_images(trained, tmp_path, fails):
     assert "--out" in fails("predict", *flags)
     call("predict", *flags, "--out", tmp_path / "p")
     assert Image.open(tmp_path / "p/a.png").size == (50, 70) and Image.open(tmp_path / "p/b.png").size == (131, 65)
-    assert "overwrite" in fails("predict", *flags, "--out", tmp_path)
-    assert "x/b.jpg" in fails("predict", *flags, tmp_path / "x/b.jpg", "--out", tmp_path / "q")
+    assert "b.png" in fails("predict", *flags, "--out", tmp_path)
+    assert "q/b.png" in fails("predict", *flags, tmp_path / "x/b.jpg", "--out", tmp_path / "q")
     assert "b.txt" in fails("predict", "--ckpt", ckpt, tmp_path / "b.txt", "--out", tmp_path / "q")
     assert not (tmp_path / "q").exists()
 
