@@ -51,7 +51,7 @@ def read_label(label, size):
             colours = np.asarray(image.convert("RGB"))
             ids = colour_ids(label.colours)[colours.astype(np.int32) @ np.array([65536, 256, 1], np.int32)]
             if (ids == 254).any():
-                raise InputError(f"{label.path}: colour {' '.join(map(str, colours[ids == 254][0]))} is no class's; "
+                raise InputError(f"{label.path}: colour {' '.join(map(str, colours[ids == 254][0]))} is no class; "
                                  "correct it or name it in classes.txt (NAME R G B, or void R G B to ignore it)")
         else:
             raise InputError(f"{label.path}: a label is an 8-bit index image (mode L or P), or a colour image if "
@@ -71,7 +71,7 @@ def check_indices(image, label):
         r, g, b = palette[3 * i:3 * i + 3] or (0, 0, 0) if palette else (i, i, i)
         if known.get(r << 16 | g << 8 | b, i) != i:
             raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives to another "
-                             "class; save it as RGB if its colours are meant, else in mode L")
+                             "class; if the colours are meant, save it as RGB; if the values are, as mode L")
 
 
 @functools.lru_cache
@@ -142,7 +142,7 @@ class TrainDataset(torch.utils.data.Dataset):
         self.canvas = torch.tensor(PADDING, dtype=torch.uint8).repeat(crop, crop, 1)
         self.key, self.order = f"{seed}/{name}", (None, None)
         if not samples:
-            raise InputError("--split, --labelled-ids: no image is left unlabelled; label fewer or add --unlabelled")
+            raise InputError("--split, --labelled-ids: no image is left unlabelled; lower --split or add --unlabelled")
 
     def __getitem__(self, n):
         epoch, position = divmod(n, len(self.samples))
@@ -163,8 +163,8 @@ def batches(samples, name, *, seed, batch_size, iters, crop, scale, input_scale,
     """Return an iterator over this rank's part of each batch, from step `start` + 1 to `iters`, on `device`.
 
     A part is (images (B,3,crop,crop) uint8 in channels_last memory, labels (B,crop,crop)); see TrainDataset. batch_size
-    counts all ranks. The whole batch does not depend on the number of workers and ranks. Workers start with this call:
-    make it before the networks exist, of which they would keep copies.
+    counts all ranks. The whole batch does not depend on the number of workers and ranks. Call it before creating the
+    networks: forked workers would copy them.
     """
     dataset, size = TrainDataset(samples, name, seed, crop, scale, input_scale), batch_size // distributed.WORLD_SIZE
     first = size * distributed.RANK  # this rank's part of a batch begins there

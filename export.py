@@ -23,7 +23,7 @@ def flags():
 
 
 class Predictor(torch.nn.Module):
-    """RGB images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, as predict.py has them; only on the CPU if it shrinks."""
+    """RGB images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, as predict.py has them. CPU only if input_scale < 1."""
 
     def __init__(self, seg):
         super().__init__()
@@ -38,7 +38,7 @@ class Predictor(torch.nn.Module):
         if self.seg.input_scale != 1:
             x = data.resize(x.to(torch.uint8), [self.seg.stride * k + 1 for k in steps])
         logits = F.interpolate(self.seg(self.seg.normalise(x)), full, mode="bilinear", align_corners=True)
-        ids = logits.argmax(1).to(torch.uint8)  # (N,H,W), padded; a slice would fix whether there is padding
+        ids = logits.argmax(1).to(torch.uint8)  # (N,H,W), padded; a slice would specialise the graph on padding
         return ids.index_select(1, torch.arange(height, device=ids.device)).index_select(
             2, torch.arange(width, device=ids.device))
 

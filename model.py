@@ -19,7 +19,7 @@ from common.layouts import voc_palette
 from common.run import HealthyRange
 from csrc import ops
 
-# Mean and standard deviation of R, G, B in 0..1. Caffe's networks take B, G, R; those of "inception" pixels in -1..1.
+# Mean and standard deviation of R, G, B in 0..1. Caffe networks expect BGR; "inception" maps pixels to -1..1.
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ([0.5] * 3, [0.5] * 3),
          "caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
 
@@ -52,7 +52,7 @@ class DeepLabV2(nn.Module):
         self.bn, self.norm, self.fast_in_bf16 = bn, norm, not lite
         self.classes, self.palette = [f"class {n}" for n in range(num_classes)], voc_palette()
         self.backbone = nn.Sequential(*blocks)
-        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # those of stride 8 cover as much of the image
+        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # as wide as at stride 8
         self.head = nn.ModuleList(nn.Conv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
@@ -78,7 +78,7 @@ class DeepLabV2(nn.Module):
 
     @contextlib.contextmanager
     def fixed_statistics(self):
-        """Context in which training passes normalise by their own batch but do not update the running statistics."""
+        """Context: batch norm that trains uses batch statistics but does not update the running statistics."""
         for layer in self.batch_norms():
             layer.track_running_stats = False
         yield
@@ -93,9 +93,9 @@ class DeepLabV2(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): class maps (N,K,H,W) -> logits (N,1,h,w).
+    """Fully convolutional discriminator (Hung et al. 2018, section 3.2): probabilities (N,K,H,W) -> (N,1,h,w).
 
-    h = H/32. A high logit says that the map looks like a label map there; `bce` upsamples the logits.
+    h = H // 32. A high logit says that the map looks like a label map there; `bce` upsamples the logits.
     """
 
     fast_in_bf16 = True
@@ -166,7 +166,7 @@ def efficientnet_lite0(pretrained):
 
 
 def dilate(blocks, reached, stride):
-    """Replace strides of `blocks`, whose input is at stride `reached`, by dilation beyond `stride`."""
+    """Replace strides by dilation once `blocks`, whose input has the stride `reached`, are at `stride`."""
     rate = 1
     for block in blocks:
         convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
@@ -215,7 +215,7 @@ def load_segmenter(path, checkpoint=None):
     checkpoint = checkpoint or read_checkpoint(path, "--ckpt")
     args = checkpoint["args"]
     if not checkpoint["classes"]:
-        raise InputError(f"--ckpt {path}: an ImageNet classifier, which has no pixel logits; use it with --init")
+        raise InputError(f"--ckpt {path}: an ImageNet classifier without a segmentation head; use it with --init")
     try:
         seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"], args["norm"],
                         args["aspp_branches"], args["caffe"], args["input_scale"])
@@ -270,7 +270,7 @@ def pseudo_label_loss(logits, pseudo, valid, divide="kept"):
 def bce(d_logits, real, valid):
     """Return the binary cross entropy of the discriminator's logits against `real` (Hung et al. 2018, eq. 1 and 4).
 
-    d_logits: (N,1,h,w). real: 1 for label maps (or 1 - smoothing), 0 for predictions. valid: (N,H,W) bool, the pixels.
+    d_logits: (N,1,h,w). real: 1 for label maps (or 1 - smoothing), 0 for predictions. The mean is over valid (N,H,W).
     """
     logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): a logit z is the softmax of two classes (0, z)
     losses = [(share, *ops.masked_cross_entropy(logits, torch.full_like(valid, answer, dtype=torch.uint8), valid=valid))
@@ -281,21 +281,21 @@ def bce(d_logits, real, valid):
 def disc_flags(parser):
     """Add the flags of the discriminator and return the parser."""
     add = parser.add_argument_group("discriminator").add_argument
-    add("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of D (default adam: paper)")
+    add("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator D (default adam)")
     add("--d-lr", type=number(), help="initial learning rate of D (paper: 1e-4; small data 3e-5)")
     add("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="betas of Adam "
         "(default 0.9 0.999: paper; the authors' code has 0.9 0.99)")
     add("--d-momentum", type=number(below=1), default=0.5, help="momentum of SGD (default 0.5)")
     add("--d-decay", type=number(), help="weight decay of D (default 0 for Adam, 1e-4 for SGD)")
-    add("--d-smooth", type=number(below=1), help="label smoothing of real maps (paper: 0; small data 0.1)")
+    add("--d-smooth", type=number(below=1), help="label smoothing of D's real targets (paper: 0; small data 0.1)")
     return parser
 
 
 def healthy_loss_d(d_smooth):
     """Return the HealthyRange of loss_d: 0.69 is a discriminator that guesses, near 0 is one that always wins."""
-    rest = torch.special.entr(torch.tensor([d_smooth, 1 - d_smooth])).sum().item() / 2  # of one that always wins
-    return HealthyRange(0.05 + rest, 0.7, "near 0 the discriminator always wins and starves the other losses: try a "
-                        "smaller --d-lr or --d-smooth 0.1")
+    minimum = torch.special.entr(torch.tensor([d_smooth, 1 - d_smooth])).sum().item() / 2  # of a perfect discriminator
+    return HealthyRange(0.05 + minimum, 0.7, "below it the discriminator recognises every prediction: try a smaller "
+                        "--d-lr or --d-smooth 0.1")
 
 
 def one_hot(target, num_classes):
@@ -309,7 +309,7 @@ def one_hot(target, num_classes):
 def class_confidence(logits, valid):
     """Return the mean probability of the predictions of each class, (K,), relative to the most confident class.
 
-    The mean is over the points of logits (N,K,h,w) of that class at valid (N,H,W) pixels, on all ranks; 1 for a class
+    The mean is over positions of logits (N,K,h,w) of that class at valid (N,H,W) pixels, on all ranks; 1 for a class
     that is not predicted. After FlexMatch (Zhang 2021) and FreeMatch (Wang 2023).
     """
     stride = (valid.shape[1] - 1) // (logits.shape[2] - 1)
@@ -318,4 +318,4 @@ def class_confidence(logits, valid):
     sums = [(own * confidence[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]
     total, count = distributed.all_reduce_sum(torch.stack(sums))
     mean = total / count.clamp(min=1)
-    return (mean / mean.max()).where(count > 0, 1)  # unpredicted at the points, a class may still win between two
+    return (mean / mean.max()).where(count > 0, 1)  # a class absent at all positions may win between them

@@ -40,7 +40,7 @@ def model_flags(description):
     p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a run, or a published file")
     p.add_argument("--tta", action="store_true", help="average over 3 scales and mirrored images, at 6 times the cost")
     p.add_argument("--window", type=number(int, 65), default=WINDOW, metavar="SIDE", help="larger images are predicted "
-                   "in overlapping windows of this side, in pixels (default %(default)s; lower it if memory runs out)")
+                   "in overlapping windows of this side, in pixels of the network's input (default %(default)s)")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: as in the training)")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
@@ -126,7 +126,7 @@ def check_images(paths, out, blend):
     files = [out / f"{path.stem}{end}" for path in paths for end in (".png", "_blend.jpg")[:1 + blend]]
     counts = Counter(path.resolve() for path in [*files, out / "legend.png", *paths])
     if taken := [file for file, n in counts.items() if n > 1]:
-        raise InputError(f"{taken[0]}: would be written twice, or over an image; rename that, or use another --out")
+        raise InputError(f"{taken[0]}: would be written twice or overwrite an image; rename the image, or change --out")
 
 
 def draw_legend(classes, palette):

@@ -31,7 +31,7 @@ CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
 CAMVID_CLASSES = {"sky": (128, 128, 128), "building": (128, 0, 0), "pole": (192, 192, 128), "road": (128, 64, 128),
                   "pavement": (60, 40, 222), "tree": (128, 128, 0), "sign_symbol": (192, 128, 128),
                   "fence": (64, 64, 128), "car": (64, 0, 128), "pedestrian": (64, 64, 0), "bicyclist": (0, 128, 192)}
-SHOWN = 20  # mistakes of a kind that `check` prints
+SHOWN = 20  # problems of a kind that `check` prints
 
 
 def voc_archives():
@@ -203,7 +203,7 @@ def inspect(sample):
 
 
 def check(args):
-    """Read every image and label; print counts, sizes, classes and what is wrong. Exit status 1 if anything is."""
+    """Read every image and label; print counts, sizes, classes and problems. Exit status 1 if anything is."""
     dataset = layouts.open_dataset(args.data)
     lists, bad_lists = {"train": [], "val": []}, []
     for name, names in ("train", layouts.TRAIN_LISTS), ("val", ["val"]):
@@ -217,35 +217,35 @@ def check(args):
     sizes, digests, counts, bad = zip(*map_in_parallel(inspect, samples, "reading"))
     sizes, digests, counts = Counter(filter(None, sizes)), dict(zip(ids, digests)), dict(zip(ids, counts))
     first = {digests[i]: i for i in reversed(train) if digests.get(i)}
-    wrong = {
+    problems = {
         "bad files": [*bad_lists, *filter(None, bad)],
         "in a list, but not there": [f"{folder}/{i}" for i in train + val for folder, files in (
             (dataset.image_dir, dataset.images), (dataset.label_dir, dataset.labels)) if i not in files],
         "label without an image": [dataset.labels[i] for i in sorted(dataset.labels) if i not in dataset.images],
         "both in train and val": [i if i in train else f"{i} of val has the pixels of {first[digests[i]]} of train"
                                   for i in val if i in set(train) or digests.get(i) in first],
-        "class that no training label shows": []}
+        "class absent from the training labels": []}
 
     print(f"{dataset.note}data {dataset.name}: {len(ids):,} images, {len(dataset.labels):,} labels, "
           f"{len(dataset.classes)} classes; {len(train):,} training, {len(val):,} validation images")
     print("most common sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8)))
     totals = [sum((counts[i] for i in part if i in counts), np.zeros(256, int)) for part in (train, val)]
     shares = [100 * total / max(1, total.sum()) for total in totals]
-    print(f"{'share of pixels, percent':28}   train     val   labels with it")
+    print(f"{'share of pixels, percent':28}   train     val   label maps")
     for value, name in [*enumerate(dataset.classes), (layouts.IGNORE, "void")]:
         with_it = sum(bool(c[value]) for c in counts.values())
         print(f"{value:4} {name:23} {shares[0][value]:7.2f} {shares[1][value]:7.2f} {with_it:16,}")
         if not shares[0][value] and value != layouts.IGNORE:
-            wrong["class that no training label shows"].append(f"{value}, {name} (255 is void, not a class)")
-    for kind, found in wrong.items():
+            problems["class absent from the training labels"].append(f"{value}, {name}")
+    for kind, found in problems.items():
         for line in found[:SHOWN] + [f"and {len(found) - SHOWN:,} more"] * (len(found) > SHOWN):
-            print(f"wrong, {kind}: {line}")
-    print(f"{sum(map(len, wrong.values())):,} mistakes" if any(wrong.values()) else "nothing is wrong")
-    sys.exit(any(wrong.values()))
+            print(f"problem, {kind}: {line}")
+    print(f"{sum(map(len, problems.values())):,} problems" if any(problems.values()) else "no problems found")
+    sys.exit(any(problems.values()))
 
 
 def split(args):
-    """Write and print the lists of a split, the rounding and the protocol."""
+    """Write and print the lists of a split, and how it was made."""
     dataset = layouts.open_dataset(args.data)
     ids = dataset.ids(args.list) if args.list else dataset.train_ids()
     labelled, unlabelled = layouts.split_ids(ids, args.split, args.split_seed)
@@ -273,20 +273,20 @@ def flags():
         return p.add_argument
 
     flag = command(voc)
-    flag("--root", default=layouts.VOC_ROOT, help=f"where to (default {layouts.VOC_ROOT}; 2 GB, and 3.5 of archives)")
+    flag("--root", default=layouts.VOC_ROOT, help=f"destination (default {layouts.VOC_ROOT}; 2 GB, archives 3.5 GB)")
     flag("--from", dest="source", metavar="DIR", help="folder of the archives, instead of downloading them")
     flag = command(cityscapes)
     flag("--root", required=True, help="folder that holds leftImg8bit and gtFine")
     flag = command(camvid)
     flag("--from", dest="source", metavar="DIR", required=True, help="folder that holds train, trainannot, ...")
-    flag("--root", default="data/camvid", help="where to (default data/camvid)")
+    flag("--root", default="data/camvid", help="destination (default data/camvid)")
     command(check)("--data", metavar="ROOT", help="data set, as in training")
     flag = command(split)
     flag("--data", metavar="ROOT", help="data set, as in training")
     flag("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     flag("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
     flag("--list", help="list to split (default: the training list; on VOC `train` has 1,464 images)")
-    flag("--out", metavar="DIR", help="where the lists are written; default: ROOT/ImageSets/Segmentation")
+    flag("--out", metavar="DIR", help="folder for the lists (default ROOT/ImageSets/Segmentation)")
     return p
 
 

@@ -22,7 +22,7 @@ def main(args):
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.start_format)
     run = Run(__file__, args, dataset, labelled, ops.describe)
-    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
                                      args.norm, args.aspp_branches, args.input_scale).to(run.device)

@@ -20,13 +20,13 @@ from eval import evaluate
 
 def flags():
     p = shared_flags(__doc__, out="out/match")
-    p.add_argument("--unlabelled", metavar="DIR", help="folder of more images without labels, at any depth")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of unlabelled images (default ROOT/unlabelled)")
     p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights (default 0.99)")
-    p.add_argument("--confidence", type=number(), default=0.8, help="least probability for a pseudo-label, times that "
-                   "of the class relative to the most confident class (default 0.8; as in FreeMatch)")
+    p.add_argument("--confidence", type=number(), default=0.8, help="confidence threshold of pseudo-labels, scaled for "
+                   "each class by its relative mean confidence (default 0.8; cf. FreeMatch)")
     p.add_argument("--cutmix", type=number(), default=0.5, help="probability of CutMix per image (default 0.5)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
-    p.add_argument("--u-start", type=number(int), help="steps before that loss (default --iters / 8)")
+    p.add_argument("--u-start", type=number(int), help="step after which loss_u is used (default --iters / 8)")
     return p
 
 
@@ -39,16 +39,16 @@ def main(args):
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE)
     healthy = {"kept": HealthyRange(
-        0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --confidence", args.u_start)}
+        0.01, 0.99, "few pseudo-labels: lower --confidence; on nearly all pixels: raise it", args.u_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
-    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
                                      args.norm, args.aspp_branches, args.input_scale).to(run.device)
     teacher_raw = copy.deepcopy(seg_raw).requires_grad_(False)  # its weights are a moving average of the student's
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
-    run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)
+    run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)  # eval.py loads `seg`: the teacher
     seg, teacher = (distributed.prepare_model(x, args.compile) for x in (seg_raw, teacher_raw))
     update_teacher = get_ema_multi_avg_fn(args.ema)
 

@@ -18,13 +18,13 @@ from eval import evaluate
 def flags():
     p = model.disc_flags(shared_flags(__doc__, out="out/semi"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
-    p.add_argument("--unlabelled", metavar="DIR", help="folder of more images without labels, at any depth")
-    p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too, as the authors' code")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of unlabelled images (default ROOT/unlabelled)")
+    p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too (the authors' code)")
     p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
                    "images (default 0.001, from the authors' code; the paper has none)")
-    p.add_argument("--lam-semi", type=number(), help="weight of the semi-supervised loss (paper: 0.1; small data 0.5)")
-    p.add_argument("--threshold", type=number(), default=0.2, help="least confidence for a pseudo-label (paper: 0.2)")
-    p.add_argument("--semi-start", type=number(int), help="steps before that loss (default --iters / 4; paper: 5000)")
+    p.add_argument("--lam-semi", type=number(), help="weight of loss_semi (default 0.1, paper; 0.5 on small data)")
+    p.add_argument("--threshold", type=number(), default=0.2, help="confidence threshold of pseudo-labels (paper: 0.2)")
+    p.add_argument("--semi-start", type=number(int), help="step after which loss_semi is used (default --iters / 4)")
     return p
 
 
@@ -55,9 +55,9 @@ def main(args):
                  model.DISC_SMALL | {"lam_semi": 0.5})
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
     healthy = {"loss_d": model.healthy_loss_d(args.d_smooth), "kept": HealthyRange(
-        0.01, 0.99, "the fraction of unlabelled pixels with a pseudo-label: change --threshold", args.semi_start)}
+        0.01, 0.99, "few pseudo-labels: lower --threshold; on nearly all pixels: raise it", args.semi_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
-    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # workers start before there are networks
+    labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,

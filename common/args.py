@@ -14,7 +14,7 @@ from common.layouts import read_lines
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],
              input_scale=1)
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
-# Small settings, for the generated data set and for a folder of one's own without CUDA.
+# Small settings, for the generated data set and for a custom data set without CUDA.
 SHAPES = PAPER | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3, eval_every=160)
 OWN_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3)
 
@@ -66,7 +66,7 @@ def shared_flags(description, out):
     add("--labelled-ids", metavar="FILE", help="list of the labelled ids, instead of --split")
     add("--crop", type=int, help="side of training crops in pixels: stride*k+1, at least 65 (paper: 321)")
     add("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"), help="range of the random scaling (paper: 0.5 1.5)")
-    add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="shrink images for the network by this factor")
+    add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="scale of the network's input (Cityscapes: 0.5)")
     add("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of each loader (default 2)")
 
     add = parser.add_argument_group("network").add_argument
@@ -82,8 +82,8 @@ def shared_flags(description, out):
     add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000)")
     add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10)")
     add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4)")
-    add("--head-lr", type=number(), default=10, metavar="X", help="classifier's learning rate / --lr (default 10)")
-    add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps from change to change (default 1)")
+    add("--head-lr", type=number(), default=10, metavar="X", help="learning rate of the classifier / --lr (default 10)")
+    add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps per change of --lr; 0: never")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (paper)")
     add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, as in the paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
@@ -102,10 +102,10 @@ def shared_flags(description, out):
 
 
 def resolve_args(args, dataset, start_format, paper=None, small=None):
-    """Fill in the flags that were not given, in place, by the data set's kind; an InputError if flags contradict.
+    """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
     start_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
-    default} of the script's own flags; small data is `shapes`, and a folder of one's own without CUDA.
+    default} of the script's own flags; small data is `shapes`, and a custom data set without CUDA.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     own_on_cpu = dataset.kind == "own" and (args.gpu < 0 or not torch.cuda.is_available())
@@ -121,7 +121,7 @@ def resolve_args(args, dataset, start_format, paper=None, small=None):
 
 
 def own_defaults(dataset, given):
-    """Return defaults for a folder of one's own without CUDA, and name them in the data set's note."""
+    """Return defaults for a custom data set without CUDA, and name them in the data set's note."""
     # images are shrunk to at most 320 pixels; crops are as large as the shorter side allows, at most 161
     short, long = dataset.median_size()
     scale = given.get("input_scale") or next((x for x in (1, 0.5) if long * x <= 320), 0.25)
@@ -138,7 +138,7 @@ def check_args(args):
     if args.scale[0] > args.scale[1] or not args.scale[0]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: it is MIN MAX with 0 < MIN <= MAX")
     if args.stride == 16 and args.backbone != "efficientnet_lite0":
-        raise InputError(f"--stride 16: {args.backbone} has 8; leave it out, or use --backbone efficientnet_lite0")
+        raise InputError(f"--stride 16: {args.backbone} has 8; omit it, or use --backbone efficientnet_lite0")
     if args.crop < 65 or (args.crop - 1) % args.stride:
         best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
@@ -146,6 +146,6 @@ def check_args(args):
 
 
 def check_multiple(batch_size, count):
-    """Raise an InputError if the batch size is not a multiple of `count`, so that the ranks cannot share it."""
+    """Raise InputError if the batch size is not a multiple of `count`."""
     if batch_size % count:
-        raise InputError(f"--batch-size {batch_size}: must be a multiple of {count}, since the ranks share it")
+        raise InputError(f"--batch-size {batch_size}: must be a multiple of {count} ({distributed.WORLD_SIZE} ranks)")

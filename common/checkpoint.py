@@ -11,9 +11,9 @@ from common.console import InputError
 from common.layouts import VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
-# What a file that does not say was trained with.
+# Args that are assumed for files which do not record them.
 OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "input_scale": 1, "palette": voc_palette()}
-# Entries of a checkpoint that are not parts a script registered.
+# Entries of a checkpoint other than the registered parts.
 METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 
 
@@ -22,7 +22,7 @@ def read_checkpoint(path, flag, mmap=False):
 
     mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, for others.
     """
-    scalar = np.float64().__reduce__()[0]  # the first implementation's snapshots have one, under either numpy name
+    scalar = np.float64().__reduce__()[0]  # the reproduction of 2017 has one, under either numpy name
     known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     advice = "name the last.pt or best.pt of a training, or a published file"
     try:
@@ -36,7 +36,7 @@ def read_checkpoint(path, flag, mmap=False):
     types = {"args": dict, "classes": (list, tuple), "step": int}
     if (found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types)
             or found["args"].get("norm", "none") not in ("imagenet", "caffe", "none")):
-        raise InputError(f"{flag} {path}: not a network known here; {advice}")
+        raise InputError(f"{flag} {path}: not a supported checkpoint; {advice}")
     return found | {"args": OLDER_ARGS | found["args"]}
 
 
@@ -53,7 +53,7 @@ def translate(theirs):
     """Return a checkpoint dict made from the weights in a published file, or None if it is unknown.
 
     Known are DeepLabv2 on Caffe's ResNet, by the authors (a plain state dict; the first 2 of their 4 branches run), by
-    the first implementation (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
+    the reproduction of 2017 (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
     """
     snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
     weights = theirs["state_dict"] if snapshot else theirs
@@ -81,7 +81,7 @@ def translate(theirs):
 
 
 def read_start(init, mmap=False):
-    """Return the checkpoint dict that --init names; None for "imagenet" and "none", whose weights are elsewhere."""
+    """Return the checkpoint dict that --init names; None for "imagenet" and "none", which need no file."""
     if init in ("imagenet", "none"):
         return None
     if init == "coco" and not COCO_FILE.is_file():
@@ -109,4 +109,4 @@ def load_weights(seg, theirs, where, new_classifier=False):
         seg.load_state_dict({k: w for k, w in theirs.items() if k not in unused} | {k: ours[k] for k in skipped})
     except RuntimeError as e:
         why = textwrap.shorten(str(e).partition("\n")[2], 400)
-        raise InputError(f"{where}: another network; {why}; give the --backbone and flags of its training") from None
+        raise InputError(f"{where}: does not fit this network: {why}; use the flags it was trained with") from None

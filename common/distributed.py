@@ -42,7 +42,7 @@ def describe_device(device, gpu=-1):
 
 
 def prepare_model(model, compile=False):
-    """Return the model as the loop calls it: ranks average its gradients, GPUs synchronise trainable batch norm."""
+    """Return the model ready for training: with DDP, SyncBatchNorm on several GPUs, and torch.compile."""
     trains_bn = any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
     if WORLD_SIZE > 1 and next(model.parameters()).is_cuda and trains_bn:
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, with the same parameters

@@ -50,11 +50,11 @@ class Dataset:
     image_dir: Path
     label_dir: Path
     drawn: dict  # list name -> ids, if the folder has no lists: the fifth with the lowest hashes is val
-    note: str = ""  # what the first line of a run should say first
+    note: str = ""  # prefix of the first line of a run
 
     @property
     def unlabelled_folder(self):
-        """ROOT/unlabelled of a folder of one's own, or None."""
+        """ROOT/unlabelled of a custom data set, or None."""
         return folder if self.kind == "own" and (folder := self.root / "unlabelled").is_dir() else None
 
     def ids(self, *names):
@@ -137,7 +137,7 @@ def open_dataset(root=None):
     if has_classes and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
-            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of the same name")
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; add more")
         val = set(sorted(pairs, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())[:math.ceil(len(pairs) / 5)])
         drawn = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
         note = (f"{root} has no lists: {len(drawn['train'])} of its labelled images are for training, "

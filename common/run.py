@@ -17,12 +17,13 @@ from common.checkpoint import part_names, read_checkpoint
 from common.console import InputError, catch_write_errors, format_time, git_commit, output_folder, write_atomically
 
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
+# Flags that --resume may change.
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every", "tensorboard"
 PATIENCE = 10  # logged steps in a row before a warning
 
 
 class HealthyRange(NamedTuple):
-    """Range of a logged scalar in a run that goes well, after step `start`, and what to try if it leaves it."""
+    """Expected range of a logged scalar after step `start`, and what to try if it leaves that range."""
     low: float
     high: float
     advice: str
@@ -30,7 +31,7 @@ class HealthyRange(NamedTuple):
 
 
 def unhealthy(rows, healthy):
-    """Yield a warning for each scalar that was outside its {scalar: HealthyRange} at just the last PATIENCE rows."""
+    """Yield a warning for each scalar that was outside its {scalar: HealthyRange} in exactly the last PATIENCE rows."""
     for name, (low, high, advice, start) in healthy.items():
         values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and r["step"] > start]
         outside = [not low <= value <= high for value in values]
@@ -77,7 +78,7 @@ class Run:
         return {name: getattr(self.args, name) for name in names} | {"start": self.start, "device": self.device}
 
     def resume(self, **parts):
-        """Register the parts of a checkpoint (networks, optimisers, ...); with --resume, load OUT/last.pt into them."""
+        """Register what a checkpoint holds, `seg` and parts of any name; with --resume, load OUT/last.pt into them."""
         distributed.install_signal_handlers()
         self.parts, checkpoint, self.checkpoint = parts, self.checkpoint, None
         if not checkpoint:
@@ -100,7 +101,7 @@ class Run:
                 part.load_state_dict(checkpoint[name])
             torch.set_rng_state(checkpoint["rng"])
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError):
-            raise InputError(f"--resume: {self.last} is of another script or data; name another --out") from None
+            raise InputError(f"--resume: {self.last} has other parts or classes; name another --out") from None
         self.minutes = checkpoint.get("minutes", 0)
         log = self.out / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
@@ -111,12 +112,12 @@ class Run:
         """Yield the remaining steps, counted from 1. evaluate() returns eval.Evaluation, or None if asked to stop."""
         self.evaluate, self.began = evaluate, time.monotonic() - 60 * self.minutes
         if self.start == self.args.iters or self.is_due(self.start) and "miou" not in self.row(self.start):
-            self.score(self.start)  # it had ended, or was interrupted in this evaluation
+            self.score(self.start)  # the run had finished, or was interrupted in this evaluation
         self.last_logged = time.monotonic(), self.start
         yield from range(self.start + 1, self.args.iters + 1)
 
     def row(self, step):
-        """Return the log's row of the last step, which is appended if it is not there."""
+        """Return the log's row of the step that is the last one; append it if it is missing."""
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
         return self.rows[-1]
@@ -221,7 +222,7 @@ class Run:
         self.write_log()
         if self.args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)  # later entries are void
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.start + 1)  # drops later entries
 
     def lock(self):
         """Keep --out to this process until it ends; an InputError if another one has it."""

@@ -50,7 +50,7 @@ def texture(rng, size, hue, saturation):
 
 
 def outline(kind, rng):
-    """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind 0 is a blob, which counts as ground."""
+    """Corners (n,2) of a shape of radius 1 around 0, turned at random. Kind "ground" is an irregular blob."""
     corners = {"square": 4, "triangle": 3, "star": 10}.get(kind, 48)
     angle, radius = np.arange(corners) * 2 * np.pi / corners, np.ones(corners)
     if kind == "star":

@@ -1,4 +1,7 @@
+"""A small data set, trainings on it, and ways to run scripts, for all tests."""
+import contextlib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -11,19 +14,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tensors here are small, and pytest-xdist has the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tensors here are small
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = "train_base", "train_adv", "train_semi", "train_match"
-COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # class by class
-SMALL = ("--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 "
+COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # of the classes
+SMALL = ("--backbone efficientnet_lite0 --init imagenet --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 "
          "--gpu -1").split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which CI leaves out")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
+        pytest.skip("slow: run with --slow")
+
+
 @pytest.fixture(autouse=True)
-def signals():
-    """After each test, restore the signal handlers and kill the loaders' workers."""
+def restore_process():
+    """After each test, restore the signal handlers and end the loaders' workers."""
     import data
     from common import distributed
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -34,20 +48,9 @@ def signals():
         signal.signal(number, handler)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests that CI leaves out as well")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
-
-
 @pytest.fixture(scope="session")
 def blocks(tmp_path_factory):
-    """A tiny set in VOC layout: 8 training and 2 validation pictures of blocks, each class in its own colour; K = 4."""
+    """A tiny data set in VOC layout: 8 training and 2 validation images of blocks in the colours of 4 classes."""
     root, rng = tmp_path_factory.mktemp("blocks") / "voc", np.random.RandomState(0)
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
@@ -64,46 +67,39 @@ def blocks(tmp_path_factory):
 
 @pytest.fixture
 def voc(blocks, tmp_path):
-    """A test's own copy of `blocks`."""
+    """A copy of `blocks` that a test may change."""
     return Path(shutil.copytree(blocks, tmp_path / "voc"))
 
 
 def call(script, *words):
-    """main() of a script, in this process."""
+    """Run main() of a script in this process."""
     module = importlib.import_module(script)
     module.main(module.flags().parse_args([str(w) for w in words]))
 
 
 @pytest.fixture
 def train(voc, tmp_path):
-    """train(script, *flags) -> OUT, run in this process on `voc`; flags given last win."""
+    """train(script, *flags) -> output folder of a training on `voc` in this process; later flags override earlier."""
     def run(script, *words, out="out"):
         call(script, "--data", voc, *SMALL, "--out", tmp_path / out, *words)
         return tmp_path / out
     return run
 
 
-def of_each_script(blocks, out, *words):
-    for script in SCRIPTS:
-        call(script, "--data", blocks, *SMALL, *words, "--out", out / script)
-    return {script: out / script for script in SCRIPTS}
-
-
 @pytest.fixture(scope="session")
 def trained(blocks, tmp_path_factory):
-    """{script: OUT} of each script's three steps on `blocks`; nothing may be written there."""
-    return of_each_script(blocks, tmp_path_factory.mktemp("trained"))
-
-
-@pytest.fixture(scope="session")
-def seeing(blocks, tmp_path_factory):
-    """The same from ImageNet's weights: what `trained` nets predict hardly depends on the picture."""
-    return of_each_script(blocks, tmp_path_factory.mktemp("seeing"), "--init", "imagenet")
+    """{script: output folder} of three steps on `blocks`, trained at first use; tests must not write there."""
+    class Trained(dict):
+        def __missing__(self, script):
+            self[script] = tmp_path_factory.mktemp("trained") / script
+            call(script, "--data", blocks, *SMALL, "--out", self[script])
+            return self[script]
+    return Trained()
 
 
 @pytest.fixture
 def fails(capsys, monkeypatch):
-    """fails(script, *flags) -> the one line on standard error, after checking for exit status 2 and a single line."""
+    """fails(script, *flags) -> the line on standard error, after checking that it is one and the exit status is 2."""
     def run(script, *words):
         from common import console
         module = importlib.import_module(script)
@@ -117,11 +113,47 @@ def fails(capsys, monkeypatch):
     return run
 
 
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the scripts catches it."""
+
+
+@contextlib.contextmanager
+def interrupt(text, action):
+    """While a script in this process runs: take what it prints, and act when it prints `text`.
+
+    action: a signal, which is sent to this process, or Killed, which is raised.
+    """
+    class Output(io.StringIO):
+        def write(self, part):
+            super().write(part)
+            if text in part:
+                if action is Killed:
+                    raise Killed
+                os.kill(os.getpid(), action)
+    with contextlib.redirect_stdout(Output()) as output:
+        yield output
+
+
 def python(*words, cwd=ROOT, **env):
-    """Run a script as a user would, in a process of its own."""
+    """Run a script as a user would, in its own process."""
     command, env = [sys.executable, *map(str, words)], os.environ | env
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def log(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def load(out, name="last.pt"):
+    return torch.load(out / name, weights_only=True)
+
+
+def is_equal(a, b, ignored=()):
+    """Whether two checkpoints, or parts of them, are equal to the bit, apart from the dict keys in `ignored`."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_equal(a[k], b[k], ignored) for k in a.keys() - {*ignored})
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(is_equal(x, y, ignored) for x, y in zip(a, b))
+    return a == b

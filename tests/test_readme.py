@@ -16,16 +16,14 @@ def commands():
     return [words[1:] for words in found if words[:1] and words[0].endswith("python") and words[1] != "-m"]
 
 
-def test_the_readme_s_commands(blocks, tmp_path, monkeypatch, capsys):
+def test_the_readmes_commands(blocks, tmp_path, monkeypatch):
     """In its order, in a fresh folder: each uses what those before it left."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(blocks, "mine")
-    (tmp_path / "mine/ImageSets").rename(tmp_path / "lists")  # of one's own data: it has none
+    (tmp_path / "mine/ImageSets").rename(tmp_path / "lists")  # the user's own data has none
     for name in ("holiday", "more_images"):
         shutil.copytree(blocks / "JPEGImages", name)
-    seen = set()
     for script, *words in commands():
-        seen.add(script)
         words = [str(blocks) if word in ("ROOT", "shapes") else word for word in words]
         if script == "prepare.py":
             with pytest.raises(SystemExit) as end:
@@ -35,9 +33,7 @@ def test_the_readme_s_commands(blocks, tmp_path, monkeypatch, capsys):
             call(script[:-3], *words, *SMALL)
         else:
             call(script[:-3], *words, *([] if script == "export.py" else ["--gpu", -1]))
-    others = "eval", "predict", "report", "export", "prepare"
-    assert seen >= {f"{name}.py" for name in (*SCRIPTS, *others)}
-    assert (tmp_path / "page.html").stat().st_size > 100_000
-    assert (tmp_path / "predictions/legend.png").exists()
-    assert (tmp_path / "out/semi/predictions/overview.jpg").exists()
+    scripts = *SCRIPTS, "eval", "predict", "report", "export", "prepare"
+    assert {words[0] for words in commands()} >= {f"{name}.py" for name in scripts}
+    assert (tmp_path / "page.html").stat().st_size > 100_000 and (tmp_path / "predictions/legend.png").exists()
     assert torch.export.load("model.pt2").module()(torch.zeros(1, 3, 50, 40, dtype=torch.uint8)).shape == (1, 50, 40)
