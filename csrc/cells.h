@@ -7,254 +7,255 @@
 //     |                       |          Along a row of pixels fy, and so A and B, are constants.
 //  bottom_left  - - - - bottom_right
 //
-// A vector holds the same pixel of LANES neighbouring cells: the points are read, and their gradients written, in
-// memory's order without a gather or a shuffle.
+// A vector holds the same pixel of LANES neighbouring cells, so that points are read, and their gradients written, in
+// memory's order. Each operator's file opens with a naive kernel of one image in float32, which uses this code:
+//
+// ```cpp
+// // The points around the output pixel (Y,X) and their weights.
+// struct Neighbours {
+//   int point[4];
+//   float weight[4];
+//   Neighbours(int h, int w, int H, int W, int Y, int X) {
+//     const float y = H > 1 ? float(h - 1) / (H - 1) * Y : 0, x = W > 1 ? float(w - 1) / (W - 1) * X : 0;
+//     for (int i = 0; i < 4; i++) {
+//       const int row = std::min(int(y) + i / 2, h - 1), column = std::min(int(x) + i % 2, w - 1);
+//       const float fy = y - int(y), fx = x - int(x);
+//       point[i] = row * w + column;
+//       weight[i] = (i / 2 ? fy : 1 - fy) * (i % 2 ? fx : 1 - fx);
+//     }
+//   }
+//   float logit(const float* z) const {  // z: (h,w), the logits of one class
+//     return weight[0] * z[point[0]] + weight[1] * z[point[1]] + weight[2] * z[point[2]] + weight[3] * z[point[3]];
+//   }
+// };
+// ```
 #pragma once
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "vec.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+constexpr int PIXELS = 8;  // of a cell's row that are computed at once
 
-constexpr int PIXELS = 8;  // of a cell's row at once
+inline void check_class(const char* name, int64_t id, int64_t K) {
+  if (id < 0 || id >= K)
+    throw std::invalid_argument(std::string(name) + " holds " + std::to_string(id) + ", outside 0.." +
+                                std::to_string(K - 1) + " and not ignored");
+}
 
-// One axis: n points, m output positions, in float32 as ATen computes them.
-struct Axis {
-  int n, m;
-  int next;                 // from a point to its neighbour; 0 where the axis keeps its size, and every point is alone
-  float step;               // distance of two outputs, in cells
-  std::vector<int> first;   // (n+1) cell x holds the outputs first[x] .. first[x+1] - 1
-  std::vector<float> frac;  // (m) where in its cell an output lies
+// Writes n ids as bytes, NONE for `ignore` and for wrong ids, which are no class. Returns whether there is a wrong one.
+template <class T>
+bool read_ids(const T* __restrict from, int64_t n, T K, int64_t ignore, uint8_t* __restrict to) {
+  const T ignored_id = ignore, can_ignore = int64_t(ignored_id) == ignore;
+  T wrong = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const T ignored = can_ignore & (from[i] == ignored_id), outside = from[i] >= K;
+    wrong |= outside & ~ignored;
+    to[i] = ignored | outside ? NONE : from[i];
+  }
+  return wrong;
+}
+inline bool read_ids(const ClassIds& ids, int64_t begin, int64_t n, int64_t K, int64_t ignore, uint8_t* to) {
+  if (ids.is_int64) return read_ids<uint64_t>(static_cast<const uint64_t*>(ids.data) + begin, n, K, ignore, to);
+  return read_ids<uint8_t>(static_cast<const uint8_t*>(ids.data) + begin, n, K, ignore, to);
+}
 
-  Axis(int n, int m) : n(n), m(m), next(n != m), step(m > 1 ? float(n - 1) / (m - 1) : 0.f), first(n + 1, m), frac(m) {
-    for (int o = m - 1, above = n; o >= 0; o--) {
-      float real = step * o;
-      int x = std::min(int(real), n - 1);
-      frac[o] = x == n - 1 ? 0.f : std::min(real - x, 1.f);
+// An axis with the cell and the fraction of each output. The last point is a cell of its own.
+struct AxisTable : Axis {
+  std::vector<int> first;       // (points+1) cell x holds the outputs first[x] .. first[x+1] - 1
+  std::vector<int> cell;        // (outputs)
+  std::vector<float> fraction;  // (outputs)
+
+  AxisTable(int64_t points, int64_t outputs) : Axis(points, outputs), first(points + 1, outputs), cell(outputs),
+                                             fraction(outputs) {
+    for (int o = outputs - 1, above = points; o >= 0; o--) {
+      const float position = step * o;
+      const int x = cell[o] = std::min(int(position), this->points - 1);
+      fraction[o] = x == points - 1 ? 0.f : std::min(position - x, 1.f);
       while (above > x + 1) first[--above] = o + 1;  // cells without outputs
       first[above = x] = o;
     }
   }
-  int count(int x) const { return x < n ? first[x + 1] - first[x] : 0; }
-};
-
-// P pixels of an output row in LANES cells.
-struct Block {
-  const int *first, *pixels;  // (LANES) the cells' first columns, and how many they have
-  int row, at;                // of the picture; the block's first pixel in each cell
-  const float* fx;            // (P * LANES) pixel p of lane l is at fx[p * LANES + l]
-  float fy;
-
-  int column(int lane) const { return first[lane] + at; }
-  int count(int lane, int P) const { return std::clamp(pixels[lane] - at, 0, P); }
+  int count(int x) const { return x < points ? first[x + 1] - first[x] : 0; }
 };
 
 // The x axis in vectors of cells.
-struct Lanes {
-  int vectors, stride;            // stride: floats of a padded row of points
-  std::vector<int> first, pixels; // (vectors * LANES) a cell's first column, and how many it has
-  std::vector<int> most, offset;  // (vectors) the most of `pixels`; where in `fx` a vector's first pixels are
-  std::vector<float> fx;          // (sum of most, LANES)
+struct ColumnLayout {
+  int vectors, row_size;           // row_size: floats of a row of points with padding
+  std::vector<int> first, count;   // (vectors * LANES) a cell's first column, and how many it has
+  std::vector<int> most, offset;   // (vectors) the largest `count`; where in `fx` a vector's first pixels are
+  std::vector<float> fx;           // (sum of most, LANES) fractions
 
-  explicit Lanes(const Axis& x) : vectors((x.n + LANES - 1) / LANES), stride((vectors + 1) * LANES) {
+  explicit ColumnLayout(const AxisTable& x)
+      : vectors((x.points + LANES - 1) / LANES), row_size((vectors + 1) * LANES) {
     for (int cell = 0; cell < vectors * LANES; cell++) {
-      first.push_back(x.first[std::min(cell, x.n)]);
-      pixels.push_back(x.count(cell));
+      first.push_back(x.first[std::min(cell, x.points)]);
+      count.push_back(x.count(cell));
     }
     for (int v = 0; v < vectors; v++) {
-      const int* count = &pixels[v * LANES];
-      most.push_back(*std::max_element(count, count + LANES));
+      const int* counts = &count[v * LANES];
+      most.push_back(*std::max_element(counts, counts + LANES));
       offset.push_back(fx.size());
       for (int j = 0; j < most[v]; j++)
-        for (int l = 0; l < LANES; l++) fx.push_back(j < count[l] ? x.frac[first[v * LANES + l] + j] : 0.f);
+        for (int l = 0; l < LANES; l++) fx.push_back(j < counts[l] ? x.fraction[first[v * LANES + l] + j] : 0.f);
     }
     fx.resize(fx.size() + (PIXELS - 1) * LANES);  // the last block may reach that far
   }
 };
 
-// Logits (N,K,h,w) float32 or bfloat16 as they lie in memory.
-struct Points {
-  const void* data;
-  bool bf16;
-  int64_t sizes[4], strides[4];
-
-  explicit Points(const Tensor& t) : data(t.data_ptr()), bf16(t.scalar_type() == ScalarType::BFloat16) {
-    for (int i = 0; i < 4; i++) sizes[i] = t.size(i), strides[i] = t.stride(i);
-  }
-  // Row y of picture n to rows[k * stride ...], the last point repeated behind the end.
-  void row(int64_t n, int64_t y, const Lanes& lanes, float* rows) const {
-    const int64_t start = n * strides[0] + std::min(y, sizes[2] - 1) * strides[2], w = sizes[3];
-    for (int64_t k = 0; k < sizes[1]; k++, rows += lanes.stride) {
-      if (bf16) copy(static_cast<const uint16_t*>(data) + start + k * strides[1], rows);
-      else copy(static_cast<const float*>(data) + start + k * strides[1], rows);
-      std::fill(rows + w, rows + lanes.stride, rows[w - 1]);
-    }
-  }
-
- private:
-  template <class T>
-  void copy(const T* from, float* row) const {
-    const int64_t w = sizes[3], step = strides[3];
-    int64_t x = 0;
-    for (; step == 1 && x + LANES <= w; x += LANES) store(row + x, load(from + x));
-    for (; x < w; x++) row[x] = load(from + x * step, 1)[0];
-  }
+// P pixels of an output row in each of LANES cells.
+struct PixelBlock {
+  const int *first_columns, *counts;  // (LANES) the cells' first columns, and how many they have
+  int row, offset;                    // output row; the block's first pixel in each cell
+  const float* fx;                    // (P * LANES) pixel p of lane l is at fx[p * LANES + l]
+  float fy;
+  int column(int lane) const { return first_columns[lane] + offset; }
+  int count(int lane, int P) const { return std::clamp(counts[lane] - offset, 0, P); }
 };
 
-// Rows of cells, `rows` in each picture, on all threads: each makes itself a job and calls job(picture, row). With two
-// rounds the even rows come first, then the odd ones, so that a job may also add to what is the next row's: no two
-// threads meet, and the bits do not depend on their number.
-template <class Make>
-void each_row(int64_t pictures, int64_t rows, int rounds, const Make& make) {
+// Calls task(image, row) for each row of cells; each thread makes a task of its own. With two rounds the even rows come
+// first, then the odd ones, so that a task may also add to what belongs to the next row: no two threads write to one
+// row at a time, and the bits do not depend on the number of threads.
+template <class MakeTask>
+void parallel_rows(int64_t images, int64_t rows, int rounds, const MakeTask& make_task) {
   for (int round = 0; round < rounds; round++) {
-    const int64_t own = (rows + rounds - 1 - round) / rounds;
-    torch::stable::parallel_for(0, pictures * own, 1, [&](int64_t begin, int64_t end) {
-      auto job = make();
-      for (int64_t i = begin; i < end; i++) job(i / own, i % own * rounds + round);
+    const int64_t rows_of_round = (rows + rounds - 1 - round) / rounds;
+    torch::stable::parallel_for(0, images * rows_of_round, 1, [&](int64_t begin, int64_t end) {
+      auto task = make_task();
+      for (int64_t i = begin; i < end; i++) task(i / rows_of_round, i % rows_of_round * rounds + round);
     });
   }
 }
 
-// A class in LANES cells.
-struct Cell {
-  V a, down, right, both;
-};
-struct Power {  // in a block: e the first pixel's exponential, e + e * m the next one's; both, brought down a row
-  V e, m, e_down, m_down;
-};
-struct Quad {
-  V top_left, top_right, bottom_left, bottom_right;
-};
-
-// What the threads share: logits, and the axes of their upsampling.
+// What all threads share: logits (N,K,h,w), contiguous float32, and the axes of their upsampling.
 struct Upsampling {
-  Points logits;
-  Axis y, x;
-  Lanes lanes;
+  const float* logits;
+  const int64_t K;
+  AxisTable y, x;
+  ColumnLayout columns;
 
   Upsampling(const Tensor& t, int64_t height, int64_t width)
-      : logits(t), y(t.size(2), height), x(t.size(3), width), lanes(x) {}
+      : logits(t.const_data_ptr<float>()), K(t.size(1)), y(t.size(2), height), x(t.size(3), width), columns(x) {}
+
+  // Copies row `row` of image n to to[k * row_size ...]; the last point is repeated up to the end.
+  void read_row(int64_t n, int64_t row, float* to) const {
+    const float* from = logits + (n * K * y.points + std::min<int64_t>(row, y.points - 1)) * x.points;
+    for (int64_t k = 0; k < K; k++, from += y.points * x.points, to += columns.row_size) {
+      std::copy(from, from + x.points, to);
+      std::fill(to + x.points, to + columns.row_size, to[x.points - 1]);
+    }
+  }
 };
 
-// A thread's walk over cells, LANES of them at a time.
-struct Walk {
+// One class in LANES cells: its logits at the corners, and the coefficients of the formula at the top.
+struct Corners {
+  Floats top_left, top_right, bottom_left, bottom_right;
+  // A pixel's logit, in ATen's order of operations.
+  Floats interpolate(Floats fx, float fy) const {
+    return (1 - fy) * ((1 - fx) * top_left + fx * top_right) + fy * ((1 - fx) * bottom_left + fx * bottom_right);
+  }
+};
+struct BilinearCoeffs {
+  Floats a, down, right, both;
+};
+// A class's exponent to base 2 in a row of a cell: first + fx * slope.
+struct Exponent {
+  Floats first, slope;
+};
+
+// Goes over cells, LANES of them at a time. Each thread has its own.
+struct CellIterator {
   const Upsampling& up;
   const int K;
-  std::vector<float> top, bottom;  // (K,stride) the rows of points above and below
-  std::vector<Cell> cells;         // (K)
-  std::vector<Quad> quads;         // (K), read only where the cells are not smooth
-  std::vector<int> rows;           // (blocks of a cell's row) of the picture, that `powers` are of
-  std::vector<Power> powers;       // (blocks of a cell's row, K)
-  bool smooth = true;              // for exponentials by recurrence: finite, and none underflows that matters
-  V largest{};                     // point
+  int x = 0;                           // the first of the current cells
+  std::vector<float> top, bottom;      // (K,row_size) the rows of points above and below
+  std::vector<BilinearCoeffs> coeffs;  // (K) of the current cells
+  std::vector<Exponent> exponents;     // (K) of the current block, set by exponentials()
+  bool smooth = true;                  // see is_smooth(); if false, blocks have one pixel and corners() are to be used
+  Floats largest{};                    // corner of the current cells
 
-  explicit Walk(const Upsampling& up)
-      : up(up), K(up.logits.sizes[1]), top(K * up.lanes.stride), bottom(top), cells(K), quads(K),
-        rows(*std::max_element(up.lanes.most.begin(), up.lanes.most.end()) / PIXELS + 1), powers(K * rows.size()) {}
+  explicit CellIterator(const Upsampling& up)
+      : up(up), K(up.K), top(K * up.columns.row_size), bottom(top), coeffs(K), exponents(K) {}
 
-  // The cells between the points' rows `cell` and `cell` + 1 of picture n. For every LANES cells: visit(P, block) for
-  // each P pixels of an output row (P is an integral_constant, PIXELS or 1, which it is where not smooth); then end(x),
-  // x being the first cell.
+  Corners corners(int k) const {
+    const float *above = &top[k * up.columns.row_size + x], *below = &bottom[k * up.columns.row_size + x];
+    return {load(above), load(above + up.x.next), load(below), load(below + up.x.next)};
+  }
+
+  // Goes over the row of cells between the points' rows `row` and `row` + 1 of image n. For each LANES cells it calls
+  // visit(P, block) for blocks of P pixels, P being an integral_constant, PIXELS or 1; then end().
   template <class Visit, class End>
-  void operator()(int64_t n, int64_t cell, const Visit& visit, const End& end) {
-    const Lanes& lanes = up.lanes;
-    up.logits.row(n, cell, lanes, top.data());
-    up.logits.row(n, cell + up.y.next, lanes, bottom.data());
-    for (int v = 0; v < lanes.vectors; v++) {
-      read(v * LANES);
-      Block block{&lanes.first[v * LANES], &lanes.pixels[v * LANES], 0, 0, nullptr, 0};
-      for (block.row = up.y.first[cell]; block.row < up.y.first[cell + 1]; block.row++) {
-        block.fx = &lanes.fx[lanes.offset[v]], block.fy = up.y.frac[block.row];
-        for (block.at = 0; block.at < lanes.most[v];) {
-          const int P = smooth && block.at + 4 <= lanes.most[v] ? PIXELS : 1;
+  void for_each_block(int64_t n, int64_t row, const Visit& visit, const End& end) {
+    const ColumnLayout& columns = up.columns;
+    up.read_row(n, row, top.data());
+    up.read_row(n, row + up.y.next, bottom.data());
+    for (int v = 0; v < columns.vectors; v++) {
+      x = v * LANES;
+      read_cells();
+      PixelBlock block{&columns.first[x], &columns.count[x], 0, 0, nullptr, 0};
+      for (block.row = up.y.first[row]; block.row < up.y.first[row + 1]; block.row++) {
+        block.fx = &columns.fx[columns.offset[v]];
+        block.fy = up.y.fraction[block.row];
+        for (block.offset = 0; block.offset < columns.most[v];) {
+          const int P = smooth && block.offset + 4 <= columns.most[v] ? PIXELS : 1;
           if (P == 1) visit(std::integral_constant<int, 1>(), block);
           else visit(std::integral_constant<int, PIXELS>(), block);
-          block.at += P, block.fx += P * LANES;
+          block.offset += P, block.fx += P * LANES;
         }
       }
-      end(v * LANES);
+      end();
     }
   }
 
  private:
-  Quad quad(int k, int x) const {
-    const float *t = &top[k * up.lanes.stride + x], *u = &bottom[k * up.lanes.stride + x];
-    return {load(t), load(t + up.x.next), load(u), load(u + up.x.next)};
-  }
-  void read(int x) {
-    V floor = largest = splat(-INFINITY), steepest{}, steep_down{}, broken{};
+  void read_cells() {
+    Floats lowest_best = largest = splat(-INFINITY), max_right{}, max_down{}, nonfinite{};
     for (int k = 0; k < K; k++) {
-      const auto [a, b, c, d] = quad(k, x);
+      const auto [a, b, c, d] = corners(k);
       largest = max(max(max(a, b), max(c, d)), largest);
-      floor = max(min(min(a, b), min(c, d)), floor);  // the best class of any pixel is at least that
-      steepest = max(max(abs(b - a), abs(d - c)), steepest);
-      steep_down = max(max(abs(c - a), abs(d - b)), steep_down);
-      broken += (a + b + c + d) * 0;  // 0, or NaN
-      cells[k] = {a, c - a, b - a, (d - c) - (b - a)};
+      lowest_best = max(min(min(a, b), min(c, d)), lowest_best);
+      max_right = max(max(abs(b - a), abs(d - c)), max_right);
+      max_down = max(max(abs(c - a), abs(d - b)), max_down);
+      nonfinite += (a + b + c + d) * 0;  // 0, or NaN
+      coeffs[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    // with two pixels a cell there is no recurrence
-    const V fall = up.x.step > 0.5f ? V{} : max(up.x.step * steepest, up.y.step * steep_down);
-    smooth = all(is_smooth(largest, floor, steepest, fall, broken));
-    for (int k = 0; k < K && !smooth; k++) quads[k] = quad(k, x);
-    std::fill(rows.begin(), rows.end(), -2);
+    // pixels of different rows are computed independently of each other, and so are those of cells with two columns
+    const Floats max_step = up.x.step > 0.5f ? Floats{} : up.x.step * max_right;
+    const Ints mask = is_smooth(largest, lowest_best, max(max_right, max_down), max_step, nonfinite);
+    smooth = true;
+    for (int l = 0; l < LANES; l++) smooth &= mask[l] != 0;
   }
 };
 
-// The logit of a pixel in cells that are not smooth, by ATen's formula.
-inline V exact(const Quad& q, float fy, V fx) {
-  return (1 - fy) * ((1 - fx) * q.top_left + fx * q.top_right) +
-         fy * ((1 - fx) * q.bottom_left + fx * q.bottom_right);
-}
-
-// e[k*P + p] = exp(logit - shift) of class k at a block's pixels, and their sums over k; -> shift. saw(k, first, slope)
-// gets the exponents to base 2: first + fx * slope. Where not STORED, only K of e are used, and none is of use.
-template <int P, bool STORED = true, class Saw>
-inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& saw) {
-  const V fx = load(block.fx);
-  V total[P] = {}, shift = walk.largest;
-  if (P == 1 && !walk.smooth) {
-    shift = splat(-INFINITY);
-    for (int k = 0; k < walk.K; k++) e[k] = exact(walk.quads[k], block.fy, fx), shift = max(e[k], shift);
-    for (int k = 0; k < walk.K; k++) {
-      const V exponent = LOG2E * (e[k] - shift);
-      saw(k, exponent, V{});
-      e[k] = exp2(exponent), total[0] += e[k];
-    }
-    sums[0] = total[0];
-    return shift;
+// Computes exp(logit - shift) of a block's pixels and returns the shift. Class k at pixel p goes to e[k*P + p] unless e
+// is null, the sums over the classes go to sums[p], and the exponents to cells.exponents.
+template <int P>
+inline Floats exponentials(CellIterator& cells, const PixelBlock& block, Floats* e, Floats* sums) {
+  const Floats fx = load(block.fx);
+  Floats total[P] = {}, shift = P == 1 ? splat(-INFINITY) : cells.largest;
+  for (int k = 0; k < cells.K && P == 1; k++) {
+    cells.exponents[k].first = cells.corners(k).interpolate(fx, block.fy);
+    shift = max(cells.exponents[k].first, shift);
   }
-  const float right = walk.up.x.step, down = walk.up.y.step;
-  const int place = block.at / PIXELS;
-  const bool anew = walk.rows[place] + 1 != block.row;  // also behind rows without labels, which are left out
-  if (P > 1) walk.rows[place] = block.row;
-  for (int k = 0; k < walk.K; k++, e += P) {
-    const Cell& c = walk.cells[k];
-    Power& power = walk.powers[place * walk.K + k];
-    const V first = LOG2E * (c.a + block.fy * c.down - shift), slope = LOG2E * (c.right + block.fy * c.both);
-    saw(k, first, slope);
-    V now, m{};
+  for (int k = 0; k < cells.K; k++) {
+    const BilinearCoeffs& c = cells.coeffs[k];
+    Exponent& exponent = cells.exponents[k];
+    Floats now, m{};
     if (P == 1) {
-      now = exp2(first + fx * slope);
-    } else if (anew) {
-      now = exp2(first + fx * slope), m = exp2_minus_1(right * slope);
-      power.e_down = exp2_minus_1(LOG2E * down * (c.down + fx * c.both));
-      power.m_down = exp2_minus_1(LOG2E * down * right * c.both);
+      exponent = {LOG2E * (exponent.first - shift), Floats{}};
+      now = exp2(exponent.first);
     } else {
-      now = power.e + power.e * power.e_down, m = power.m + (power.m + 1) * power.m_down;
+      exponent = {LOG2E * (c.a + block.fy * c.down - shift), LOG2E * (c.right + block.fy * c.both)};
+      now = exp2(exponent.first + fx * exponent.slope);
+      m = exp2_minus_1(cells.up.x.step * exponent.slope);
     }
-    if (P > 1) power.e = now, power.m = m;
     for (int p = 0; p < P; p++) {
-      if (STORED) e[p] = now;
+      if (e) e[k * P + p] = now;
       total[p] += now;
       now += now * m;
     }
@@ -263,42 +264,43 @@ inline V exponentials(Walk& walk, const Block& block, V* e, V* sums, const Saw& 
   return shift;
 }
 
-// A class's gradient in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
-struct Sums {
-  V one, x, y, xy;
-
-  // Add what the row at fy sums up to: `a` plain, `b` times fx.
-  void add(V a, V b, float fy) { one += a, x += b, y += fy * a, xy += fy * b; }
+// The gradient of a class's logit in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
+struct GradientSums {
+  Floats plain, x, y, xy;
+  // Adds a row of pixels: `sum` is the sum of its gradients, `sum_x` that of its gradients times fx.
+  void add(Floats sum, Floats sum_x, float fy) {
+    plain += sum, x += sum_x;
+    y += fy * sum, xy += fy * sum_x;
+  }
 };
 
-// The gradient of a row of cells, on its way to grad (N,K,h,w).
+// Collects the gradient of a row of cells and adds it to grad (N,K,h,w).
 struct Gradient {
   float* grad;
-  const int64_t K, h, w, stride;
-  std::vector<float> corners[4];  // (K,stride) top left, top right, bottom left, bottom right, each at its point
-  std::vector<Sums> sums;         // (K), of the LANES cells at hand
+  const int64_t K, h, w, row_size;
+  std::vector<float> corners;      // (4,K,row_size) top left, top right, bottom left, bottom right, each at its point
+  std::vector<GradientSums> sums;  // (K) of the current cells
 
   Gradient(float* grad, const Upsampling& up)
-      : grad(grad), K(up.logits.sizes[1]), h(up.logits.sizes[2]), w(up.logits.sizes[3]), stride(up.lanes.stride),
-        sums(K) {
-    for (auto& corner : corners) corner.resize(K * stride);
-  }
-  // The cells at x are done.
-  void to_corners(int x) {
-    for (int64_t k = 0, at = x; k < K; k++, at += stride) {
-      Sums& s = sums[k];
-      store(&corners[0][at], s.one - s.x - s.y + s.xy);
-      store(&corners[1][at + 1], s.x - s.xy);
-      store(&corners[2][at], s.y - s.xy);
-      store(&corners[3][at + 1], s.xy);
-      s.one = s.x = s.y = s.xy = V{};
+      : grad(grad), K(up.K), h(up.y.points), w(up.x.points), row_size(up.columns.row_size),
+        corners(4 * K * row_size), sums(K) {}
+  float* corner(int i, int64_t k) { return &corners[(i * K + k) * row_size]; }
+  // Moves the sums of the cells at x to their corners.
+  void finish_cells(int x) {
+    for (int64_t k = 0; k < K; k++) {
+      GradientSums& s = sums[k];
+      store(corner(0, k) + x, s.plain - s.x - s.y + s.xy);
+      store(corner(1, k) + x + 1, s.x - s.xy);
+      store(corner(2, k) + x, s.y - s.xy);
+      store(corner(3, k) + x + 1, s.xy);
+      s = GradientSums{};
     }
   }
-  // Row `cell` of them is done, in picture n.
-  void add(int64_t n, int64_t cell) {
-    for (int64_t y = cell; y < std::min(cell + 2, h); y++)
+  // Adds the corners of a row of cells in image n to the gradient.
+  void finish_row(int64_t n, int64_t row) {
+    for (int64_t y = row; y < std::min(row + 2, h); y++)
       for (int64_t k = 0; k < K; k++) {
-        const float *left = &corners[y == cell ? 0 : 2][k * stride], *right = &corners[y == cell ? 1 : 3][k * stride];
+        const float *left = corner(y == row ? 0 : 2, k), *right = corner(y == row ? 1 : 3, k);
         float* __restrict to = grad + ((n * K + k) * h + y) * w;
         for (int64_t x = 0; x < w; x++) to[x] += left[x] + right[x];
       }

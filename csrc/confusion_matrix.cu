@@ -1,88 +1,89 @@
-// Class ids of upsampled logits, and the confusion matrix (K,K), rows truth, columns prediction.
+// The class of each pixel of bilinearly upsampled logits, and the confusion matrix, on CUDA.
 //
-// upsample_argmax: logits (N,K,h,w) float32, float16 or bfloat16, any strides -> ids (N,H,W) uint8, the class of the
-// largest logit, the lowest on a tie, the first NaN where there is one; with confidences (K,) and a mask (N,H,W) 255
-// where its softmax is not above its class's confidence, or the mask is false. A block, one warp, has 8 cells side by
-// side, 4 threads each, with 2 x 8 pixels at once (1 x 8 with confidences). Never stored: upsampled logits.
+//   class = argmax of the logits z at a pixel: the lowest class on a tie, the first NaN if there is one
+//   matrix[t][p] = number of pixels with label t and class p, without ignored labels
 //
-// confusion_matrix: ids, or logits, of which ids are made first, a byte a pixel, and labels (N,H,W), uint8 or int64.
-// Blocks of 256 threads take pixels one after the other. A block counts in shared memory (in the result where K x K
-// does not fit) and adds what is not zero by 64-bit atomics; sums of integers do not depend on their order. An id that
-// is no class takes 2^44 from the first cell, on which ops.mean_iou raises; nothing is read or written out of bounds
-// for it.
+// Shapes. upsample_argmax: logits (N,K,h,w) float32, float16 or bfloat16 with any strides -> (N,H,W) uint8. With
+// confidence (K,) it is 255 if the argmax's probability is not above the confidence of its class, with valid (N,H,W)
+// also if that is false. confusion_matrix: class ids (N,H,W) uint8 or int64, or logits, whose argmax is taken first;
+// labels (N,H,W) uint8 or int64; adds to a matrix (K,K) int64.
+// Blocks and threads. upsample_argmax: a block, one warp, has 8 cells side by side and 4 threads for each; a thread
+// takes 8 pixels of a column at once. confusion_matrix: blocks of 256 threads, a pixel a thread at a time. A block
+// counts in shared memory, in the matrix itself if K x K does not fit, and adds what is not zero by 64-bit atomics.
+// Never stored: the upsampled logits.
+// Order of sums. Exponentials are summed in the order of the classes; counts are integers, whose order does not matter.
+// Wrong ids. An id that is no class sets bits of the first cell that make it negative, on which ops.mean_iou raises.
+// The naive kernel is the loop body of that in confusion_matrix.cpp, with a thread for each pixel and atomicAdd.
 #include "cells.cuh"
 
 namespace {
-template <bool SURE>
-__global__ void __launch_bounds__(32) write_argmax(Cells all, const float* confidence, const bool* valid,
+__global__ void __launch_bounds__(32) write_argmax(CellGrid grid, const float* confidence, const bool* valid,
                                                    uint8_t* ids) {
-  const Tile tile(all);
-  each_patch<SURE ? 1 : 2, 8>(all, tile, [&](const auto& patch) {
-    constexpr int ROWS = 8, PIXELS = SURE ? ROWS : 2 * ROWS;
-    float best[PIXELS];
-    int arg[PIXELS] = {};
-    for (float& b : best) b = -INFINITY;
+  constexpr int ROWS = 8;
+  const Tile tile(grid);
+  for_each_column<ROWS>(grid, tile, [&](const auto& column) {
+    float largest[ROWS], sums[ROWS] = {};
+    int id[ROWS] = {};
+    for (float& value : largest) value = -INFINITY;
     auto logit = [&](int k, int i) {
-      return bilinear(tile.corners[tile.at(k)], patch.fx[i / ROWS], all.y.frac(patch.y + i % ROWS));
+      return bilinear(tile.corners[tile.at(k)], column.fx, grid.y.fraction(column.y + i));
     };
     for (int k = 0; k < tile.K; k++)
-      for (int i = 0; i < PIXELS; i++) {
+      for (int i = 0; i < ROWS; i++) {
         const float now = logit(k, i);
-        if (now > best[i] || (now != now && best[i] == best[i])) best[i] = now, arg[i] = k;
+        if (now > largest[i] || (now != now && largest[i] == largest[i])) largest[i] = now, id[i] = k;
       }
-    float sums[PIXELS] = {};
-    for (int k = 0; SURE && k < tile.K; k++)
-      for (int i = 0; i < PIXELS; i++) sums[i] += fast_exp2(LOG2E * (logit(k, i) - best[i]));
-    for (int i = 0; SURE && i < PIXELS; i++) arg[i] = 1 > confidence[arg[i]] * sums[i] ? arg[i] : 255;
-    for (int i = 0; i < PIXELS; i++)
-      if (patch.has(i)) ids[patch.pixel(i)] = !SURE || !valid || valid[patch.pixel(i)] ? arg[i] : 255;
+    for (int k = 0; confidence && k < tile.K; k++)
+      for (int i = 0; i < ROWS; i++) sums[i] += fast_exp2(LOG2E * (logit(k, i) - largest[i]));
+    for (int i = 0; confidence && i < ROWS; i++) id[i] = 1 > confidence[id[i]] * sums[i] ? id[i] : NONE;
+    for (int i = 0; i < ROWS; i++)
+      if (i < column.rows) ids[column.pixel(i)] = !valid || valid[column.pixel(i)] ? id[i] : NONE;
   });
 }
 
-// `fits`: whether the counts do, into shared memory.
-__global__ void __launch_bounds__(256) count_ids(Ids guesses, Ids truths, int64_t pixels, int K, int64_t ignore,
-                                                 bool fits, Count* out) {
-  unsigned* const mine = shared_memory<unsigned>();
-  for (int i = threadIdx.x; fits && i < K * K; i += blockDim.x) mine[i] = 0;
+// `fits`: whether the counts fit into shared memory.
+__global__ void __launch_bounds__(256) count_ids(ClassIds predictions, ClassIds labels, int64_t pixels, int K,
+                                                 int64_t ignore, bool fits, Count* matrix) {
+  unsigned* const counts = shared_memory<unsigned>();
+  for (int i = threadIdx.x; fits && i < K * K; i += blockDim.x) counts[i] = 0;
   __syncthreads();
   for (int64_t start = int64_t(blockIdx.x) * blockDim.x; start < pixels; start += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t i = start + threadIdx.x, truth = i < pixels ? truths.at(i) : ignore;
+    const int64_t i = start + threadIdx.x, label = i < pixels ? labels[i] : ignore;
     int cell = -1;
-    if (truth != ignore) {
-      const int64_t guess = guesses.at(i);
-      if (truth >= 0 && truth < K && guess >= 0 && guess < K) cell = truth * K + guess;
-      else atomicOr(out, Count(0) - (Count(1) << 44));  // once however often: counts do not reach these bits
+    if (label != ignore) {
+      const int64_t id = predictions[i];
+      if (label >= 0 && label < K && id >= 0 && id < K) cell = label * K + id;
+      else atomicOr(matrix, Count(0) - (Count(1) << 44));  // not an addition, which could wrap; counts stay below 2^44
     }
-    const bool alike = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // runs of labels: one addition for a warp
-    if (cell < 0 || (alike && threadIdx.x % 32)) continue;
-    if (fits) atomicAdd(&mine[cell], alike ? 32u : 1u);
-    else atomicAdd(&out[cell], Count(alike ? 32 : 1));
+    const bool same = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // labels come in runs: one addition a warp
+    if (cell < 0 || (same && threadIdx.x % 32)) continue;
+    if (fits) atomicAdd(&counts[cell], same ? 32u : 1u);
+    else atomicAdd(&matrix[cell], Count(same ? 32 : 1));
   }
   __syncthreads();
   for (int i = threadIdx.x; fits && i < K * K; i += blockDim.x)
-    if (mine[i]) atomicAdd(&out[i], Count(mine[i]));
+    if (counts[i]) atomicAdd(&matrix[i], Count(counts[i]));
 }
 
 Tensor upsample_argmax(Tensor logits, int64_t height, int64_t width, std::optional<Tensor> confidence,
                        std::optional<Tensor> valid) {
   const Launcher launch(logits);
-  const Cells all(logits, height, width, 4);
+  logits = to_contiguous_float(logits);
+  const CellGrid grid(logits, height, width, false);
   Tensor ids = torch::stable::new_empty(logits, {logits.size(0), height, width}, ScalarType::Byte);
-  launch(confidence ? write_argmax<true> : write_argmax<false>, all.blocks(), 32, all.shared, all,
-         confidence ? confidence->const_data_ptr<float>() : nullptr, valid ? valid->const_data_ptr<bool>() : nullptr,
-         ids.mutable_data_ptr<uint8_t>());
+  launch(write_argmax, grid.blocks, 32, grid.shared, grid, confidence ? confidence->const_data_ptr<float>() : nullptr,
+         valid ? valid->const_data_ptr<bool>() : nullptr, ids.mutable_data_ptr<uint8_t>());
   return ids;
 }
 
-// Adds to out (K,K), contiguous. Ids and target are contiguous.
 void confusion_matrix(Tensor prediction, Tensor target, int64_t ignore, Tensor out) {
   if (prediction.dim() == 4) prediction = upsample_argmax(prediction, target.size(1), target.size(2), {}, {});
   const Launcher launch(target);
   const int64_t pixels = target.numel(), blocks = std::clamp<int64_t>(pixels / 4096, 1, 1056);
   const size_t bytes = sizeof(unsigned) * out.numel();
   const bool fits = bytes <= SHARED;
-  launch(count_ids, blocks, 256, fits ? bytes : 0, Ids(prediction), Ids(target), pixels, int(out.size(0)), ignore, fits,
-         reinterpret_cast<Count*>(out.mutable_data_ptr<int64_t>()));
+  launch(count_ids, blocks, 256, fits ? bytes : 0, ClassIds(prediction), ClassIds(target), pixels, int(out.size(0)),
+         ignore, fits, reinterpret_cast<Count*>(out.mutable_data_ptr<int64_t>()));
 }
 }  // namespace
 

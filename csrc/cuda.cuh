@@ -1,22 +1,19 @@
-// What the CUDA kernels share on the host: launching them, where and on which stream. tests/cuda_on_cpu.h takes the
-// place of the part that needs nvcc.
+// What the CUDA kernels share on the host: launching them, on which device and stream; and two fast functions.
+// tests/cuda_on_cpu.h takes the place of the part that needs nvcc.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
-#include <string>
 #include <tuple>
+
+#include "exponentials.h"
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #ifndef CUDA_ON_CPU
 #include <cuda_runtime.h>
@@ -26,29 +23,29 @@ using torch::stable::Tensor;
 #define SEG_OPS_LIBRARY seg_ops
 #define SEG_OPS_DEVICE CUDA
 
-// The shared memory of a block, as long as the launch says.
+// The shared memory of a block; the launch sets its size.
 template <class T>
 __device__ T* shared_memory() {
   extern __shared__ __align__(16) unsigned char bytes[];
   return reinterpret_cast<T*>(bytes);
 }
 
-// 2^x, absolute error of the result's exponent 2^-22; what is below 2^-126 may be 0
+// 2^x, absolute error of the result's exponent 2^-22; below 2^-126 the result may be 0
 __device__ inline float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 1 / x, one rounding off at the most, for what is neither tiny nor huge
-__device__ inline float reciprocal(float x) {
+// 1 / x with an error of one rounding at most; x is neither tiny nor huge
+__device__ inline float fast_reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y + y * (1 - x * y);
 }
 
-constexpr size_t SHARED = 48 << 10;  // bytes a block has on every GPU without asking for more
+constexpr size_t SHARED = 48 << 10;  // bytes that a block has on every GPU without asking for more
 
-// Makes the tensor's device the current one, and knows its stream.
+// Launches kernels on the device of a tensor, on its current stream.
 struct Launcher {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
@@ -67,24 +64,4 @@ struct Launcher {
 };
 #endif
 
-using Count = unsigned long long;  // as atomicAdd takes it
-
-// Class ids or labels, uint8 or int64, as they lie in memory.
-struct Ids {
-  const void* data;
-  bool wide;
-
-  explicit Ids(const Tensor& t) : data(t.data_ptr()), wide(t.scalar_type() == ScalarType::Long) {}
-  __device__ int64_t at(int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
-  }
-};
-
-// Call f(pointer) with the type of a floating-point tensor.
-template <class F>
-void with_type(const Tensor& t, const F& f) {
-  void* data = t.data_ptr();
-  if (t.scalar_type() == ScalarType::Float) f(static_cast<float*>(data));
-  else if (t.scalar_type() == ScalarType::Half) f(static_cast<Half*>(data));
-  else f(static_cast<BFloat16*>(data));
-}
+using Count = unsigned long long;  // the type that atomicAdd takes

@@ -1,8 +1,10 @@
-// What the exponentials of CPU and GPU share. F is a float or a vector of them.
+// What the kernels for the CPU and for CUDA share: class ids, one axis of an interpolation, and exponentials.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define ON_BOTH __host__ __device__
@@ -10,9 +12,41 @@
 #define ON_BOTH
 #endif
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
-// (2^r - 1) / r for |r| <= 1/2, relative error 1.1e-8 before rounding (Remez by reweighted least squares)
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr uint8_t NONE = 255;  // the label of a pixel that is not selected
+
+// Logits at the low resolution, contiguous and in float32. They are small, so that a copy costs little.
+inline Tensor to_contiguous_float(const Tensor& t) {
+  return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
+}
+
+// Contiguous class ids, uint8 or int64.
+struct ClassIds {
+  const void* data;
+  bool is_int64;
+
+  explicit ClassIds(const Tensor& t) : data(t.data_ptr()), is_int64(t.scalar_type() == ScalarType::Long) {}
+  ON_BOTH int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const uint8_t*>(data)[i];
+  }
+};
+
+// One axis of a bilinear interpolation with align_corners=True.
+struct Axis {
+  int points, outputs;  // sizes at the low and at the high resolution
+  int next;             // from a point to its neighbour: 1, but 0 if the axis keeps its size or has only one point
+  float step;           // distance of two outputs in cells, in float32 as ATen computes it
+
+  Axis(int64_t points, int64_t outputs)
+      : points(points), outputs(outputs), next(points != outputs && points > 1),
+        step(outputs > 1 ? float(points - 1) / (outputs - 1) : 0.f) {}
+};
+
+// (2^r - 1) / r for |r| <= 1/2, relative error 1.1e-8 before rounding (Remez by reweighted least squares). F is float
+// or a vector of floats.
 template <class F>
 ON_BOTH inline F exp2_polynomial(F r) {
   F p = r * 0.000154035122f + 0.00133907353f;
@@ -22,19 +56,17 @@ ON_BOTH inline F exp2_polynomial(F r) {
   return p * r + 0.693147182f;
 }
 
-// Whether a cell's exponentials may go from pixel to pixel by e += e * m, with its largest corner for a shift: all is
-// finite, and what underflows, or loses digits on the way, does not matter. `floor` is what the best class has in any
-// pixel at least, `steepest` the largest fall from corner to corner and `fall` from pixel to pixel, `broken` 0 or
-// NaN.
+// Whether the exponentials of a cell may be computed from pixel to pixel by e += e * m, with the largest corner as the
+// shift: all corners are finite, and neither underflow nor lost digits matter. `lowest_best` is a lower bound of the
+// largest logit in any pixel, `max_slope` the largest difference between neighbouring corners, `max_step` that between
+// neighbouring pixels, `nonfinite` is 0 or NaN. A step of 4 costs e^4 roundings in the next pixel.
 template <class F>
-ON_BOTH inline auto is_smooth(F largest, F floor, F steepest, F fall, F broken) {
-  // a fall by 4 costs e^4 roundings in the next pixel
-  return (largest - floor + steepest < 64) & (largest - floor < 40) & (fall < 4) & (broken == 0);
+ON_BOTH inline auto is_smooth(F largest, F lowest_best, F max_slope, F max_step, F nonfinite) {
+  return (largest - lowest_best + max_slope < 64) & (largest - lowest_best < 40) & (max_step < 4) & (nonfinite == 0);
 }
 
-// The c above which sigmoid(c) > threshold (a float32 scalar on the CPU): no sigmoid rounds to it.
-inline float logit(const torch::stable::Tensor& threshold) {
+// The logit of a threshold (float32 on the CPU). Confidences are compared with it: no sigmoid is rounded to it.
+inline float logit(const Tensor& threshold) {
   const double p = *threshold.const_data_ptr<float>();
   return p > 0 && p < 1 ? std::log(p / (1 - p)) : std::copysign(INFINITY, p - 0.5);
 }
-#undef ON_BOTH

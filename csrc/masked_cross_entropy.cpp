@@ -1,237 +1,201 @@
-// Which pixels count, and the cross entropy of bilinearly upsampled logits over these, with its gradient.
+// Masked cross entropy of bilinearly upsampled logits, with its gradient at the low resolution.
 //
-// label_map: labels (N,H,W) uint8 or int64, a mask of padding and confidences (N,1,a,b) to a byte a pixel, its class or
-// NONE where it does not count; and how many count.
-// cross_entropy: logits (N,K,h,w) float32 or bfloat16, any strides, and those bytes to the sum of the losses and the
-// gradient of that sum (N,K,h,w) in float32. Never stored: anything of size N x K x H x W.
+//   loss = sum over selected pixels of log(sum over j of exp(z_j)) - z_label
+//   gradient of z_k at a selected pixel = exp(z_k) / (sum over j of exp(z_j)) - (k == label)
 //
-// Along a row of pixels in a cell a class's logit is A + fx * B, so two exponentials serve PIXELS pixels: e = 2^A and
-// m = 2^(step*B) - 1, then e += e*m from pixel to pixel, which costs half an ulp each time. A and B are linear from row
-// to row, so e and m are brought to the next row in the same way. The shift that keeps exponentials in range is the
-// cell's largest corner; where a logit falls too far within a cell, or a corner is not finite, `exact` computes pixel
-// by pixel as ATen does.
+// z are the logits at the pixel. The gradient of a point of the logits is the sum over pixels of gradient times weight.
 //
-// The gradient needs two sums a class and row of a cell, of p and of fx*p, and these go to the four corners. Losses are
-// summed in float over a row of a cell, in double and in order over those: the same bits for any number of threads.
-#include <cmath>
+// Shapes. label_map: target (N,H,W) uint8 or int64, confidence (N,1,a,b), valid (N,H,W) -> labels (N,H,W) uint8, NONE
+// if a pixel is not selected, and three counts. cross_entropy: logits (N,K,h,w) float32 or bfloat16 with any strides
+// and those labels -> the loss, and its gradient (N,K,h,w) in float32.
+// Division of work. label_map: threads share the rows of pixels. cross_entropy: threads share the rows of cells; a
+// vector has the same pixel of LANES cells, a block PIXELS pixels of each. Never stored: anything of size (N,K,H,W).
+// Exponentials. Two serve all pixels of a row of a cell: e = exp(A + fx * B - shift) of the first one, see cells.h, the
+// shift being the cell's largest corner, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, which costs
+// half an ulp. Cells with corners that are not finite or far apart are computed pixel by pixel by ATen's formula.
+// Order of sums. Losses are summed in float32 over a block and in float64 over blocks, then rows of cells. A class's
+// gradient is summed over a block, then over the blocks of a cell, then at its point over up to four cells. The bits do
+// not depend on the number of threads.
+//
+// The naive kernel, with Neighbours of cells.h:
+//
+// ```cpp
+// // Returns the loss of logits (K,h,w) and labels (H,W); adds its gradient to grad (K,h,w).
+// double cross_entropy(const float* logits, const uint8_t* labels, float* grad, int K, int h, int w, int H, int W) {
+//   double loss = 0;
+//   for (int pixel = 0; pixel < H * W; pixel++) {
+//     if (labels[pixel] == 255) continue;
+//     const Neighbours at(h, w, H, W, pixel / W, pixel % W);
+//     double sum = 0;
+//     for (int k = 0; k < K; k++) sum += std::exp(at.logit(logits + k * h * w));
+//     loss += std::log(sum) - at.logit(logits + labels[pixel] * h * w);
+//     for (int k = 0; k < K; k++)
+//       for (int i = 0; i < 4; i++)
+//         grad[k * h * w + at.point[i]] +=
+//             at.weight[i] * (std::exp(at.logit(logits + k * h * w)) / sum - (k == labels[pixel]));
+//   }
+//   return loss;
+// }
+// ```
+#include <memory>
 #include <mutex>
 #include <numeric>
 
 #include "cells.h"
 
 namespace {
-constexpr uint8_t NONE = 255;
-
-// The bytes of labels, unsigned integers; NONE, all bits set, for `ignore` and for what is no class, which is an error.
-template <class T>
-bool read(const T* __restrict labels, int64_t n, int64_t K, int64_t ignore, uint8_t* __restrict to) {
-  const T end = K, none = ignore, all_count = int64_t(none) == ignore ? 0 : ~T(0);
-  T bad = 0;
+// Sets labels to NONE if `keep` is false, and returns how many labels are not NONE.
+int64_t mask_labels(const bool* __restrict keep, int64_t n, uint8_t* __restrict labels) {
+  int32_t count = 0;
   for (int64_t i = 0; i < n; i++) {
-    const T outside = labels[i] < end ? 0 : ~T(0), counts = (labels[i] == none ? 0 : ~T(0)) | all_count;
-    bad |= outside & counts;
-    to[i] = labels[i] | outside | T(~counts);
+    labels[i] |= uint8_t(keep[i]) - 1;  // NONE has all bits set
+    count += labels[i] != NONE;
   }
-  return bad;
+  return count;
 }
 
-// NONE where not valid.
-void mask(const bool* __restrict valid, int64_t n, uint8_t* __restrict to) {
-  for (int64_t i = 0; i < n; i++) to[i] |= uint8_t(valid[i]) - 1;
-}
-
-int64_t count(const uint8_t* labels, int64_t n) {
-  int32_t counted = 0;
-  for (int32_t i = 0; i < int32_t(n); i++) counted += labels[i] != NONE;
-  return counted;
-}
-
-// Confidences (N,1,a,b) and what they must be above, once upsampled.
+// Confidences (N,1,a,b), which are upsampled and compared with `cutoff`.
 struct Confidence {
   const float* data;
   const float cutoff;
-  Axis y, x;
+  AxisTable y, x;
 
   Confidence(const Tensor& t, const Tensor& threshold, int64_t height, int64_t width)
       : data(t.const_data_ptr<float>()), cutoff(logit(threshold)), y(t.size(2), height), x(t.size(3), width) {}
-  // Where not above it, a pixel of row `row` of picture n is NONE. `line`: x.n + 1 + x.m.
-  void mask(int64_t n, int row, uint8_t* __restrict to, float* __restrict line) const {
-    const int cell = std::upper_bound(y.first.begin(), y.first.end() - 1, row) - y.first.begin() - 1;
-    const float *p = data + (n * y.n + cell) * x.n, *q = cell + 1 < y.n ? p + y.next * x.n : p;
-    const float *fx = x.frac.data(), fy = y.frac[row];
-    float* __restrict here = line + x.n + 1;
-    for (int i = 0; i < x.n; i++) line[i] = (1 - fy) * p[i] + fy * q[i];
-    line[x.n] = line[x.n - 1];
-    for (int i = 0; i < x.n; i++)
-      for (int o = x.first[i]; o < x.first[i + 1]; o++) here[o] = (1 - fx[o]) * line[i] + fx[o] * line[i + x.next];
-    // nothing is interpolated where the size is its own: 0 times infinity would be NaN
-    const float* const compared = y.next || x.next ? here : p;
-    for (int o = 0; o < x.m; o++) to[o] = compared[o] > cutoff ? to[o] : NONE;
+
+  // Writes whether the pixels of row `row` of image n are above the cutoff. `line` has room for x.points + 1 + outputs.
+  void compare_row(int64_t n, int row, float* __restrict line, bool* __restrict above) const {
+    const int cell = y.cell[row], below = std::min(cell + y.next, y.points - 1);
+    const float *p = data + (n * y.points + cell) * x.points, *q = data + (n * y.points + below) * x.points;
+    const float *fx = x.fraction.data(), fy = y.fraction[row];
+    float* __restrict pixels = line + x.points + 1;
+    for (int i = 0; i < x.points; i++) line[i] = (1 - fy) * p[i] + fy * q[i];
+    line[x.points] = line[x.points - 1];
+    for (int i = 0; i < x.points; i++)
+      for (int o = x.first[i]; o < x.first[i + 1]; o++) pixels[o] = (1 - fx[o]) * line[i] + fx[o] * line[i + x.next];
+    // at the same size they are not interpolated, because 0 times infinity is NaN
+    const float* const compared = y.points == y.outputs && x.points == x.outputs ? p : pixels;
+    for (int o = 0; o < x.outputs; o++) above[o] = compared[o] > cutoff;
   }
 };
 
-// (labels, counts): see autograd.py. Throws std::invalid_argument on a label that is no class.
+// Returns (labels, counts), see autograd.py. Throws std::invalid_argument if a label is no class.
 std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
                                      Tensor threshold, int64_t K, int64_t ignore) {
   const int64_t height = target.size(1), width = target.size(2);
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
-  std::optional<Confidence> sure;
-  if (confidence) sure.emplace(*confidence, threshold, height, width);
-  uint8_t* out = labels.mutable_data_ptr<uint8_t>();
-  int64_t* total = counts.mutable_data_ptr<int64_t>();
-  const void* given = target.data_ptr();
-  const bool wide = target.scalar_type() == ScalarType::Long;
+  std::optional<Confidence> upsampled;
+  if (confidence) upsampled.emplace(*confidence, threshold, height, width);
+  uint8_t* const out = labels.mutable_data_ptr<uint8_t>();
+  int64_t* const total = counts.mutable_data_ptr<int64_t>();
+  const ClassIds ids(target);
   std::mutex lock;
   torch::stable::parallel_for(0, target.size(0) * height, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> line(sure ? sure->x.n + 1 + width : 0);
-    int64_t kept = 0, everything = 0, bad = 0;
+    const auto keep = std::make_unique<bool[]>(width);
+    std::vector<float> line(upsampled ? upsampled->x.points + 1 + width : 0);
+    int64_t selected = 0, not_ignored = 0, wrong = 0;
     for (int64_t row = begin, at = begin * width; row < end; row++, at += width) {
-      uint8_t* to = out + at;
-      bad |= wide ? read(static_cast<const uint64_t*>(given) + at, width, K, ignore, to)
-                  : read(static_cast<const uint8_t*>(given) + at, width, K, ignore, to);
-      if (valid) mask(valid->const_data_ptr<bool>() + at, width, to);
-      const int64_t all = count(to, width);
-      if (sure) sure->mask(row / height, row % height, to, line.data());
-      everything += all, kept += sure ? count(to, width) : all;
+      std::fill(keep.get(), keep.get() + width, true);
+      wrong += read_ids(ids, at, width, K, ignore, out + at);
+      not_ignored += mask_labels(valid ? valid->const_data_ptr<bool>() + at : keep.get(), width, out + at);
+      if (upsampled) upsampled->compare_row(row / height, row % height, line.data(), keep.get());
+      selected += mask_labels(keep.get(), width, out + at);
     }
     std::lock_guard<std::mutex> guard(lock);
-    total[0] += kept, total[1] += everything, total[2] |= bad;
+    total[0] += selected, total[1] += not_ignored, total[2] += wrong;
   });
-  for (int64_t i = 0; total[2] && i < target.numel(); i++) {
-    const int64_t label = wide ? static_cast<const int64_t*>(given)[i] : static_cast<const uint8_t*>(given)[i];
-    if (label != ignore && (label < 0 || label >= K))
-      throw std::invalid_argument("target holds " + std::to_string(label) + ", outside 0.." + std::to_string(K - 1) +
-                                  " and not ignored");
-  }
+  for (int64_t i = 0; total[2] && i < target.numel(); i++)
+    if (ids[i] != ignore) check_class("target", ids[i], K);
   return {labels, counts};
 }
 
-// What one thread works with.
-struct Job {
+// What one thread works with. A call computes the loss and the gradient of a row of cells.
+struct CrossEntropyTask {
   const Upsampling& up;
   const uint8_t* labels;  // (N,H,W)
   double* losses;         // (N*h)
   const bool with_grad;
-  Walk walk;
+  CellIterator cells;
   Gradient gradient;
-  std::vector<V> e;
-  std::vector<float> label_one, label_x;  // (256,LANES), 0 between blocks, but for NONE
+  std::vector<Floats> e;                    // (K*PIXELS)
+  std::vector<float> label_sum, label_sum_x;  // (256,LANES), 0 between blocks except for NONE, which is never read
 
-  Job(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
-      : up(up), labels(labels), losses(losses), with_grad(grad), walk(up), gradient(grad, up), e(walk.K * PIXELS),
-        label_one((NONE + 1) * LANES), label_x(label_one) {}
+  CrossEntropyTask(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
+      : up(up), labels(labels), losses(losses), with_grad(grad), cells(up), gradient(grad, up), e(cells.K * PIXELS),
+        label_sum((NONE + 1) * LANES), label_sum_x(label_sum) {}
 
-  // Row `cell` of cells of picture n.
-  void operator()(int64_t n, int64_t cell) {
-    if (!up.y.count(cell)) return;
+  void operator()(int64_t n, int64_t row) {
     double loss[LANES] = {};
-    walk(n, cell,
-         [&](auto P, const Block& block) {
-           const V lost = pixels<P>(block, labels + (n * up.y.m + block.row) * up.x.m);
-           for (int l = 0; l < LANES; l++) loss[l] += lost[l];
-         },
-         [&](int x) { if (with_grad) gradient.to_corners(x); });
-    losses[n * up.y.n + cell] = std::accumulate(loss, loss + LANES, 0.);
-    if (with_grad) gradient.add(n, cell);
+    cells.for_each_block(n, row, [&](auto P, const PixelBlock& block) {
+      const Floats block_loss = compute_block<P>(block, labels + (n * up.y.outputs + block.row) * up.x.outputs);
+      for (int l = 0; l < LANES; l++) loss[l] += block_loss[l];
+    }, [&] { if (with_grad) gradient.finish_cells(cells.x); });
+    losses[n * up.y.points + row] = std::accumulate(loss, loss + LANES, 0.);
+    if (with_grad) gradient.finish_row(n, row);
   }
 
-  // P pixels in LANES cells of a row with these labels: -> loss, and its gradient to the sums.
+  // Returns the loss of a block's pixels and adds its gradient to the sums. `row`: labels of the block's row.
   template <int P>
-  V pixels(const Block& block, const uint8_t* row) {
-    I code[P], lowest = NONE - I{}, highest{};
-    read_lanes<P>(block, row, code);
+  Floats compute_block(const PixelBlock& block, const uint8_t* row) {
+    Ints selected[P];
+    if (!read_labels<P>(block, row, selected)) return Floats{};
+    Floats denominator[P], inv_denominator[P], inv_denominator_x[P], loss{};
+    exponentials<P>(cells, block, e.data(), denominator);
+    for (int k = 0; k < cells.K && P == 1; k++) e[k] = selected[0] ? e[k] : Floats{};  // it may be NaN
     for (int p = 0; p < P; p++) {
-      lowest = code[p] < lowest ? code[p] : lowest;
-      highest = (code[p] != NONE) & (code[p] > highest) ? code[p] : highest;
+      inv_denominator[p] = selected[p] ? 1 / denominator[p] : Floats{};
+      inv_denominator_x[p] = inv_denominator[p] * load(block.fx + p * LANES);
+      denominator[p] = selected[p] ? denominator[p] : splat(1);
     }
-    if (all(lowest == NONE)) return V{};
-    const I mixed = highest > lowest;
-    return P == 1 || all(mixed == 0) ? pixels<P, true>(block, code, lowest)
-                                     : pixels<P, false>(block, code, mixed ? -1 - I{} : lowest);
-  }
-
-  // The same where each cell has one label, ALIKE, or where some have several.
-  template <int P, bool ALIKE>
-  V pixels(const Block& block, const I* code, I label) {
-    V denominator[P], one[P], x[P], loss{}, count[2] = {}, width[2] = {};  // of every other pixel, see below
-    V exponent{}, growth{};  // of the label
-    const V shift = exponentials<P>(walk, block, e.data(), denominator, [&](int k, V first, V slope) {
-      if (ALIKE) exponent = label == k ? first : exponent, growth = label == k ? slope : growth;
-    });
-    for (int k = 0; k < walk.K && !walk.smooth; k++) e[k] = code[0] != NONE ? e[k] : V{};  // a NaN that does not count
-    for (int p = 0; p < P; p++) {
-      const V fx = load(block.fx + p * LANES);
-      const I counts = code[p] != NONE;
-      one[p] = counts ? reciprocal(denominator[p]) : V{};
-      x[p] = one[p] * fx;
-      denominator[p] = counts ? denominator[p] : splat(1);
-      count[p % 2] += counts ? splat(1) : V{};
-      width[p % 2] += counts ? fx : V{};
-    }
-    for (int p = 0; p < P; p += 2)  // one logarithm for two: a sum is at least e^-40
-      loss += log2(P > 1 ? denominator[p] * denominator[(p + 1) % P] : denominator[p]);
-    if (ALIKE) loss -= (count[0] + count[1]) * exponent + (width[0] + width[1]) * growth;
-    else count_labels<P>(code, block.fx, label, count[0] + count[1], width[0] + width[1]);
-    for (int k = 0; k < walk.K && (with_grad || !ALIKE); k++) {
-      V a[2] = {}, b[2] = {};  // of every other pixel: 1 - p, where p is close to 1, keeps more digits in a short sum
-      if constexpr (ALIKE) {
-        for (int i = 0; i < 2; i++) a[i] = label == k ? -count[i] : V{}, b[i] = label == k ? -width[i] : V{};
-      } else {
-        const Cell& c = walk.cells[k];
-        float *own = &label_one[k * LANES], *own_x = &label_x[k * LANES];
-        a[0] = load(own), b[0] = load(own_x);
-        loss += LOG2E * (a[0] * (c.a + block.fy * c.down - shift) + b[0] * (c.right + block.fy * c.both));
-        store(own, V{}), store(own_x, V{});
-      }
+    for (int p = 0; p < P; p += 2)  // one logarithm for two pixels: a denominator is at least e^-40
+      loss += log2(P > 1 ? denominator[p] * denominator[p + 1] : denominator[p]);
+    for (int k = 0; k < cells.K; k++) {
+      const Floats label = load(&label_sum[k * LANES]), label_x = load(&label_sum_x[k * LANES]);
+      const Exponent& exponent = cells.exponents[k];
+      loss += label != 0 ? label * exponent.first + label_x * exponent.slope : Floats{};
+      store(&label_sum[k * LANES], Floats{});
+      store(&label_sum_x[k * LANES], Floats{});
       if (!with_grad) continue;
-      for (int p = 0; p < P; p++) a[p % 2] += one[p] * e[k * P + p], b[p % 2] += x[p] * e[k * P + p];
-      gradient.sums[k].add(a[0] + a[1], b[0] + b[1], block.fy);
+      // two sums of half of the pixels each: short sums keep more digits if the result is close to 0
+      Floats sum[2] = {label / 2, label / 2}, sum_x[2] = {label_x / 2, label_x / 2};
+      for (int p = 0; p < P; p++) {
+        sum[p % 2] += inv_denominator[p] * e[k * P + p];
+        sum_x[p % 2] += inv_denominator_x[p] * e[k * P + p];
+      }
+      gradient.sums[k].add(sum[0] + sum[1], sum_x[0] + sum_x[1], block.fy);
     }
     return LN2 * loss;
   }
 
-  // Takes each pixel's 1 and fx from those of its label, all at once where a cell is `alike`; those of NONE nobody
-  // reads.
+  // Reads the labels of a block: sets the bits of selected[p] in lanes whose pixel p is selected, and takes 1 and fx of
+  // these pixels from the sums of their labels. Returns whether any pixel is selected.
   template <int P>
-  void count_labels(const I* code, const float* fx, I alike, V count, V width) {
-    int32_t codes[P * LANES];
-    std::memcpy(codes, code, sizeof codes);
-    for (int l = 0; l < LANES; l++) {
-      float *one = &label_one[l], *x = &label_x[l];
-      if (alike[l] >= 0) one[alike[l] * LANES] -= count[l], x[alike[l] * LANES] -= width[l];
-      else
-        for (int i = l; i < P * LANES; i += LANES) one[codes[i] * LANES] -= 1, x[codes[i] * LANES] -= fx[i];
-    }
-  }
-
-  // The labels of a block's pixels, NONE where a cell has no more.
-  template <int P>
-  static void read_lanes(const Block& block, const uint8_t* row, I* code) {
-    int32_t words[2][LANES];  // of four labels each
-    for (int l = 0; l < LANES; l++) {
-      uint8_t bytes[PIXELS];
-      std::memset(bytes, NONE, sizeof bytes);
-      const int n = block.count(l, P);
-      if (n == PIXELS) std::memcpy(bytes, row + block.column(l), PIXELS);
-      else for (int i = 0; i < n; i++) bytes[i] = row[block.column(l) + i];
-      std::memcpy(&words[0][l], bytes, 4), std::memcpy(&words[1][l], bytes + 4, 4);
-    }
-    I halves[2];
-    std::memcpy(halves, words, sizeof halves);
-    for (int p = 0; p < P; p++) code[p] = halves[p / 4] >> (p % 4 * 8) & 255;
+  bool read_labels(const PixelBlock& block, const uint8_t* row, Ints* selected) {
+    int32_t masks[P * LANES], any = 0;
+    for (int l = 0; l < LANES; l++)
+      for (int p = 0; p < P; p++) {
+        const int i = p * LANES + l, label = p < block.count(l, P) ? row[block.column(l) + p] : NONE;
+        any |= masks[i] = label == NONE ? 0 : -1;
+        label_sum[label * LANES + l] -= 1;
+        label_sum_x[label * LANES + l] -= block.fx[i];
+      }
+    std::memcpy(selected, masks, sizeof masks);
+    return any;
   }
 };
 
-// (total, grad): see autograd.py.
+// Returns (total, grad), see autograd.py.
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
+  logits = to_contiguous_float(logits);
   const Upsampling up(logits, labels.size(1), labels.size(2));
   Tensor total = torch::stable::new_empty(logits, {}, ScalarType::Float);
   Tensor grad = with_grad ? torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float)
                           : torch::stable::new_empty(logits, {0}, ScalarType::Float);
-  float* g = with_grad ? grad.mutable_data_ptr<float>() : nullptr;
-  std::vector<double> losses(logits.size(0) * up.y.n);
-  each_row(logits.size(0), up.y.n, 2, [&] { return Job(up, labels.const_data_ptr<uint8_t>(), losses.data(), g); });
+  float* const to = with_grad ? grad.mutable_data_ptr<float>() : nullptr;
+  std::vector<double> losses(logits.size(0) * up.y.points);
+  parallel_rows(logits.size(0), up.y.points, 2,
+                [&] { return CrossEntropyTask(up, labels.const_data_ptr<uint8_t>(), losses.data(), to); });
   *total.mutable_data_ptr<float>() = std::accumulate(losses.begin(), losses.end(), 0.);
   return {total, grad};
 }

@@ -1,60 +1,67 @@
-// Cross entropy of bilinearly upsampled logits over the pixels that count, and its gradient at the low resolution;
-// and the map that says in a byte a pixel which of them count, and with which label.
+// Masked cross entropy of bilinearly upsampled logits, with its gradient at the low resolution, on CUDA.
 //
-// label_map: target (N,H,W), confidence (N,1,a,b), mask (N,H,W) -> labels (N,H,W), 255 where a pixel does not count,
-// and three counts. A warp takes whole rows of pixels. The counts are integers: the order of their sums does not
-// matter.
+//   loss = sum over selected pixels of log(sum over j of exp(z_j)) - z_label
+//   gradient of z_k at a selected pixel = exp(z_k) / (sum over j of exp(z_j)) - (k == label)
 //
-// cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16, any strides, and that map -> the sum of the pixels'
-// cross entropies, and its gradient (N,K,h,w) in float32. Never stored: anything of size N x K x H x W. A block,
-// one warp, has 8 cells side by side and 4 threads for each; a thread has 2 x 8 pixels at once, and goes over the
-// classes twice, for the softmax's denominators and for the gradient. All sums have a fixed order: the same bits from
-// run to run.
+// z are the logits at the pixel. The gradient of a point of the logits is the sum over pixels of gradient times weight.
+//
+// Shapes. label_map: target (N,H,W) uint8 or int64, confidence (N,1,a,b), valid (N,H,W) -> labels (N,H,W) uint8, NONE
+// if a pixel is not selected, and three counts. cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16 with any
+// strides and those labels -> the loss, and its gradient (N,K,h,w) in float32.
+// Blocks and threads. label_map: a warp takes a row of pixels at a time. cross_entropy: a block, one warp, has 8 cells
+// side by side and 4 threads for each; a thread takes 8 pixels of a column at once and goes over the classes twice, for
+// the softmax's denominators and for the gradient. Never stored: anything of size (N,K,H,W).
+// Order of sums. A thread sums over classes, then pixels; shuffles sum over the threads of a cell, and for the loss
+// over a warp; gather_cell_gradients adds up to four cells. The order is fixed: the same bits from run to run. Counts
+// are integers; their order does not matter.
+// The naive kernel is the loop body of that in masked_cross_entropy.cpp, with a thread for each pixel and atomicAdd for
+// `loss` and `grad`.
 #include "cells.cuh"
 
 namespace {
-struct Map {
-  Ids target;               // (N,H,W)
+struct LabelMapParams {
+  ClassIds target;          // (N,H,W)
   const float* confidence;  // (N,1,a,b) or null
   const bool* valid;        // (N,H,W) or null
-  Axis y, x;                // of the confidence
-  float cutoff;             // a pixel counts where the confidence is above this
+  AxisFormula y, x;         // of the confidence
+  float cutoff;             // a pixel is selected if its confidence is above this
   unsigned rows;            // N * H
   int K;
   int64_t ignore;
   uint8_t* labels;  // (N,H,W)
-  Count* counts;    // kept, everything, bad
+  Count* counts;    // selected, not ignored, wrong
 };
 
-__global__ void __launch_bounds__(256) map_labels(Map map) {
-  const Axis &ay = map.y, &ax = map.x;
-  const bool resizes = ay.n != ay.m || ax.n != ax.m;
-  unsigned* const sums = shared_memory<unsigned>();
-  unsigned own[3] = {};
-  if (threadIdx.x < 3) sums[threadIdx.x] = 0;
+__global__ void __launch_bounds__(256) map_labels(LabelMapParams params) {
+  const AxisFormula &ay = params.y, &ax = params.x;
+  const bool same_size = ay.points == ay.outputs && ax.points == ax.outputs;
+  unsigned* const block_counts = shared_memory<unsigned>();
+  unsigned counts[3] = {};
+  if (threadIdx.x < 3) block_counts[threadIdx.x] = 0;
   __syncthreads();
   const unsigned warps = gridDim.x * (blockDim.x / 32);
-  for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < map.rows; row += warps) {
-    const int y = row % ay.m, i = ay.cell(y);
-    const int64_t top = (int64_t(row / ay.m) * ay.n + i) * ax.n, bottom = top + int64_t(ay.next) * ax.n;
-    for (int x = threadIdx.x % 32; x < ax.m; x += 32) {
-      const int64_t pixel = int64_t(row) * ax.m + x, label = map.target.at(pixel);
-      const bool known = label != map.ignore, bad = known && (label < 0 || label >= map.K);
-      const bool counts = known && (!map.valid || map.valid[pixel]);
-      bool kept = counts;
-      if (counts && map.confidence) {
+  for (unsigned row = (blockIdx.x * blockDim.x + threadIdx.x) / 32; row < params.rows; row += warps) {
+    const int y = row % ay.outputs, i = ay.cell(y);
+    const float* const top = params.confidence + (int64_t(row / ay.outputs) * ay.points + i) * ax.points;
+    const float* const bottom = top + int64_t(ay.next) * ax.points;
+    for (int x = threadIdx.x % 32; x < ax.outputs; x += 32) {
+      const int64_t pixel = int64_t(row) * ax.outputs + x, label = params.target[pixel];
+      const bool known = label != params.ignore, wrong = known && (label < 0 || label >= params.K);
+      const bool not_ignored = known && (!params.valid || params.valid[pixel]);
+      bool selected = not_ignored;
+      if (selected && params.confidence) {
         const int j = ax.cell(x), k = j + ax.next;
-        const float* const p = map.confidence;
-        const float4 c = make_float4(p[top + j], p[top + k], p[bottom + j], p[bottom + k]);
-        kept = (resizes ? bilinear(c, ax.frac(x), ay.frac(y)) : c.x) > map.cutoff;  // 0 * infinity would be NaN
+        const float4 corners = make_float4(top[j], top[k], bottom[j], bottom[k]);
+        // not interpolated at the same size, because 0 times infinity is NaN
+        selected = (same_size ? corners.x : bilinear(corners, ax.fraction(x), ay.fraction(y))) > params.cutoff;
       }
-      map.labels[pixel] = kept && !bad ? label : 255;
-      own[0] += kept, own[1] += counts, own[2] += bad;
+      params.labels[pixel] = selected && !wrong ? label : NONE;
+      counts[0] += selected, counts[1] += not_ignored, counts[2] += wrong;
     }
   }
-  for (int i = 0; i < 3; i++) atomicAdd(&sums[i], own[i]);
+  for (int i = 0; i < 3; i++) atomicAdd(&block_counts[i], counts[i]);
   __syncthreads();
-  if (threadIdx.x < 3) atomicAdd(&map.counts[threadIdx.x], Count(sums[threadIdx.x]));
+  if (threadIdx.x < 3) atomicAdd(&params.counts[threadIdx.x], Count(block_counts[threadIdx.x]));
 }
 
 std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confidence, std::optional<Tensor> valid,
@@ -63,72 +70,67 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
   const int64_t height = target.size(1), width = target.size(2), rows = target.size(0) * height;
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
   Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
-  const Map map{Ids(target), confidence ? confidence->const_data_ptr<float>() : nullptr,
-                valid ? valid->const_data_ptr<bool>() : nullptr, Axis(confidence ? confidence->size(2) : 1, height),
-                Axis(confidence ? confidence->size(3) : 1, width), logit(threshold), unsigned(rows), int(K), ignore,
-                labels.mutable_data_ptr<uint8_t>(), reinterpret_cast<Count*>(counts.mutable_data_ptr<int64_t>())};
-  launch(map_labels, std::clamp<int64_t>(rows / 8, 1, 1056), 256, 3 * sizeof(unsigned), map);
+  const LabelMapParams params{
+      ClassIds(target), confidence ? confidence->const_data_ptr<float>() : nullptr,
+      valid ? valid->const_data_ptr<bool>() : nullptr, AxisFormula(confidence ? confidence->size(2) : 1, height),
+      AxisFormula(confidence ? confidence->size(3) : 1, width), logit(threshold), unsigned(rows), int(K), ignore,
+      labels.mutable_data_ptr<uint8_t>(), reinterpret_cast<Count*>(counts.mutable_data_ptr<int64_t>())};
+  launch(map_labels, std::clamp<int64_t>(rows / 8, 1, 1056), 256, 3 * sizeof(unsigned), params);
   return {labels, counts};
 }
 
 template <bool WITH_GRAD>
-__global__ void __launch_bounds__(32, 16) cells_cross_entropy(Cells all, const uint8_t* labels, float4* sums,
+__global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, const uint8_t* labels, float4* sums,
                                                               float* losses) {
-  Tile tile(all);
-  tile.prepare(all);
+  Tile tile(grid);
+  tile.prepare(grid);
   float loss = 0;
-  auto visit = [&](auto patch) {
-    using Pixels = decltype(patch);
-    constexpr int PIXELS = Pixels::PIXELS, ROWS = Pixels::ROWS;
-    int label[PIXELS], lowest = 255, highest = 0;
-    float one[PIXELS], e[PIXELS], product = 1;
-    for (int i = 0; i < PIXELS; i++) {
-      label[i] = patch.has(i) ? labels[patch.pixel(i)] : 255;
-      if (label[i] < 255) lowest = min(lowest, label[i]), highest = max(highest, label[i]);
+  auto visit = [&](auto column) {
+    constexpr int ROWS = decltype(column)::ROWS;
+    int label[ROWS];
+    float inv_denominator[ROWS], e[ROWS], product = 1;
+    bool any = false;
+    for (int i = 0; i < ROWS; i++) {
+      label[i] = i < column.rows ? labels[column.pixel(i)] : NONE;
+      any |= label[i] != NONE;
     }
-    if (!__any_sync(ALL, lowest < 255)) return;
-    patch.denominators(one);
-    for (int i = 0; i < PIXELS; i++) {
-      const bool here = label[i] < 255;
-      if (here) loss -= patch.below(label[i], i), product *= one[i];
-      one[i] = here ? reciprocal(one[i]) : 0;
-      if (i % 2 || PIXELS == 1) loss += logf(product), product = 1;  // at least e^-40 each: two share a logarithm
+    if (!__any_sync(ALL, any)) return;
+    column.denominators(inv_denominator);
+    for (int i = 0; i < ROWS; i++) {
+      const bool selected = label[i] != NONE;
+      if (selected) loss -= LN2 * column.exponent(label[i], i), product *= inv_denominator[i];
+      inv_denominator[i] = selected ? fast_reciprocal(inv_denominator[i]) : 0;
+      if (i % 2 || ROWS == 1) loss += logf(product), product = 1;  // at least e^-40 each: two share a logarithm
     }
     for (int k = 0; k < tile.K && WITH_GRAD; k++) {
-      patch.exps(k, e);
-      float sum[4] = {};  // of the gradient: plain, times fx, times fy, times both
-      auto add_up = [&](auto gradient) {
-        for (int c = 0; c < Pixels::COLUMNS; c++) {
-          float plain = 0, rows = 0;  // rows: times the row; what is in row r is added r times
-          for (int r = ROWS - 1; r >= 0; r--) {
-            plain += gradient(c * ROWS + r);
-            if (r) rows += plain;
-          }
-          const float down = patch.fy * plain + all.y.step * rows;
-          sum[0] += plain, sum[1] += patch.fx[c] * plain, sum[2] += down, sum[3] += patch.fx[c] * down;
-        }
-      };
-      auto share = [&](int i) { return PIXELS > 1 || label[i] < 255 ? one[i] * e[i] : 0; };  // e may be NaN
-      if (k < lowest || k > highest) add_up(share);
-      else add_up([&](int i) { return share(i) - (label[i] == k); });
-      reinterpret_cast<float*>(&tile.sums[tile.at(k)])[threadIdx.x % THREADS] += sum_lanes<THREADS, THREADS>(sum);
+      column.exponentials(k, e);
+      float sum = 0, row_sum = 0;  // row_sum: of the gradient times the row; what is in row i is added i times
+      for (int i = ROWS - 1; i >= 0; i--) {
+        if (ROWS > 1 || label[i] != NONE) sum += inv_denominator[i] * e[i] - (label[i] == k);  // else e may be NaN
+        if (i) row_sum += sum;
+      }
+      const float down = column.fy * sum + grid.y.step * row_sum;
+      float moments[4] = {sum, column.fx * sum, down, column.fx * down};
+      reinterpret_cast<float*>(&tile.sums[tile.at(k)])[threadIdx.x % THREADS] += sum_lanes<THREADS, THREADS>(moments);
     }
   };
-  if (tile.smooth) each_patch<2, 8>(all, tile, visit);
-  else each_patch<1, 1>(all, tile, visit);
+  if (tile.smooth) for_each_column<8>(grid, tile, visit);
+  else for_each_column<1>(grid, tile, visit);
   loss = sum_lanes<1, 32>(&loss);
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
-  if (WITH_GRAD) tile.store(sums, all);
+  if (WITH_GRAD) tile.write_sums(sums, grid);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
   const Launcher launch(logits);
-  const Cells all(logits, labels.size(1), labels.size(2));
-  const Results results(logits, all, with_grad, all.blocks());
-  launch(with_grad ? cells_cross_entropy<true> : cells_cross_entropy<false>, all.blocks(), 32, all.shared, all,
-         labels.const_data_ptr<uint8_t>(), results.cells(), results.losses.mutable_data_ptr<float>());
-  results.finish(launch, all);
-  return {results.total, results.grad};
+  logits = to_contiguous_float(logits);
+  const CellGrid grid(logits, labels.size(1), labels.size(2));
+  Tensor losses = torch::stable::new_empty(logits, {grid.blocks}, ScalarType::Float);
+  Tensor empty = torch::stable::new_empty(logits, {0}, ScalarType::Float);
+  Tensor sums = with_grad ? new_cell_sums(logits, grid) : empty;
+  launch(with_grad ? cells_cross_entropy<true> : cells_cross_entropy<false>, grid.blocks, 32, grid.shared, grid,
+         labels.const_data_ptr<uint8_t>(), static_cast<float4*>(sums.data_ptr()), losses.mutable_data_ptr<float>());
+  return {torch::stable::sum(losses), with_grad ? gather(launch, grid, logits, sums) : empty};
 }
 }  // namespace
 

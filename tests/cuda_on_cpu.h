@@ -244,7 +244,7 @@ inline float fast_exp2(float x) {  // as wrong as PTX allows: exact at 0, else 2
 }
 inline uint32_t __float_as_uint(float x) { return on_cpu::bits(x); }
 inline float __uint_as_float(uint32_t x) { return on_cpu::from_bits<float>(x); }
-inline float reciprocal(float x) { return 1 / x; }
+inline float fast_reciprocal(float x) { return 1 / x; }
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 constexpr size_t SHARED = 48 << 10;

@@ -430,21 +430,30 @@ def test_compiled_for_any_size():
 
 
 def test_the_naive_kernel(tmp_path):
-    """The code in csrc/LOG.md that a reader starts from."""
-    code = re.search("```cpp\n(.*?)```", (ROOT / "csrc/LOG.md").read_text(), re.S)[1]
-    headers = "".join(f"#include <{name}>\n" for name in ("algorithm", "cmath", "cstdint", "vector"))
-    (tmp_path / "naive.cpp").write_text(headers + code)
+    """Those at the head of the operators' files compute the same as the kernels."""
+    files = "cells.h", "masked_cross_entropy.cpp", "upsample_softmax.cpp", "confusion_matrix.cpp"
+    code = "".join(re.search("// ```cpp\n(.*?)// ```", (ROOT / "csrc" / f).read_text(), re.S)[1] for f in files)
+    headers = "".join(f"#include <{name}>\n" for name in ("algorithm", "cmath", "cstdint"))
+    (tmp_path / "naive.cpp").write_text(headers + 'extern "C" {\n' + re.sub("^// ?", "", code, flags=re.M) + "}\n")
     flags = "-O1", "-shared", "-fPIC", "-o", tmp_path / "naive.so"
     subprocess.run([*build.cxx().split(), *flags, tmp_path / "naive.cpp"], check=True)
-    naive = ctypes.CDLL(tmp_path / "naive.so").cross_entropy
-    naive.restype = ctypes.c_double
+    library = ctypes.CDLL(tmp_path / "naive.so")
+    library.cross_entropy.restype = ctypes.c_double
     for shape in ((1, 5, 7, 9, 33, 50), (1, 3, 1, 1, 7, 5), (1, 7, 9, 9, 5, 3)):
         logits, target, *_ = inputs(*shape)
         grad = torch.zeros_like(logits)
-        loss = naive(*(ctypes.c_void_p(x.data_ptr()) for x in (logits, target, grad)), *shape[1:])
-        total, expected = torch.ops.seg_ops.cross_entropy(logits, target, True)
+        probs, matrix = torch.zeros(*shape[4:], shape[1]), torch.zeros(shape[1], shape[1], dtype=torch.int64)
+
+        def naive(name, *tensors):
+            return getattr(library, name)(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *shape[1:])
+        loss = naive("cross_entropy", logits, target, grad)
+        naive("upsample_softmax", logits, probs)
+        naive("confusion_matrix", logits, target, matrix)
+        total, want = torch.ops.seg_ops.cross_entropy(logits, target, True)
         assert loss == pytest.approx(total.item(), rel=1e-5)
-        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(probs.permute(2, 0, 1)[None], ops.upsample_softmax(logits, shape[4:]))
+        assert torch.equal(matrix, ops.confusion_matrix(logits, target))
 
 
 @quick
