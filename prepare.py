@@ -203,7 +203,7 @@ def inspect(sample):
 
 
 def check(args):
-    """Read every image and label; print counts, sizes, classes and problems. Exit status 1 if anything is."""
+    """Read every image and label; print counts, sizes, classes and problems. Exit status 1 if there are any."""
     dataset = layouts.open_dataset(args.data)
     lists, bad_lists = {"train": [], "val": []}, []
     for name, names in ("train", layouts.TRAIN_LISTS), ("val", ["val"]):

@@ -49,7 +49,7 @@ def _choose(device="cpu"):
 
 
 def _kernel(x, *dtypes, size=None):
-    """Return whether the kernels take x and these dtypes, and upsample to `size`; empty or equal sizes they do not."""
+    """Return whether the kernels take x and these dtypes, and upsample to `size`; not if x is empty or has it."""
     device = x.device.type
     supported = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
     fits = 0 not in x.shape and x.shape[2:] != size and all(dtype in supported for dtype in dtypes)
