@@ -56,7 +56,7 @@ def read_label(label, size):
         else:
             raise InputError(f"{label.path}: a label is an 8-bit index image (mode L or P), or a colour image if "
                              f"classes.txt gives each class its own colour; this one is {image.mode}; convert it")
-    if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # wraps: ids k .. 254
+    if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # true for ids k .. 254: subtraction wraps
         value = ids[(ids >= k) & (ids != IGNORE)][0]
         raise InputError(f"{label.path}: label value {value} is outside the {k} classes (0..{k - 1}; 255 is ignored); "
                          "correct it or add the class to classes.txt")
@@ -86,8 +86,8 @@ def colour_ids(colours):
 def cityscapes_ids():
     """Return a table (256,) uint8 from Cityscapes' label ids to its 19 train ids, 255 for ignored ones."""
     from torchvision.datasets import Cityscapes
-    table = np.arange(256, dtype=np.uint8)  # unknown ids stay: they are no train ids either
-    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # one is -1 in both
+    table = np.arange(256, dtype=np.uint8)  # other ids are above 18, so read_label rejects them
+    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # -1 is 255 in both
     return table
 
 
@@ -99,15 +99,15 @@ def resize(images, size):
     return F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
-def random_geometry(size, crop, factor, draw):
-    """Draw a crop of an image of `size` (W,H) scaled by `factor`, with a random.Random; return (box, (w,h), flip).
+def random_geometry(size, crop, factor, rng):
+    """Return a random crop of an image of `size` (W,H) scaled by `factor`, as (box, (w,h), flip). rng: a random.Random.
 
     The box (left, top, right, bottom) of the image becomes w x h pixels, at most crop x crop, mirrored if flip is True.
     """
     out = [min(max(1, round(side * factor)), crop) for side in size]
     spans = [min(side, max(1, round(n / factor))) for side, n in zip(size, out)]
-    start = [draw.randint(0, side - span) for side, span in zip(size, spans)]
-    return (*start, *(n + span for n, span in zip(start, spans))), tuple(out), draw.random() < 0.5
+    start = [rng.randint(0, side - span) for side, span in zip(size, spans)]
+    return (*start, *(n + span for n, span in zip(start, spans))), tuple(out), rng.random() < 0.5
 
 
 def place_image(image, geometry, canvas):
@@ -151,9 +151,9 @@ class TrainDataset(torch.utils.data.Dataset):
             random.Random(f"{self.key}/epoch {epoch}").shuffle(order)
             self.order = epoch, order
         sample = self.samples[self.order[1][position]]
-        draw = random.Random(f"{self.key}/draw {n}")
+        rng = random.Random(f"{self.key}/draw {n}")
         image = read_image(sample.image)
-        geometry = random_geometry(image.size, self.crop, draw.uniform(*self.scale), draw)
+        geometry = random_geometry(image.size, self.crop, rng.uniform(*self.scale), rng)
         ids = read_label(sample.label, image.size) if sample.label else np.zeros(image.size[::-1], np.uint8)
         label = place_label(ids, geometry, self.crop)
         return place_image(image, geometry, self.canvas), label if sample.label else label != IGNORE
@@ -184,15 +184,15 @@ def strong_view(images, seed, step):
     """Return this rank's images (B,3,H,W) uint8 with random colours, greyscale and blur, as in UniMatch (Yang 2023)."""
     views = []
     with torch.autocast(images.device.type, enabled=False):  # the blur is a convolution
-        for view, draw in zip(images, batch_generators(f"{seed}/strong", step, len(images))):
-            if draw.random() < 0.8:
+        for view, rng in zip(images, batch_generators(f"{seed}/strong", step, len(images))):
+            if rng.random() < 0.8:
                 for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
-                    view = adjust(view, draw.uniform(0.5, 1.5))
-                view = TF.adjust_hue(view, draw.uniform(-0.25, 0.25))
-            if draw.random() < 0.2:
+                    view = adjust(view, rng.uniform(0.5, 1.5))
+                view = TF.adjust_hue(view, rng.uniform(-0.25, 0.25))
+            if rng.random() < 0.2:
                 view = TF.rgb_to_grayscale(view, 3)
-            if draw.random() < 0.5:
-                view = TF.gaussian_blur(view, [9, 9], [draw.uniform(0.1, 2)])
+            if rng.random() < 0.5:
+                view = TF.gaussian_blur(view, [9, 9], [rng.uniform(0.1, 2)])
             views.append(view)
     return torch.stack(views)
 
@@ -204,12 +204,12 @@ def cut_mix(tensors, probability, seed, step):
     this rank, 2 and 3, and so on. The result depends on seed, step and position only.
     """
     mixed, count, (height, width) = [x.clone() for x in tensors], len(tensors[0]), tensors[0].shape[-2:]
-    for i, draw in enumerate(batch_generators(f"{seed}/mix", step, count)):
-        if draw.random() >= probability:
+    for i, rng in enumerate(batch_generators(f"{seed}/mix", step, count)):
+        if rng.random() >= probability:
             continue
-        area, ratio = draw.uniform(0.02, 0.4), math.exp(draw.uniform(-1.2, 1.2))
+        area, ratio = rng.uniform(0.02, 0.4), math.exp(rng.uniform(-1.2, 1.2))
         h, w = (min(round(side * math.sqrt(x)), side) for side, x in ((height, area * ratio), (width, area / ratio)))
-        y, x = draw.randint(0, height - h), draw.randint(0, width - w)
+        y, x = rng.randint(0, height - h), rng.randint(0, width - w)
         for new, old in zip(mixed, tensors):
             new[i, ..., y:y + h, x:x + w] = old[(i ^ 1) % count, ..., y:y + h, x:x + w]
     return mixed

@@ -27,8 +27,8 @@ EXAMPLES = 8  # images drawn beside label and prediction
 
 def flags():
     p = predict.model_flags(__doc__)
-    p.add_argument("--data", metavar="ROOT", help="data set to score on (default: that of the training)")
-    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids (default val)")
+    p.add_argument("--data", metavar="ROOT", help="data set to score on (default: that of the training run)")
+    p.add_argument("--list", default="val", help="name of a list in ROOT, or a file of ids, one a line (default val)")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--json", metavar="FILE", help="file for the mIoU and the IoU of each class")
     p.add_argument("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of the loader (default 2)")
@@ -69,7 +69,7 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
         ops.confusion_matrix(ids, target, seg.num_classes, out=matrix)
         if write:
             write(mine[i], ids[0], target[0])
-        if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):
+        if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):  # EXAMPLES images, evenly spaced
             examples.append((mine[i], ids[0].cpu()))
     seg.train(was_training)
     if distributed.stop_requested():
@@ -92,8 +92,8 @@ def main(args):
     device = announce(f"{note}data {dataset.name}: {len(samples)} images of list {args.list}", args.gpu, ops.describe)
 
     def write(sample, ids, _):
-        drawn = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)
-        write_atomically(out / f"{sample.id}.png", lambda f: drawn.save(f, "PNG"))
+        image = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)
+        write_atomically(out / f"{sample.id}.png", lambda f: image.save(f, "PNG"))
 
     result = evaluate(seg.to(device), samples, args.workers, trained.get("amp") if args.amp is None else args.amp,
                       window=args.window, tta=args.tta, write=write if out else None)

@@ -13,7 +13,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from common import distributed
 from common.args import number
-from common.checkpoint import load_weights, read_checkpoint, read_start
+from common.checkpoint import load_weights, read_checkpoint, read_initial_weights
 from common.console import InputError
 from common.layouts import voc_palette
 from common.run import HealthyRange
@@ -23,7 +23,7 @@ from csrc import ops
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ([0.5] * 3, [0.5] * 3),
          "caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
 
-# Defaults of the discriminator's flags; on small data one at the paper's learning rate wins within 60 steps.
+# Defaults of the discriminator's flags. On small data one with the paper's recognises all predictions within 60 steps.
 DISC_PAPER, DISC_SMALL = dict(d_lr=1e-4, d_smooth=0.0), dict(d_lr=3e-5, d_smooth=0.1)
 
 # expansion, kernel, stride, channels, repeats of each stage (Tan & Le 2019, table 1)
@@ -32,12 +32,13 @@ LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
 
 
 class DeepLabV2(nn.Module):
-    """DeepLabv2 (Chen et al. 2016): a dilated backbone and the sum of four dilated 3x3 classifiers.
+    """DeepLabv2 (Chen et al. 2016): a dilated backbone and the sum of dilated 3x3 classifiers.
 
-    Images (N,3,stride*k+1,stride*l+1) -> logits (N,K,k+1,l+1) at the corners of the grid, as align_corners=True
+    Images (N,3,stride*m+1,stride*n+1) -> logits (N,K,m+1,n+1) at the corners of the grid, as align_corners=True
     assumes. uint8 images are normalised inside; floating-point input counts as normalised.
 
-    bn, norm, branches, input_scale: see the flags in common/args.py.
+    init: "imagenet", or "none" for random weights. bn, norm, branches (2 or 4 classifiers), input_scale: see the flags
+    in common/args.py.
     caffe: a ResNet with its stride in the first 1x1 convolution of a bottleneck, as in the MS-COCO weights.
     """
 
@@ -52,7 +53,7 @@ class DeepLabV2(nn.Module):
         self.bn, self.norm, self.fast_in_bf16 = bn, norm, not lite
         self.classes, self.palette = [f"class {n}" for n in range(num_classes)], voc_palette()
         self.backbone = nn.Sequential(*blocks)
-        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # as wide as at stride 8
+        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # same extent in pixels as at stride 8
         self.head = nn.ModuleList(nn.Conv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
@@ -145,7 +146,7 @@ class MBConv(nn.Module):
 
 
 def efficientnet_lite0(pretrained):
-    """Return the blocks of EfficientNet-Lite0; TensorFlow's SAME padding is symmetric on images of stride*k+1."""
+    """Return the blocks of EfficientNet-Lite0; on images of stride*k+1 its padding equals TensorFlow's SAME padding."""
     layer = partial(Conv2dNormActivation, norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
                     activation_layer=nn.ReLU6)
     blocks, c_in = [layer(3, 32, 3, 2)], 32
@@ -166,7 +167,7 @@ def efficientnet_lite0(pretrained):
 
 
 def dilate(blocks, reached, stride):
-    """Replace strides by dilation once `blocks`, whose input has the stride `reached`, are at `stride`."""
+    """Replace strides of `blocks` that would exceed the output stride by dilation. reached: stride of their input."""
     rate = 1
     for block in blocks:
         convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
@@ -180,32 +181,34 @@ def dilate(blocks, reached, stride):
 
 
 def autocast(network, amp=None):
-    """Return torch.autocast to bfloat16 for a network; amp=None enables it if that makes the network faster.
+    """Return torch.autocast to bfloat16 for a network.
 
-    On CPUs with AMX resnet18 is 1.7 times as fast as in float32, efficientnet_lite0 0.7 times. CUDA: not measured.
+    amp=None enables it on CUDA devices that support it (speed not measured), and on CPUs with AMX, where resnet18 is
+    1.7 times as fast as in float32, unless network.fast_in_bf16 is False (efficientnet_lite0: 0.7 times).
     """
     device = next(network.parameters()).device
     if amp is None:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        amp = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else network.fast_in_bf16 and has_amx
+        amp = has_amx and getattr(network, "fast_in_bf16", True)
+        amp = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else amp
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def start_format(init):
+def init_format(init):
     """Return {"caffe": ..., "norm": ...}: the network and normalisation that the weights named by --init expect."""
-    args = (read_start(init, mmap=True) or {"args": {"caffe": False, "norm": "imagenet"}})["args"]
+    args = (read_initial_weights(init, mmap=True) or {"args": {"caffe": False, "norm": "imagenet"}})["args"]
     return {"caffe": bool(args["caffe"]), "norm": args["norm"]}
 
 
 def create_segmenter(classes, palette, backbone, init, stride, bn, norm, branches, input_scale):
     """Return a DeepLabV2 with initial weights; the arguments are a data set's, and the flags of common/args.py."""
-    start = read_start(init)
-    caffe = bool(start and start["args"]["caffe"])
-    seg = DeepLabV2(backbone, len(classes), stride, "none" if start else init, bn, norm, branches, caffe, input_scale)
+    initial = read_initial_weights(init)
+    caffe = bool(initial and initial["args"]["caffe"])
+    seg = DeepLabV2(backbone, len(classes), stride, "none" if initial else init, bn, norm, branches, caffe, input_scale)
     seg.classes, seg.palette = list(classes), palette
-    if start:
-        load_weights(seg, start["seg"], f"--init {init}", new_classifier=True)
-        if init != "coco" and caffe and start["args"]["aspp_branches"] < branches:
+    if initial:
+        load_weights(seg, initial["seg"], f"--init {init}", new_classifier=True)
+        if init != "coco" and caffe and initial["args"]["aspp_branches"] < branches:
             print(f"--init {init}: if it is the authors', only 2 branches were trained; add --aspp-branches 2")
     return seg
 
@@ -241,8 +244,11 @@ def disc_optimizer(disc, lr, optim="adam", betas=(0.9, 0.999), momentum=0.5, wei
     return torch.optim.SGD(disc.parameters(), lr, momentum=momentum, weight_decay=weight_decay, fused=True)
 
 
-def poly_lr(step, iters, decay_every, *optimizers, power=0.9):
-    """Set the learning rates of a step (1, 2, ...) to initial * (1 - (step-1)/iters)^power, every decay_every steps."""
+def set_poly_lr(step, iters, decay_every, *optimizers, power=0.9):
+    """Set the learning rates of a step (1, 2, ...) to initial * (1 - (step-1)/iters)^power.
+
+    They change every `decay_every` steps; 0 keeps them constant.
+    """
     done = (step - 1) - (step - 1) % decay_every if decay_every else 0
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
@@ -267,35 +273,40 @@ def pseudo_label_loss(logits, pseudo, valid, divide="kept"):
     return loss, distributed.global_mean(count / total, total)
 
 
-def bce(d_logits, real, valid):
-    """Return the binary cross entropy of the discriminator's logits against `real` (Hung et al. 2018, eq. 1 and 4).
+def bce(d_logits, target, valid):
+    """Return the mean binary cross entropy of the discriminator's upsampled logits (Hung et al. 2018, eq. 1 and 4).
 
-    d_logits: (N,1,h,w). real: 1 for label maps (or 1 - smoothing), 0 for predictions. The mean is over valid (N,H,W).
+    d_logits: (N,1,h,w). target: the probability of "label map" that the loss asks for: 1 (or 1 - smoothing) for label
+    maps, 0 for predictions, 1 for predictions in the adversarial loss. valid: (N,H,W) bool, the pixels of the mean.
     """
-    logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): a logit z is the softmax of two classes (0, z)
-    losses = [(share, *ops.masked_cross_entropy(logits, torch.full_like(valid, answer, dtype=torch.uint8), valid=valid))
-              for answer, share in ((1, real), (0, 1 - real)) if share]
-    return distributed.global_mean(sum(share * loss for share, loss, _ in losses), losses[0][2])
+    logits = F.pad(d_logits, (0, 0, 0, 0, 1, 0))  # (N,2,h,w): sigmoid(z) is the softmax of the two logits (0, z)
+    loss = 0
+    for label, weight in ((1, target), (0, 1 - target)):
+        if weight:
+            labels = torch.full_like(valid, label, dtype=torch.uint8)
+            mean, count = ops.masked_cross_entropy(logits, labels, valid=valid)
+            loss = loss + weight * mean
+    return distributed.global_mean(loss, count)
 
 
 def disc_flags(parser):
     """Add the flags of the discriminator and return the parser."""
     add = parser.add_argument_group("discriminator").add_argument
     add("--d-optim", choices=["adam", "sgd"], default="adam", help="optimiser of the discriminator D (default adam)")
-    add("--d-lr", type=number(), help="initial learning rate of D (paper: 1e-4; small data 3e-5)")
+    add("--d-lr", type=number(), help="initial learning rate of D (paper: 1e-4; small data: 3e-5)")
     add("--d-betas", type=number(below=1), nargs=2, default=[0.9, 0.999], metavar=("B1", "B2"), help="betas of Adam "
         "(default 0.9 0.999: paper; the authors' code has 0.9 0.99)")
     add("--d-momentum", type=number(below=1), default=0.5, help="momentum of SGD (default 0.5)")
     add("--d-decay", type=number(), help="weight decay of D (default 0 for Adam, 1e-4 for SGD)")
-    add("--d-smooth", type=number(below=1), help="label smoothing of D's real targets (paper: 0; small data 0.1)")
+    add("--d-smooth", type=number(below=1), help="label smoothing of D's real targets (paper: 0; small data: 0.1)")
     return parser
 
 
 def healthy_loss_d(d_smooth):
     """Return the HealthyRange of loss_d: 0.69 is a discriminator that guesses, near 0 is one that always wins."""
     minimum = torch.special.entr(torch.tensor([d_smooth, 1 - d_smooth])).sum().item() / 2  # of a perfect discriminator
-    return HealthyRange(0.05 + minimum, 0.7, "below it the discriminator recognises every prediction: try a smaller "
-                        "--d-lr or --d-smooth 0.1")
+    return HealthyRange(0.05 + minimum, 0.7, "the discriminator recognises every prediction: lower --d-lr or raise "
+                        "--d-smooth", "the discriminator is worse than chance: lower --d-lr")
 
 
 def one_hot(target, num_classes):
@@ -309,13 +320,13 @@ def one_hot(target, num_classes):
 def class_confidence(logits, valid):
     """Return the mean probability of the predictions of each class, (K,), relative to the most confident class.
 
-    The mean is over positions of logits (N,K,h,w) of that class at valid (N,H,W) pixels, on all ranks; 1 for a class
-    that is not predicted. After FlexMatch (Zhang 2021) and FreeMatch (Wang 2023).
+    The mean is over the positions of logits (N,K,h,w), on all ranks, at which the class is predicted and valid (N,H,W)
+    is True; 1 for a class that is predicted nowhere. After FlexMatch (Zhang 2021) and FreeMatch (Wang 2023).
     """
     stride = (valid.shape[1] - 1) // (logits.shape[2] - 1)
     confidence, ids = logits.float().softmax(1).max(1)  # (N,h,w)
-    own = F.one_hot(ids, logits.shape[1]) * valid[:, ::stride, ::stride, None]  # (N,h,w,K)
-    sums = [(own * confidence[..., None]).sum((0, 1, 2)), own.sum((0, 1, 2))]
+    is_class = F.one_hot(ids, logits.shape[1]) * valid[:, ::stride, ::stride, None]  # (N,h,w,K)
+    sums = [(is_class * confidence[..., None]).sum((0, 1, 2)), is_class.sum((0, 1, 2))]
     total, count = distributed.all_reduce_sum(torch.stack(sums))
     mean = total / count.clamp(min=1)
-    return (mean / mean.max()).where(count > 0, 1)  # a class absent at all positions may win between them
+    return (mean / mean.max()).where(count > 0, 1)  # between positions upsampling may predict another class

@@ -37,11 +37,13 @@ def flags():
 def model_flags(description):
     """Return a Parser with the flags that eval.py has too."""
     p = Parser(description)
-    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a run, or a published file")
+    p.add_argument("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training run, or "
+                   "a file of the authors or of the 2017 reproduction (recipes/README.md)")
     p.add_argument("--tta", action="store_true", help="average over 3 scales and mirrored images, at 6 times the cost")
     p.add_argument("--window", type=number(int, 65), default=WINDOW, metavar="SIDE", help="larger images are predicted "
-                   "in overlapping windows of this side, in pixels of the network's input (default %(default)s)")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: as in the training)")
+                   "in overlapping windows of this side, in pixels of the network's input (default %(default)s; lower it "
+                   "if memory runs out)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="use bfloat16 (default: as in the training run)")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
 
@@ -86,7 +88,7 @@ def check_classes(classes, dataset, ckpt):
     """Return a note if the data set names the model's classes differently; an InputError if their number differs."""
     if len(dataset.classes) != len(classes):
         raise InputError(f"{ckpt}: {len(classes)} classes, {dataset.root} has {len(dataset.classes)}; correct --data")
-    is_named = classes[0] != "class 0"  # published files do not name theirs
+    is_named = classes[0] != "class 0"  # published files without VOC's 21 classes have no names
     return f"{dataset.root} names its classes differently from {ckpt}; " * (is_named and classes != dataset.classes)
 
 
@@ -152,10 +154,10 @@ def main(args):
         image = data.read_image(path)
         pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
         logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
-        drawn = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
-        write_atomically(out / f"{path.stem}.png", lambda f: drawn.save(f, "PNG"))
+        prediction = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
+        write_atomically(out / f"{path.stem}.png", lambda f: prediction.save(f, "PNG"))
         if args.blend:
-            blend = Image.blend(image, drawn.convert("RGB"), 0.5)
+            blend = Image.blend(image, prediction.convert("RGB"), 0.5)
             write_atomically(out / f"{path.stem}_blend.jpg", lambda f: blend.save(f, "JPEG", quality=92))
     if distributed.RANK == 0:
         write_atomically(out / "legend.png", lambda f: draw_legend(seg.classes, seg.palette).save(f, "PNG"))

@@ -34,16 +34,16 @@ STYLES = {"light": "default", "dark": "dark_background"}  # of matplotlib, for e
 
 def flags():
     p = Parser(__doc__)
-    p.add_argument("runs", nargs="+", metavar="OUT", help="output folder of a training")
+    p.add_argument("runs", nargs="+", metavar="OUT", help="output folder of a training run")
     p.add_argument("--out", required=True, metavar="FILE", help="the page, one file")
     p.add_argument("--data", metavar="ROOT", help="data set to predict (default: that of the first run)")
-    p.add_argument("--list", default="val", help="list of ImageSets/Segmentation, or a file of ids (default val)")
+    p.add_argument("--list", default="val", help="name of a list in ROOT, or a file of ids, one a line (default val)")
     p.add_argument("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of the loader (default 2)")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
 
 
-class Run:
+class TrainedRun:
     """The files of a training run and what its model predicts; an InputError if the folder has none."""
 
     def __init__(self, folder, name):
@@ -54,7 +54,7 @@ class Run:
             self.rows = [json.loads(line) for line in lines if line[-1:] == "}"]  # not one that is being written
             self.script_images = find_report_images(self.facts.get("script", ""))
         except (OSError, ValueError, AttributeError) as e:
-            raise InputError(f"{folder}: no run.json and log.jsonl of a training there ({e}); name its --out") from None
+            raise InputError(f"{folder}: no run.json and log.jsonl there ({e}); name the --out of a run") from None
         self.checkpoint = read_checkpoint(last := self.folder / "last.pt", "OUT")
         self.seg, self.step = model.load_segmenter(last, self.checkpoint), self.checkpoint["step"]
         self.classes, self.flags = self.seg.classes, self.checkpoint["args"]
@@ -64,10 +64,10 @@ class Run:
         """Predict all samples; keep the ids (n,) of every 16th labelled pixel and the mIoU of each sample."""
         self.ids, matrices = [], []
 
-        def keep(_, ids, target):
+        def collect(_, ids, target):
             self.ids.append(ids[target != IGNORE][::16].cpu())
             matrices.append(ops.confusion_matrix(ids[None], target[None], self.seg.num_classes).cpu())
-        result = evaluate(self.seg.to(device), samples, workers, self.flags.get("amp"), write=keep)
+        result = evaluate(self.seg.to(device), samples, workers, self.flags.get("amp"), write=collect)
         self.miou, self.per_class, self.matrix = result.scores["miou"], (100 * result.per_class).tolist(), sum(matrices)
         self.scores = np.array([100 * ops.mean_iou(matrix)[0] for matrix in matrices])
 
@@ -148,7 +148,7 @@ def choose_images(runs, samples, palette, device):
 def main(args):
     out, names = Path(args.out), [Path(folder).resolve().name for folder in args.runs]
     names = names if len(names) == len(set(names)) else args.runs
-    runs = [Run(folder, name) for folder, name in zip(args.runs, names)]
+    runs = [TrainedRun(folder, name) for folder, name in zip(args.runs, names)]
     classes = runs[0].classes
     if other := [run.folder for run in runs if run.classes != classes]:
         raise InputError(f"{other[0]}: has other classes than {runs[0].folder}; make a page of each")

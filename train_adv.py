@@ -22,7 +22,7 @@ def flags():
 def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
-    resolve_args(args, dataset, model.start_format, model.DISC_PAPER, model.DISC_SMALL)
+    resolve_args(args, dataset, model.init_format, model.DISC_PAPER, model.DISC_SMALL)
     run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
@@ -36,7 +36,7 @@ def main(args):
     seg_weights, disc_weights = [p for p in seg.parameters() if p.requires_grad], list(disc.parameters())
 
     for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp)):
-        model.poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
+        model.set_poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
         image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
         valid = target != IGNORE  # (B,H,W); the rest is 0 in both inputs of the discriminator
 

@@ -20,7 +20,7 @@ def flags():
 def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
-    resolve_args(args, dataset, model.start_format)
+    resolve_args(args, dataset, model.init_format)
     run = Run(__file__, args, dataset, labelled, ops.describe)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
@@ -31,7 +31,7 @@ def main(args):
     seg = distributed.prepare_model(seg_raw, args.compile)
 
     for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp)):
-        model.poly_lr(step, args.iters, args.decay_every, opt_seg)
+        model.set_poly_lr(step, args.iters, args.decay_every, opt_seg)
         image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
 
         with model.autocast(seg_raw, args.amp):

@@ -20,11 +20,14 @@ from eval import evaluate
 
 def flags():
     p = shared_flags(__doc__, out="out/match")
-    p.add_argument("--unlabelled", metavar="DIR", help="folder of unlabelled images (default ROOT/unlabelled)")
-    p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights (default 0.99)")
-    p.add_argument("--confidence", type=number(), default=0.8, help="confidence threshold of pseudo-labels, scaled for "
-                   "each class by its relative mean confidence (default 0.8; cf. FreeMatch)")
-    p.add_argument("--cutmix", type=number(), default=0.5, help="probability of CutMix per image (default 0.5)")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
+    p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights per step (default "
+                   "0.99; lower it for short runs)")
+    p.add_argument("--confidence", type=number(), default=0.8, help="pixels on which the teacher's probability is "
+                   "higher become pseudo-labels; lower for classes of low mean confidence, as in FreeMatch (default "
+                   "0.8; raise it if `kept` is 1)")
+    p.add_argument("--cutmix", type=number(), default=0.5, help="probability of CutMix per image (default 0.5; "
+                   "0 turns it off)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
     p.add_argument("--u-start", type=number(int), help="step after which loss_u is used (default --iters / 8)")
     return p
@@ -34,26 +37,26 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.start_format)
+    resolve_args(args, dataset, model.init_format)
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE)
-    healthy = {"kept": HealthyRange(
-        0.01, 0.99, "few pseudo-labels: lower --confidence; on nearly all pixels: raise it", args.u_start)}
+    healthy = {"kept": HealthyRange(0.01, 0.99, "lower --confidence", "raise --confidence", args.u_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
                                      args.norm, args.aspp_branches, args.input_scale).to(run.device)
-    teacher_raw = copy.deepcopy(seg_raw).requires_grad_(False)  # its weights are a moving average of the student's
+    # its weights are a moving average of the student's; its running statistics are the student's
+    teacher_raw = copy.deepcopy(seg_raw).requires_grad_(False)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)  # eval.py loads `seg`: the teacher
     seg, teacher = (distributed.prepare_model(x, args.compile) for x in (seg_raw, teacher_raw))
     update_teacher = get_ema_multi_avg_fn(args.ema)
 
     for step in run.steps(lambda: evaluate(teacher_raw, val, args.workers, args.amp)):
-        model.poly_lr(step, args.iters, args.decay_every, opt_seg)
+        model.set_poly_lr(step, args.iters, args.decay_every, opt_seg)
         image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
         image_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
 
@@ -74,7 +77,7 @@ def main(args):
         opt_seg.zero_grad()
         loss.backward()
         opt_seg.step()
-        update_teacher([*teacher_raw.parameters()], [*seg_raw.parameters()], None)
+        update_teacher([*teacher_raw.parameters()], [*seg_raw.parameters()], None)  # None: a count that it ignores
         for of_teacher, of_student in zip(teacher_raw.buffers(), seg_raw.buffers()):
             of_teacher.copy_(of_student)
 

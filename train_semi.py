@@ -18,18 +18,19 @@ from eval import evaluate
 def flags():
     p = model.disc_flags(shared_flags(__doc__, out="out/semi"))
     p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
-    p.add_argument("--unlabelled", metavar="DIR", help="folder of unlabelled images (default ROOT/unlabelled)")
-    p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too (the authors' code)")
+    p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
+    p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too (authors' code)")
     p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
                    "images (default 0.001, from the authors' code; the paper has none)")
-    p.add_argument("--lam-semi", type=number(), help="weight of loss_semi (default 0.1, paper; 0.5 on small data)")
-    p.add_argument("--threshold", type=number(), default=0.2, help="confidence threshold of pseudo-labels (paper: 0.2)")
+    p.add_argument("--lam-semi", type=number(), help="weight of loss_semi (default 0.1, paper; small data: 0.5)")
+    p.add_argument("--threshold", type=number(), default=0.2, help="pixels on which D's confidence, in 0..1, is higher "
+                   "become pseudo-labels (default 0.2, paper; raise it if `kept` is 1)")
     p.add_argument("--semi-start", type=number(int), help="step after which loss_semi is used (default --iters / 4)")
     return p
 
 
 def select_pseudo_labels(logits, d_logits, valid, threshold):
-    """Return the argmax class of each pixel, or 255 where D's confidence is not above the threshold (eq. 5).
+    """Return the argmax class of each pixel, or 255 if D's confidence is not above the threshold (eq. 5).
 
     logits (N,K,h,w) and d_logits (N,1,a,b) are upsampled to valid (N,H,W) bool, False on padding.
     """
@@ -51,11 +52,11 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.start_format, model.DISC_PAPER | {"lam_semi": 0.1},
+    resolve_args(args, dataset, model.init_format, model.DISC_PAPER | {"lam_semi": 0.1},
                  model.DISC_SMALL | {"lam_semi": 0.5})
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
-    healthy = {"loss_d": model.healthy_loss_d(args.d_smooth), "kept": HealthyRange(
-        0.01, 0.99, "few pseudo-labels: lower --threshold; on nearly all pixels: raise it", args.semi_start)}
+    healthy = {"loss_d": model.healthy_loss_d(args.d_smooth),
+               "kept": HealthyRange(0.01, 0.99, "lower --threshold", "raise --threshold", args.semi_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
@@ -76,7 +77,7 @@ def main(args):
         return ((pseudo == target) & valid).sum(), (pseudo != IGNORE).sum()
 
     for step in run.steps(lambda: evaluate(seg_raw, val, args.workers, args.amp, {"precision": precision})):
-        model.poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
+        model.set_poly_lr(step, args.iters, args.decay_every, opt_seg, opt_disc)
         image, target = next(labelled_batches)  # (B,3,H,W) uint8, (B,H,W) uint8
         image_u, valid_u = next(unlabelled_batches)  # (B,3,H,W) uint8, (B,H,W) bool
         valid = target != IGNORE  # (B,H,W); the rest is 0 in both inputs of the discriminator

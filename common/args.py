@@ -16,7 +16,11 @@ PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, ite
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
 # Small settings, for the generated data set and for a custom data set without CUDA.
 SHAPES = PAPER | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3, eval_every=160)
-OWN_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3)
+CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3)
+
+EPILOG = """@FILE reads more flags from a file (see recipes/README.md); later flags override earlier ones.
+A value marked "paper" is the default except for small data: `shapes`, and without CUDA a data set with classes.txt.
+OUT/run.json lists the values used."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +37,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_files(words, folder=Path()):
-    """Yield the words, each @FILE replaced by its words; names in a file are relative to it, # begins a comment."""
+    """Yield the words, each @FILE replaced by the words in that file, in which # begins a comment.
+
+    An @FILE in a file is relative to that file, other paths are relative to the working directory.
+    """
     for word in words:
         if word.startswith("@"):
             file = folder / word[1:]
@@ -46,7 +53,8 @@ def number(kind=float, low=0, below=math.inf):
     """Return a type for add_argument: a `kind` that is at least `low` and below `below`."""
     def parse(text):
         if not low <= (value := kind(text)) < below:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low} and below {below}")
+            limit = f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{limit}")
         return value
     parse.__name__ = kind.__name__  # argparse prints it if `kind` fails
     return parse
@@ -57,75 +65,88 @@ POSITIVE_INT, NON_NEGATIVE_INT = number(int, 1), number(int)
 
 def shared_flags(description, out):
     """Return a Parser with the flags of every training script. out: default of --out."""
-    parser = Parser(description)
+    parser = Parser(description, epilog=EPILOG)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="ROOT", help="folder of a data set, or `shapes`, which is generated (default data/VOC2012)")
+    add("--data", metavar="ROOT", help="folder of a data set, or `shapes`, which is generated (default data/VOC2012 if "
+        "it is there, else shapes)")
     add("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     add("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
-    add("--labelled-ids", metavar="FILE", help="list of the labelled ids, instead of --split")
-    add("--crop", type=int, help="side of training crops in pixels: stride*k+1, at least 65 (paper: 321)")
-    add("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"), help="range of the random scaling (paper: 0.5 1.5)")
-    add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="scale of the network's input (Cityscapes: 0.5)")
+    add("--labelled-ids", metavar="FILE", help="file of the labelled ids, one a line, instead of --split")
+    add("--crop", type=int, help="side of the square training crops in pixels: stride*k+1, at least 65 (paper: 321); "
+        "lower it if memory runs out")
+    add("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"), help="range of the random scaling of crops, on top "
+        "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1)")
+    add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="factor by which images are shrunk for the network, "
+        "in training and evaluation (default 1; Cityscapes 0.5)")
     add("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of each loader (default 2)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="(paper: resnet101)")
-    add("--init", metavar="{imagenet,coco,none,PATH}", help="initial weights; PATH: a checkpoint (paper: imagenet)")
-    add("--norm", choices=["imagenet", "caffe", "none"], help="normalisation (default: as the initial weights expect)")
-    add("--stride", type=int, choices=[8, 16], help="output stride of the network: 8, or 16 for efficientnet_lite0")
-    add("--aspp-branches", type=int, choices=[2, 4], default=4, help="branches of the classifier (default 4, paper)")
+    add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="backbone of the "
+        "network (paper: resnet101; shapes: resnet18; other small data: efficientnet_lite0)")
+    add("--init", metavar="{imagenet,coco,none,PATH}", help="initial weights: imagenet (ResNets are downloaded), coco "
+        "(a file in data/, see recipes/README.md), none (random), or a checkpoint (paper: imagenet; shapes: none)")
+    add("--norm", choices=["imagenet", "caffe", "none"], help="normalisation of images: imagenet (mean and deviation "
+        "of RGB), caffe (mean of BGR), none (0..255) (default: what the initial weights expect)")
+    add("--stride", type=int, choices=[8, 16], help="output stride of the network (default 8; efficientnet_lite0: 16, "
+        "which the others do not have)")
+    add("--aspp-branches", type=int, choices=[2, 4], default=4, help="dilated convolutions of the classifier (default "
+        "4, paper; 2 for the authors' checkpoints)")
     add("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps weight and "
-        "bias fixed, frozen the running statistics too (default train)")
+        "bias fixed; frozen the running statistics too, for batches of a few images (default train)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000)")
+    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000; small data: 1000, shapes 320)")
     add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10)")
-    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4)")
-    add("--head-lr", type=number(), default=10, metavar="X", help="learning rate of the classifier / --lr (default 10)")
-    add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps per change of --lr; 0: never")
-    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (paper)")
-    add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, as in the paper)")
+    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; small data: 2e-3)")
+    add("--head-lr", type=number(), default=10, metavar="FACTOR", help="learning rate of the classifier as a multiple "
+        "of --lr (default 10, from the authors' code; paper: 1)")
+    add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps between updates of the poly "
+        "learning rate; 0 keeps it constant (default 1)")
+    add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
+    add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: if that is faster)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: on CUDA devices that support "
+        "it, and for ResNets on CPUs with AMX)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
+    add("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU; under torchrun each rank uses its "
+        "own device")
     add("--seed", type=number(int, 0, 2**63), default=0, help="random seed (default 0)")
     add("--out", default=out, metavar="DIR", help=f"output folder (default {out})")
     add("--resume", action="store_true", help="continue from DIR/last.pt if it exists")
     add("--tensorboard", action="store_true", help="also write scalars and images to DIR/tensorboard")
     add("--log-every", type=POSITIVE_INT, default=10, help="steps between log lines (default 10)")
-    add("--eval-every", type=POSITIVE_INT, help="steps between evaluations (default --iters / 10)")
+    add("--eval-every", type=POSITIVE_INT, help="steps between evaluations (default --iters / 10; shapes: 160)")
     add("--save-every", type=POSITIVE_INT, help="steps between checkpoints (default --iters / 10)")
     return parser
 
 
-def resolve_args(args, dataset, start_format, paper=None, small=None):
+def resolve_args(args, dataset, init_format, paper=None, small=None):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
-    start_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
+    init_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
     default} of the script's own flags; small data is `shapes`, and a custom data set without CUDA.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    own_on_cpu = dataset.kind == "own" and (args.gpu < 0 or not torch.cuda.is_available())
-    defaults = own_defaults(dataset, given) if own_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
+    custom_on_cpu = dataset.kind == "custom" and (args.gpu < 0 or not torch.cuda.is_available())
+    defaults = custom_defaults(dataset, given) if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
         dataset.kind, PAPER)
-    own = small if own_on_cpu or dataset.kind == "shapes" else paper
-    values = defaults | (own or {}) | given
-    expected, tenth = start_format(values["init"]), max(1, values["iters"] // 10)
+    of_script = small if custom_on_cpu or dataset.kind == "shapes" else paper
+    values = defaults | (of_script or {}) | given
+    expected, tenth = init_format(values["init"]), max(1, values["iters"] // 10)
     stride = 16 if values["backbone"] == "efficientnet_lite0" else 8
     values = {"stride": stride, "eval_every": tenth, "save_every": tenth} | expected | values
     vars(args).update({name: values.get(name) for name in vars(args) | expected})
     check_args(args)
 
 
-def own_defaults(dataset, given):
+def custom_defaults(dataset, given):
     """Return defaults for a custom data set without CUDA, and name them in the data set's note."""
     # images are shrunk to at most 320 pixels; crops are as large as the shorter side allows, at most 161
     short, long = dataset.median_size()
     scale = given.get("input_scale") or next((x for x in (1, 0.5) if long * x <= 320), 0.25)
-    defaults = OWN_ON_CPU | dict(crop=16 * max(4, min(10, int(short * scale) // 16)) + 1, input_scale=scale)
+    defaults = CUSTOM_ON_CPU | dict(crop=16 * max(4, min(10, int(short * scale) // 16)) + 1, input_scale=scale)
     chosen = [f"--{name.replace('_', '-')} {value}" for name, value in defaults.items()
               if name not in given and value != PAPER[name]]
     if chosen:

@@ -18,21 +18,22 @@ METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 
 
 def read_checkpoint(path, flag, mmap=False):
-    """Return the checkpoint dict in a file of ours, or one like it made from a published DeepLabv2 or ResNet file.
+    """Return our checkpoint dict; published DeepLabv2 and ResNet files are converted to it.
 
-    mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, for others.
+    mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, if the file
+    is neither.
     """
     scalar = np.float64().__reduce__()[0]  # the reproduction of 2017 has one, under either numpy name
-    known = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    advice = "name the last.pt or best.pt of a training, or a published file"
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    advice = "name the last.pt or best.pt of a training run, or a published file (recipes/README.md)"
     try:
-        with torch.serialization.safe_globals([*known, np.dtype, type(np.dtype("f8"))]):
+        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype("f8"))]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # the unpickler raises nearly anything on a file that is no checkpoint
         why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; {advice}") from None
     ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
-    found = checkpoint if ours else translate(checkpoint)
+    found = checkpoint if ours else convert_published(checkpoint)
     types = {"args": dict, "classes": (list, tuple), "step": int}
     if (found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types)
             or found["args"].get("norm", "none") not in ("imagenet", "caffe", "none")):
@@ -49,17 +50,17 @@ def is_state_dict(x):
     return isinstance(x, dict) and all(isinstance(k, str) and isinstance(w, torch.Tensor) for k, w in x.items())
 
 
-def translate(theirs):
-    """Return a checkpoint dict made from the weights in a published file, or None if it is unknown.
+def convert_published(theirs):
+    """Return our checkpoint dict made from the weights in a published file, or None if the file is unknown.
 
     Known are DeepLabv2 on Caffe's ResNet, by the authors (a plain state dict; the first 2 of their 4 branches run), by
     the reproduction of 2017 (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
     """
-    snapshot = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
-    weights = theirs["state_dict"] if snapshot else theirs
+    is_of_2017 = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
+    weights = theirs["state_dict"] if is_of_2017 else theirs
     if not is_state_dict(weights):
         return None
-    plain = not snapshot and not any(k.startswith("Scale.") for k in weights)
+    is_authors = not is_of_2017 and not any(k.startswith("Scale.") for k in weights)
     weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
     parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
     depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
@@ -74,13 +75,13 @@ def translate(theirs):
         ours = f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"
         seg[name.replace("layer5.conv2d_list", "head") if name.startswith("layer5.") else ours] = weights[name]
     classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
-    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if plain else 4,
-            "norm": "imagenet" if snapshot or not caffe else "caffe"}
+    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if is_authors else 4,
+            "norm": "imagenet" if is_of_2017 or not caffe else "caffe"}
     return {"seg": seg, "args": args, "step": 0,
             "classes": VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]}
 
 
-def read_start(init, mmap=False):
+def read_initial_weights(init, mmap=False):
     """Return the checkpoint dict that --init names; None for "imagenet" and "none", which need no file."""
     if init in ("imagenet", "none"):
         return None

@@ -41,7 +41,7 @@ class Dataset:
     """A data set on disk: its classes with their colours, and the image and label file of each id."""
     name: str
     root: Path
-    kind: str  # "voc", "cityscapes", "shapes", or "own": a folder of one's own, with classes.txt
+    kind: str  # "voc", "cityscapes", "shapes", or "custom": another folder with classes.txt
     classes: list
     palette: list  # 768 numbers, as PIL's putpalette takes them
     colours: tuple  # of a Label; empty if classes.txt does not give each class a colour of its own
@@ -49,19 +49,19 @@ class Dataset:
     labels: dict  # id -> path
     image_dir: Path
     label_dir: Path
-    drawn: dict  # list name -> ids, if the folder has no lists: the fifth with the lowest hashes is val
+    default_lists: dict  # name -> ids, if the folder has no lists: the fifth with the lowest hashes is val
     note: str = ""  # prefix of the first line of a run
 
     @property
     def unlabelled_folder(self):
         """ROOT/unlabelled of a custom data set, or None."""
-        return folder if self.kind == "own" and (folder := self.root / "unlabelled").is_dir() else None
+        return folder if self.kind == "custom" and (folder := self.root / "unlabelled").is_dir() else None
 
     def ids(self, *names):
-        """Return the ids of the first list in `names` that exists: drawn, in the folder, or a file of ids."""
+        """Return the ids of the first list in `names` that exists: a default list, a list of the folder, or a file."""
         for name in names:
-            if name in self.drawn:
-                return self.drawn[name]
+            if name in self.default_lists:
+                return self.default_lists[name]
             if (file := find_list(self.root, name) or Path(name)).is_file():
                 return read_ids(file)
         advice = (f"run python prepare.py cityscapes --root {self.root}" if self.kind == "cityscapes" else
@@ -95,7 +95,8 @@ class Dataset:
             files = [f for f in sorted(files, key=lambda f: f.split(os.sep)) if os.path.realpath(f) not in known and
                      Path(f).suffix.lower() in IMAGE_SUFFIXES and not Path(f).name.startswith(".")]
             if not files and folder != self.unlabelled_folder:
-                raise InputError(f"--unlabelled {folder}: no .jpg or .png that is not in the data set; name another")
+                raise InputError(f"--unlabelled {folder}: contains no images besides those of the data set; name "
+                                 "another folder")
             self.note += f"{len(files)} unlabelled images in {folder}; "
             unlabelled += [Sample(f, f, None) for f in files]
         return labelled, unlabelled, val
@@ -111,7 +112,7 @@ class Dataset:
 
 def open_dataset(root=None):
     """Return the Dataset in the folder `root`, or `shapes`; None: VOC 2012 if it is there, else `shapes`."""
-    note, drawn = "", {}
+    note, default_lists = "", {}
     if root is None and not any(find_list(VOC_ROOT, name) for name in TRAIN_LISTS[:2]):
         note = f"{VOC_ROOT} has no {TRAIN_LISTS[0]}.txt (to get it: python prepare.py voc), so this run uses shapes; "
         root = "shapes"
@@ -132,17 +133,18 @@ def open_dataset(root=None):
     if not images or not labels or root in (image_dir, label_dir):
         raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/*"
                          ".png (or labels/) and classes.txt; or use --data shapes")
-    kind = "shapes" if name == "shapes" else "cityscapes" if is_cityscapes else "own" if has_classes else "voc"
+    kind = "shapes" if name == "shapes" else "cityscapes" if is_cityscapes else "custom" if has_classes else "voc"
     classes, palette, colours = read_classes(root / "classes.txt")
     if has_classes and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
             raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; add more")
         val = set(sorted(pairs, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())[:math.ceil(len(pairs) / 5)])
-        drawn = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
-        note = (f"{root} has no lists: {len(drawn['train'])} of its labelled images are for training, "
-                f"{len(drawn['val'])} for validation, {len(images) - len(pairs)} have no label; ")
-    return Dataset(name, root, kind, classes, palette, colours, images, labels, image_dir, label_dir, drawn, note)
+        default_lists = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
+        note = (f"{root} has no lists: {len(default_lists['train'])} of its labelled images are for training, "
+                f"{len(default_lists['val'])} for validation, {len(images) - len(pairs)} have no label; ")
+    return Dataset(name, root, kind, classes, palette, colours, images, labels, image_dir, label_dir,
+                   default_lists, note)
 
 
 def find_list(root, name):

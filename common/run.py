@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common import distributed
-from common.checkpoint import part_names, read_checkpoint
+from common.checkpoint import METADATA, part_names, read_checkpoint
 from common.console import InputError, catch_write_errors, format_time, git_commit, output_folder, write_atomically
 
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
@@ -23,20 +23,22 @@ PATIENCE = 10  # logged steps in a row before a warning
 
 
 class HealthyRange(NamedTuple):
-    """Expected range of a logged scalar after step `start`, and what to try if it leaves that range."""
+    """Expected range of a logged scalar after step `start`, and what to do if it stays below or above that range."""
     low: float
     high: float
-    advice: str
+    if_below: str
+    if_above: str
     start: int = 0
 
 
-def unhealthy(rows, healthy):
+def range_warnings(rows, healthy):
     """Yield a warning for each scalar that was outside its {scalar: HealthyRange} in exactly the last PATIENCE rows."""
-    for name, (low, high, advice, start) in healthy.items():
+    for name, (low, high, if_below, if_above, start) in healthy.items():
         values = [r[name] for r in rows[-PATIENCE - 1:] if name in r and r["step"] > start]
         outside = [not low <= value <= high for value in values]
         if len(outside) >= PATIENCE and all(outside[-PATIENCE:]) and outside[:-PATIENCE] != [True]:
-            yield f"warning: {name} was outside {low:.2g}..{high:g} at {PATIENCE} logged steps in a row; {advice}"
+            side, advice = (f"below {low:.2g}", if_below) if values[-1] < low else (f"above {high:g}", if_above)
+            yield f"warning: {name} was {side} at {PATIENCE} logged steps in a row; {advice}"
 
 
 def announce(about, gpu, describe_ops):
@@ -78,7 +80,11 @@ class Run:
         return {name: getattr(self.args, name) for name in names} | {"start": self.start, "device": self.device}
 
     def resume(self, **parts):
-        """Register what a checkpoint holds, `seg` and parts of any name; with --resume, load OUT/last.pt into them."""
+        """Register what a checkpoint holds, `seg` and parts of any name; with --resume, load OUT/last.pt into them.
+
+        A part has state_dict() and load_state_dict(). From here on SIGTERM and Ctrl-C stop the run after a step.
+        """
+        assert not METADATA & parts.keys(), f"names that checkpoints use themselves: {sorted(METADATA)}"
         distributed.install_signal_handlers()
         self.parts, checkpoint, self.checkpoint = parts, self.checkpoint, None
         if not checkpoint:
@@ -117,13 +123,16 @@ class Run:
         yield from range(self.start + 1, self.args.iters + 1)
 
     def row(self, step):
-        """Return the log's row of the step that is the last one; append it if it is missing."""
+        """Return the last row of the log, after appending one if it is not of `step`."""
         if not self.rows or self.rows[-1]["step"] != step:
             self.rows.append({"step": step})
         return self.rows[-1]
 
     def log(self, step, **scalars):
-        """Log and print a step's scalars if due: 0-dim tensors, averaged over the ranks, or numbers."""
+        """Log and print a step's scalars if due: 0-dim tensors, averaged over the ranks, or numbers.
+
+        Raises an InputError if one is not finite.
+        """
         args = self.args
         is_logged = step in (1, args.iters) or not step % args.log_every or not step % args.eval_every
         if not is_logged and step % args.save_every:
@@ -132,7 +141,8 @@ class Run:
         values = distributed.all_reduce_sum(torch.stack(values)) / distributed.WORLD_SIZE
         scalars = dict(zip(scalars, values.tolist()))
         if infinite := [name for name, value in scalars.items() if not math.isfinite(value)]:
-            raise InputError(f"{infinite[0]} is {scalars[infinite[0]]} at step {step}: the run diverged; lower --lr")
+            raise InputError(f"{infinite[0]} is {scalars[infinite[0]]} at step {step}: the run diverged; "
+                             "lower --lr or the weight of that loss")
         if not is_logged:
             return
         self.begin()
@@ -146,7 +156,7 @@ class Run:
         rate = (step - before) / (self.last_logged[0] - began + 1e-9)
         text = " ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         print(f"step {step}/{args.iters} {text} | {rate:.2f} steps/s, {format_time((args.iters - step) / rate)} left",
-              *unhealthy(self.rows, self.healthy), sep="\n", flush=True)
+              *range_warnings(self.rows, self.healthy), sep="\n", flush=True)
 
     def end_step(self, step):
         """Save and evaluate if due; exit if a signal asked to stop."""
@@ -154,7 +164,7 @@ class Run:
             self.first_step_end = time.monotonic()
         elif step == self.start + 10 < self.args.iters:  # the first step is slower and not counted
             seconds = (time.monotonic() - self.first_step_end) / 9 * (self.args.iters - step)
-            print(f"about {format_time(seconds)} minutes to the end, without evaluations", flush=True)
+            print(f"about {format_time(seconds)} (min:s) left, without evaluations", flush=True)
         is_due, reason = self.is_due(step), distributed.stop_requested()
         if is_due or reason or step % self.args.save_every == 0:
             self.save(step)

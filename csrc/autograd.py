@@ -1,15 +1,15 @@
-"""The C++ operators as torch sees them, for all devices: schemas, shapes of the results, gradients."""
+"""Register the C++ operators with torch, for all devices: schemas, shapes of the results, gradients."""
 from functools import cache
 
 import torch
 from torch.autograd.function import once_differentiable
 
 SCHEMAS = {  # ops.py says what they compute
-    # labels (N,H,W) uint8, 255 if not selected; counts: pixels selected, not ignored, wrong (for which the CPU raises);
+    # labels (N,H,W) uint8, 255 if not selected; counts: pixels selected, not ignored, invalid (the CPU raises);
     # threshold: a tensor on the CPU, because torch.compile makes a graph for each value of a float
     "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, Tensor threshold, int K, int ignore) -> "
                  "(Tensor labels, Tensor counts)",
-    # sums over labels that are not 255; grad (N,K,h,w) float32 is empty without with_grad
+    # total: sum over labels that are not 255; grad: (N,K,h,w) float32, empty unless with_grad
     "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad) -> (Tensor total, Tensor grad)",
     # probabilities, and their gradient, are (N,H,W,K)
     "upsample_softmax": "(Tensor logits, Tensor? valid, SymInt height, SymInt width, ScalarType dtype) -> Tensor",
@@ -21,7 +21,7 @@ SCHEMAS = {  # ops.py says what they compute
 
 @cache
 def register(library="seg_ops"):
-    """Define torch.ops.<library>.*; kernels for any device are loaded before or after."""
+    """Define torch.ops.<library>.*; kernels may be loaded before or after."""
     for name, schema in SCHEMAS.items():
         torch.library.define(f"{library}::{name}", schema)
 

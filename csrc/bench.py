@@ -2,8 +2,8 @@
 
     python csrc/bench.py [--device cuda]   # 10 minutes on two cores; on a GPU also torch.compile, calls in CUDA graphs
 
-Results are compared first. All paths are timed in turn, each for 5 ms a round. Times are medians over rounds, those of
-other paths as multiples of ours. Memory: what a call adds at its peak, in % of a float32 (N,K,H,W) tensor.
+Results are compared first. The paths are timed alternately, about 5 ms each per round. Times are medians over rounds;
+those of other paths are multiples of ours. Memory: what a call adds at its peak, in % of a float32 (N,K,H,W) tensor.
 """
 import argparse
 import ctypes
@@ -32,7 +32,7 @@ def flags():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device of the operators (default cpu)")
     p.add_argument("--only", default="", metavar="TEXT", help="only rows with TEXT, as in `ids` or `41, 321) float32`")
-    p.add_argument("--seconds", type=float, default=6, help="of timing for each row (default 6)")
+    p.add_argument("--seconds", type=float, default=6, help="seconds of timing for each row (default 6)")
     return p
 
 
@@ -60,7 +60,7 @@ def main(args):
             if not all((a - b).norm() <= 0.02 * b.norm() for a, b in pairs):
                 raise InputError(f"{operator} {case} {dtype}: the results of ours and {path} differ")
         graphs = [path for path in paths if cuda and (path == "ours" or not operator.startswith("confusion"))]
-        times = timed(paths, args.seconds, graphs)  # other confusion matrices synchronise, which a graph cannot
+        times = timed(paths, args.seconds, graphs)  # others synchronise, which a graph cannot
         columns = [f"{1e3 * times['ours']:.4g}", *(f"{times[path] / times['ours']:.1f}x" for path in others)]
         print(f"| {operator} | {case} | {dtype} | {' | '.join(columns)} | {ours:.1%} / {eager:.0%} |", flush=True)
 
@@ -131,7 +131,7 @@ def timed(paths, seconds, graphs):
 
 
 def peak(operator, case, dtype, path, device, alone=True):
-    """Return the bytes that a call adds at its peak; on the CPU in a process of its own, whose malloc keeps nothing."""
+    """Return the bytes that a call adds at its peak; on the CPU in a child process whose malloc keeps nothing."""
     if alone and device == "cpu":
         code = f"from csrc.bench import peak; print(peak{operator, case, dtype, path, device, False})"
         command = "env", "MALLOC_MMAP_THRESHOLD_=16384", "MALLOC_TRIM_THRESHOLD_=16384", sys.executable, "-c", code

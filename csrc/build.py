@@ -1,6 +1,6 @@
 """Build the kernels in this folder with torch.utils.cpp_extension on first use; later runs load the cached library.
 
-It is keyed by sources, compilers, flags, C library and CPU; not by torch, of which the kernels use the stable ABI only.
+The cache key has sources, compilers, flags, C library and CPU, but not torch: the kernels use only its stable ABI.
 """
 import hashlib
 import os
@@ -40,7 +40,7 @@ def load(device="cpu"):
 
 
 def is_complete(library):
-    """Return whether the library was built to the end and still has that size; loading a truncated one crashes."""
+    """Return whether the build finished and the library still has its size; loading a truncated library crashes."""
     ready = library.parent / "ready"
     return ready.exists() and library.exists() and ready.read_text() == str(library.stat().st_size)
 
@@ -69,7 +69,7 @@ def run_cpp_extension(place, device):
     place.mkdir(exist_ok=True)
     if runtime := next(PIP_CUDA.glob("lib/libcudart.so*"), None):  # pip's has a version in its name
         (place / "libcudart.so").symlink_to(runtime)
-    script = place / "c++"  # torch takes $CXX for one word
+    script = place / "c++"  # torch expects $CXX to be one word
     script.write_text(f'#!/bin/sh\nexec {cxx()} "$@"\n')
     script.chmod(0o755)
     path = f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}"  # ninja is beside python
@@ -86,7 +86,7 @@ def run_cpp_extension(place, device):
 
 
 def folder(device="cpu"):
-    """Return the cache folder of a device's library; without a compiler, any other compiler's library will do."""
+    """Return the cache folder of a device's library; without a compiler, one built by any compiler."""
     if device == "cpu":
         info = Path("/proc/cpuinfo")
         cpu = re.findall("^(?:model name|flags|Features).*", info.read_text(), re.M) if info.exists() else []
@@ -101,7 +101,7 @@ def folder(device="cpu"):
 
 
 def cache_folder(name, words, files):
-    """Return the cache folder of what is made from `files` with `words` (flags, versions)."""
+    """Return the cache folder of what is built from `files` with these `words` (flags, versions)."""
     key = hashlib.sha256("\n".join(words).encode() + b"".join(file.read_bytes() for file in files))
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     return Path(root) / f"{name}_{key.hexdigest()[:16]}"

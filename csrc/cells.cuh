@@ -1,4 +1,4 @@
-// Bilinear interpolation by cells, align_corners=True, for the CUDA kernels. cells.h has a picture of a cell.
+// Bilinear interpolation by cells, align_corners=True, for the CUDA kernels. cells.h has a drawing of a cell.
 //
 // A block takes 8 cells side by side and keeps their corners in shared memory; all blocks lie along the grid's x axis.
 // In a cell a class's logit is a + fx*b + fy*(c + fx*d). Down a column of pixels one exponential and one polynomial
@@ -7,12 +7,12 @@
 // computes pixels one by one by ATen's formula.
 //
 // A gradient is summed for each class and cell in shared memory: plain, times fx, times fy, times both. A second
-// kernel gathers these sums at the points, each of which has up to four cells around it. So no sum needs an atomic
+// kernel adds these sums up for each logit, which has up to four cells around it. So no sum needs an atomic
 // operation, and all have a fixed order.
 #pragma once
 #include "cuda.cuh"
 
-constexpr int CELLS = 8, THREADS = 4;  // cells of a block; threads of a cell, if a warp has all eight
+constexpr int CELLS = 8, THREADS = 4;  // cells of a block; threads of a cell if a block is one warp
 constexpr unsigned ALL = 0xffffffffu;  // threads of a warp
 
 // An axis that computes the cell and the fraction of an output. The last point's outputs belong to the cell before it,
@@ -25,7 +25,7 @@ struct AxisFormula : Axis {
   __host__ __device__ int cells() const { return points - next; }
   __device__ int cell(int o) const { return min(int(__fmul_rn(step, o)), cells() - 1); }
   __device__ float fraction(int o) const { return fminf(__fmul_rn(step, o) - cell(o), 1.f); }
-  // The first output in cell x or behind it; `outputs` if there is none.
+  // The first output in cell x or a later one; `outputs` if there is none.
   __device__ int first(int x) const {
     int o = min(int(x * outputs_of_cell), outputs);
     while (o > 0 && cell(o - 1) >= x) o--;
@@ -71,7 +71,7 @@ __device__ inline float max_lanes(float v, int threads) {
 struct CellGrid {
   const float* logits;  // (N,K,h,w)
   AxisFormula y, x;
-  int K, pitch;        // classes; floats or float4s from cell to cell, odd, so that cells lie in different banks
+  int K, pitch;        // classes; elements from cell to cell, odd, to avoid bank conflicts
   int blocks_of_row;   // of cells
   int64_t blocks;
   size_t shared;       // bytes of a block
@@ -151,7 +151,7 @@ struct PixelColumn {
   const Tile& tile;
   const int y, x, rows;  // the first pixel; how many there are, 0 in a thread that has none left
   const float fy, fx;
-  float shift = -INFINITY;  // if R is 1: what exponents are reduced by in place of the largest corner
+  float shift = -INFINITY;  // if R is 1: subtracted from logits in place of the largest corner
 
   __device__ PixelColumn(const CellGrid& grid, const Tile& tile, int y, int x, int rows)
       : grid(grid), tile(tile), y(y), x(x), rows(rows), fy(grid.y.fraction(y)), fx(grid.x.fraction(x)) {}
@@ -187,13 +187,13 @@ struct PixelColumn {
 template <int R, class Visit>
 __device__ void for_each_column(const CellGrid& grid, const Tile& tile, const Visit& visit) {
   const int cell = tile.first + tile.cell, top = grid.y.first(tile.row), bottom = grid.y.first(tile.row + 1);
-  const int left = grid.x.first(cell), right = grid.x.first(cell + 1);  // both W outside of the image
+  const int left = grid.x.first(cell), right = grid.x.first(cell + 1);  // both are W for cells outside of the image
   for (int x = left + threadIdx.x % THREADS; __any_sync(ALL, x < right); x += THREADS)
     for (int y = top; y < bottom; y += R)
       visit(PixelColumn<R>(grid, tile, y, x, x < right ? min(bottom - y, R) : 0));
 }
 
-// Makes gradients of points (N,K,h,w) of the sums of cells (N,K,rows,columns). A warp takes a row of points at a time.
+// Computes the gradient (N,K,h,w) from the sums of cells (N,K,rows,columns). A warp takes a row of logits at a time.
 static __global__ void __launch_bounds__(256) gather_cell_gradients(const float4* sums, int rows, int columns,
                                                                     float* grad, int h, int w, unsigned lines) {
   const unsigned lane = threadIdx.x % 32, warps = gridDim.x * (blockDim.x / 32);

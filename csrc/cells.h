@@ -7,8 +7,8 @@
 //     |                       |          Along a row of pixels fy, and so A and B, are constants.
 //  bottom_left  - - - - bottom_right
 //
-// A vector holds the same pixel of LANES neighbouring cells, so that points are read, and their gradients written, in
-// memory's order. Each operator's file opens with a naive kernel of one image in float32, which uses this code:
+// A vector holds the same pixel of LANES neighbouring cells, so that logits are read, and their gradients written, in
+// memory order. Each operator's file opens with a naive kernel of one image in float32, which uses this code:
 //
 // ```cpp
 // // The points around the output pixel (Y,X) and their weights.
@@ -40,7 +40,7 @@
 
 #include "vec.h"
 
-constexpr int PIXELS = 8;  // of a cell's row that are computed at once
+constexpr int PIXELS = 8;  // pixels of a row of a cell that are computed at once
 
 inline void check_class(const char* name, int64_t id, int64_t K) {
   if (id < 0 || id >= K)
@@ -48,7 +48,7 @@ inline void check_class(const char* name, int64_t id, int64_t K) {
                                 std::to_string(K - 1) + " and not ignored");
 }
 
-// Writes n ids as bytes, NONE for `ignore` and for wrong ids, which are no class. Returns whether there is a wrong one.
+// Writes n ids as bytes, NONE for `ignore` and for ids outside 0..K-1. Returns whether one was outside, not `ignore`.
 template <class T>
 bool read_ids(const T* __restrict from, int64_t n, T K, int64_t ignore, uint8_t* __restrict to) {
   const T ignored_id = ignore, can_ignore = int64_t(ignored_id) == ignore;
@@ -84,11 +84,11 @@ struct AxisTable : Axis {
   int count(int x) const { return x < points ? first[x + 1] - first[x] : 0; }
 };
 
-// The x axis in vectors of cells.
+// The columns of the output, grouped into vectors of LANES cells.
 struct ColumnLayout {
   int vectors, row_size;           // row_size: floats of a row of points with padding
   std::vector<int> first, count;   // (vectors * LANES) a cell's first column, and how many it has
-  std::vector<int> most, offset;   // (vectors) the largest `count`; where in `fx` a vector's first pixels are
+  std::vector<int> most, offset;   // (vectors) the largest `count`; index in `fx` of the first pixels
   std::vector<float> fx;           // (sum of most, LANES) fractions
 
   explicit ColumnLayout(const AxisTable& x)
@@ -110,7 +110,7 @@ struct ColumnLayout {
 
 // P pixels of an output row in each of LANES cells.
 struct PixelBlock {
-  const int *first_columns, *counts;  // (LANES) the cells' first columns, and how many they have
+  const int *first_columns, *counts;  // (LANES) first output column of each cell; number of its columns
   int row, offset;                    // output row; the block's first pixel in each cell
   const float* fx;                    // (P * LANES) pixel p of lane l is at fx[p * LANES + l]
   float fy;
@@ -118,9 +118,9 @@ struct PixelBlock {
   int count(int lane, int P) const { return std::clamp(counts[lane] - offset, 0, P); }
 };
 
-// Calls task(image, row) for each row of cells; each thread makes a task of its own. With two rounds the even rows come
-// first, then the odd ones, so that a task may also add to what belongs to the next row: no two threads write to one
-// row at a time, and the bits do not depend on the number of threads.
+// Calls task(image, row) for each row of cells; each thread creates its own task. With two rounds all even rows run
+// before the odd ones, so that a task may add to its own row and to the next one without a race. The bits of the result
+// do not depend on the number of threads.
 template <class MakeTask>
 void parallel_rows(int64_t images, int64_t rows, int rounds, const MakeTask& make_task) {
   for (int round = 0; round < rounds; round++) {
@@ -177,7 +177,7 @@ struct CellIterator {
   std::vector<BilinearCoeffs> coeffs;  // (K) of the current cells
   std::vector<Exponent> exponents;     // (K) of the current block, set by exponentials()
   bool smooth = true;                  // see is_smooth(); if false, blocks have one pixel and corners() are to be used
-  Floats largest{};                    // corner of the current cells
+  Floats largest{};                    // corner of each current cell, over all classes
 
   explicit CellIterator(const Upsampling& up)
       : up(up), K(up.K), top(K * up.columns.row_size), bottom(top), coeffs(K), exponents(K) {}
@@ -224,7 +224,7 @@ struct CellIterator {
       nonfinite += (a + b + c + d) * 0;  // 0, or NaN
       coeffs[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    // pixels of different rows are computed independently of each other, and so are those of cells with two columns
+    // no limit between rows, each of which starts anew, nor for cells of at most two columns, computed pixel by pixel
     const Floats max_step = up.x.step > 0.5f ? Floats{} : up.x.step * max_right;
     const Ints mask = is_smooth(largest, lowest_best, max(max_right, max_down), max_step, nonfinite);
     smooth = true;
@@ -278,7 +278,7 @@ struct GradientSums {
 struct Gradient {
   float* grad;
   const int64_t K, h, w, row_size;
-  std::vector<float> corners;      // (4,K,row_size) top left, top right, bottom left, bottom right, each at its point
+  std::vector<float> corners;      // (4,K,row_size) top left, top right, bottom left, bottom right, at its column
   std::vector<GradientSums> sums;  // (K) of the current cells
 
   Gradient(float* grad, const Upsampling& up)

@@ -5,7 +5,7 @@ IDS, FLOATS = (torch.uint8, torch.int64), (torch.float16, torch.bfloat16, torch.
 
 
 def tensor(x, name, shape, dtypes, device):
-    """Check shape, dtype and device. shape: sizes, None for any; only the first one, of the batch, may be 0."""
+    """Check shape, dtype and device. shape: sizes, None for any; only the batch size may be 0."""
     fits = x.dim() == len(shape) and 0 not in x.shape[1:] and all(m in (n, None) for n, m in zip(x.shape, shape))
     if not fits or x.dtype not in dtypes or x.device != device:
         sizes = ",".join("*" if m is None else str(m) for m in shape)
@@ -28,7 +28,7 @@ def masks(n, size, device, valid, confidence=None):
 
 
 def upsampling(x, size, valid=None, confidence=None, target=None):
-    """Check logits x (N,K,h,w) and what belongs to their upsampled pixels; return (H,W): size, target's or valid's."""
+    """Check logits x (N,K,h,w) and tensors of the upsampled size; return (H,W): size, or target's, or valid's."""
     logits(x)
     if target is not None:
         tensor(target, "target", (len(x), None, None), IDS, x.device)

@@ -7,8 +7,8 @@
 // it is 255 if the argmax's probability is not above the confidence of its class, with valid (N,H,W) also if that is
 // false. confusion_matrix: class ids (N,H,W) uint8 or int64, or logits, whose argmax is taken first; labels (N,H,W)
 // uint8 or int64; adds to a matrix (K,K) int64.
-// Division of work. upsample_argmax: threads share the rows of cells; a vector has the same pixel of LANES cells, a
-// block PIXELS pixels of each. confusion_matrix: threads share the pixels and have a table of counts each.
+// Division of work. upsample_argmax: threads share the rows of cells; a vector holds one pixel of each of LANES cells,
+// a block PIXELS neighbouring pixels of each. confusion_matrix: threads share the pixels, each with its own counts.
 // Never stored: the upsampled logits.
 // Order of sums. Exponentials are summed in the order of the classes; for counts, which are integers, the order does
 // not matter.
@@ -34,8 +34,8 @@
 #include "cells.h"
 
 namespace {
-// Counts of pairs of label and prediction. Row and column K are for NONE. Pixels take turns over four tables: a counter
-// that was just written cannot be read at once.
+// Counts of pairs of label and prediction. Row and column K are for NONE. Consecutive pixels use different tables,
+// because incrementing a counter that was just stored has to wait.
 struct PairCounts {
   static constexpr int TABLES = 4;
   const int K, size;  // size: of a table
@@ -47,7 +47,7 @@ struct PairCounts {
     for (int i = 0; i < n; i++)
       counts[i % TABLES * size + std::min<int>(labels[i], K) * (K + 1) + std::min<int>(predictions[i], K)]++;
   }
-  // Adds the counts to matrix (K,K). Returns whether a prediction was no class and its label was one.
+  // Adds the counts to matrix (K,K). Returns whether a pixel with a valid label has a prediction outside 0..K-1.
   bool add_to(int64_t* matrix) const {
     bool wrong = false;
     for (int i = 0; i < TABLES * size; i++) {
@@ -83,7 +83,7 @@ void write_argmax(CellIterator& cells, const PixelBlock& block, const float* con
     for (int p = 0; p < P; p++) {
       Floats limit;
       for (int l = 0; l < LANES; l++) limit[l] = confidence[ids[p][l]];
-      // a rounding of the sum may not pass a limit of 1; NaN is above nothing
+      // no rounding of the sum may exceed a limit of 1; NaN is above nothing
       const Ints above = (exp2(LOG2E * (largest[p] - shift)) > limit * sums[p]) & (limit < 1);
       ids[p] |= ~above & NONE;
     }

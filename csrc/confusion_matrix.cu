@@ -8,7 +8,7 @@
 // also if that is false. confusion_matrix: class ids (N,H,W) uint8 or int64, or logits, whose argmax is taken first;
 // labels (N,H,W) uint8 or int64; adds to a matrix (K,K) int64.
 // Blocks and threads. upsample_argmax: a block, one warp, has 8 cells side by side and 4 threads for each; a thread
-// takes 8 pixels of a column at once. confusion_matrix: blocks of 256 threads, a pixel a thread at a time. A block
+// takes 8 pixels of a column at once. confusion_matrix: blocks of 256 threads, one pixel a thread at a time. A block
 // counts in shared memory, in the matrix itself if K x K does not fit, and adds what is not zero by 64-bit atomics.
 // Never stored: the upsampled logits.
 // Order of sums. Exponentials are summed in the order of the classes; counts are integers, whose order does not matter.
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(256) count_ids(ClassIds predictions, ClassIds 
     if (label != ignore) {
       const int64_t id = predictions[i];
       if (label >= 0 && label < K && id >= 0 && id < K) cell = label * K + id;
-      else atomicOr(matrix, Count(0) - (Count(1) << 44));  // not an addition, which could wrap; counts stay below 2^44
+      else atomicOr(matrix, Count(0) - (Count(1) << 44));  // additions could wrap; counts are below 2^44
     }
-    const bool same = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // labels come in runs: one addition a warp
+    const bool same = __all_sync(ALL, cell == __shfl_sync(ALL, cell, 0));  // often so: then one addition for the warp
     if (cell < 0 || (same && threadIdx.x % 32)) continue;
     if (fits) atomicAdd(&counts[cell], same ? 32u : 1u);
     else atomicAdd(&matrix[cell], Count(same ? 32 : 1));

@@ -1,4 +1,4 @@
-// What the CUDA kernels share on the host: launching them, on which device and stream; and two fast functions.
+// What the CUDA kernels share: launches, device and stream on the host; in kernels shared memory, two fast functions.
 // tests/cuda_on_cpu.h takes the place of the part that needs nvcc.
 #pragma once
 #include <torch/csrc/stable/library.h>
@@ -30,7 +30,7 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(bytes);
 }
 
-// 2^x, absolute error of the result's exponent 2^-22; below 2^-126 the result may be 0
+// 2^x with a relative error of about 2^-22; below 2^-126 the result may be 0
 __device__ inline float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

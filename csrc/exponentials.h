@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr uint8_t NONE = 255;  // the label of a pixel that is not selected
 
-// Logits at the low resolution, contiguous and in float32. They are small, so that a copy costs little.
+// Returns logits as contiguous float32; they have the low resolution, so that the copy costs little.
 inline Tensor to_contiguous_float(const Tensor& t) {
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
 }
@@ -37,7 +37,7 @@ struct ClassIds {
 // One axis of a bilinear interpolation with align_corners=True.
 struct Axis {
   int points, outputs;  // sizes at the low and at the high resolution
-  int next;             // from a point to its neighbour: 1, but 0 if the axis keeps its size or has only one point
+  int next;             // offset to the next point: 1, or 0 if the axis keeps its size or has one point
   float step;           // distance of two outputs in cells, in float32 as ATen computes it
 
   Axis(int64_t points, int64_t outputs)
@@ -57,15 +57,15 @@ ON_BOTH inline F exp2_polynomial(F r) {
 }
 
 // Whether the exponentials of a cell may be computed from pixel to pixel by e += e * m, with the largest corner as the
-// shift: all corners are finite, and neither underflow nor lost digits matter. `lowest_best` is a lower bound of the
-// largest logit in any pixel, `max_slope` the largest difference between neighbouring corners, `max_step` that between
-// neighbouring pixels, `nonfinite` is 0 or NaN. A step of 4 costs e^4 roundings in the next pixel.
+// shift: all corners are finite, and neither underflow nor lost digits matter. `lowest_best` is a lower bound of a
+// pixel's largest logit, `max_slope` the largest difference between neighbouring corners, `max_step` that between
+// neighbouring pixels, `nonfinite` is 0 or NaN. Below 40 and 64 nothing underflows; a step of 4 costs e^4 roundings.
 template <class F>
 ON_BOTH inline auto is_smooth(F largest, F lowest_best, F max_slope, F max_step, F nonfinite) {
   return (largest - lowest_best + max_slope < 64) & (largest - lowest_best < 40) & (max_step < 4) & (nonfinite == 0);
 }
 
-// The logit of a threshold (float32 on the CPU). Confidences are compared with it: no sigmoid is rounded to it.
+// The logit of a probability threshold (float32 on the CPU). Comparing logits avoids sigmoids that round to it.
 inline float logit(const Tensor& threshold) {
   const double p = *threshold.const_data_ptr<float>();
   return p > 0 && p < 1 ? std::log(p / (1 - p)) : std::copysign(INFINITY, p - 0.5);

@@ -3,13 +3,14 @@
 //   loss = sum over selected pixels of log(sum over j of exp(z_j)) - z_label
 //   gradient of z_k at a selected pixel = exp(z_k) / (sum over j of exp(z_j)) - (k == label)
 //
-// z are the logits at the pixel. The gradient of a point of the logits is the sum over pixels of gradient times weight.
+// z are the logits at the pixel. The gradient of a low-resolution logit sums gradient times weight over pixels.
 //
 // Shapes. label_map: target (N,H,W) uint8 or int64, confidence (N,1,a,b), valid (N,H,W) -> labels (N,H,W) uint8, NONE
 // if a pixel is not selected, and three counts. cross_entropy: logits (N,K,h,w) float32 or bfloat16 with any strides
 // and those labels -> the loss, and its gradient (N,K,h,w) in float32.
 // Division of work. label_map: threads share the rows of pixels. cross_entropy: threads share the rows of cells; a
-// vector has the same pixel of LANES cells, a block PIXELS pixels of each. Never stored: anything of size (N,K,H,W).
+// vector holds one pixel of each of LANES cells, a block PIXELS neighbouring pixels of each.
+// Never stored: anything of size (N,K,H,W).
 // Exponentials. Two serve all pixels of a row of a cell: e = exp(A + fx * B - shift) of the first one, see cells.h, the
 // shift being the cell's largest corner, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, which costs
 // half an ulp. Cells with corners that are not finite or far apart are computed pixel by pixel by ATen's formula.
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
   return {labels, counts};
 }
 
-// What one thread works with. A call computes the loss and the gradient of a row of cells.
+// The state of one thread. A call computes the loss and the gradient of a row of cells.
 struct CrossEntropyTask {
   const Upsampling& up;
   const uint8_t* labels;  // (N,H,W)
@@ -119,7 +120,7 @@ struct CrossEntropyTask {
   CellIterator cells;
   Gradient gradient;
   std::vector<Floats> e;                    // (K*PIXELS)
-  std::vector<float> label_sum, label_sum_x;  // (256,LANES), 0 between blocks except for NONE, which is never read
+  std::vector<float> label_sum, label_sum_x;  // (256,LANES), 0 between blocks, but for row NONE, never read
 
   CrossEntropyTask(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
       : up(up), labels(labels), losses(losses), with_grad(grad), cells(up), gradient(grad, up), e(cells.K * PIXELS),
@@ -148,7 +149,7 @@ struct CrossEntropyTask {
       inv_denominator_x[p] = inv_denominator[p] * load(block.fx + p * LANES);
       denominator[p] = selected[p] ? denominator[p] : splat(1);
     }
-    for (int p = 0; p < P; p += 2)  // one logarithm for two pixels: a denominator is at least e^-40
+    for (int p = 0; p < P; p += 2)  // one logarithm of two denominators, each at least e^-40
       loss += log2(P > 1 ? denominator[p] * denominator[p + 1] : denominator[p]);
     for (int k = 0; k < cells.K; k++) {
       const Floats label = load(&label_sum[k * LANES]), label_x = load(&label_sum_x[k * LANES]);
@@ -168,8 +169,8 @@ struct CrossEntropyTask {
     return LN2 * loss;
   }
 
-  // Reads the labels of a block: sets the bits of selected[p] in lanes whose pixel p is selected, and takes 1 and fx of
-  // these pixels from the sums of their labels. Returns whether any pixel is selected.
+  // Reads the labels of a block: sets the bits of selected[p] in lanes whose pixel p is selected, and subtracts
+  // 1 and fx of each of these pixels from the sums of its label. Returns whether any pixel is selected.
   template <int P>
   bool read_labels(const PixelBlock& block, const uint8_t* row, Ints* selected) {
     int32_t masks[P * LANES], any = 0;

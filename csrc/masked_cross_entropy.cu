@@ -3,7 +3,7 @@
 //   loss = sum over selected pixels of log(sum over j of exp(z_j)) - z_label
 //   gradient of z_k at a selected pixel = exp(z_k) / (sum over j of exp(z_j)) - (k == label)
 //
-// z are the logits at the pixel. The gradient of a point of the logits is the sum over pixels of gradient times weight.
+// z are the logits at the pixel. The gradient of a low-resolution logit sums gradient times weight over pixels.
 //
 // Shapes. label_map: target (N,H,W) uint8 or int64, confidence (N,1,a,b), valid (N,H,W) -> labels (N,H,W) uint8, NONE
 // if a pixel is not selected, and three counts. cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16 with any
@@ -100,11 +100,11 @@ __global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, con
       const bool selected = label[i] != NONE;
       if (selected) loss -= LN2 * column.exponent(label[i], i), product *= inv_denominator[i];
       inv_denominator[i] = selected ? fast_reciprocal(inv_denominator[i]) : 0;
-      if (i % 2 || ROWS == 1) loss += logf(product), product = 1;  // at least e^-40 each: two share a logarithm
+      if (i % 2 || ROWS == 1) loss += logf(product), product = 1;  // two share a logarithm: each is at least e^-40
     }
     for (int k = 0; k < tile.K && WITH_GRAD; k++) {
       column.exponentials(k, e);
-      float sum = 0, row_sum = 0;  // row_sum: of the gradient times the row; what is in row i is added i times
+      float sum = 0, row_sum = 0;  // row_sum: of row times gradient, by repeated addition
       for (int i = ROWS - 1; i >= 0; i--) {
         if (ROWS > 1 || label[i] != NONE) sum += inv_denominator[i] * e[i] - (label[i] == k);  // else e may be NaN
         if (i) row_sum += sum;

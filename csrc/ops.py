@@ -4,8 +4,8 @@ Bilinear interpolation uses `align_corners=True` throughout. Half types are comp
 
 Raises:
     ValueError: a wrong shape, dtype or device, or more than 255 classes; the message names the argument. On the CPU
-        also a label outside 0..K-1 that is not `ignore`. On CUDA, where reading a value would synchronise, such a label
-        makes the loss NaN and the first cell of the matrix negative, on which `mean_iou` raises.
+        also a label outside 0..K-1 that is not `ignore`. On CUDA such a label makes the loss NaN and the first cell of
+        the matrix negative (`mean_iou` then raises), because reading a value would synchronise.
 """
 import os
 from functools import cache
@@ -48,16 +48,16 @@ def _choose(device="cpu"):
     return "kernel"
 
 
-def _kernel(x, *dtypes, size=None):
-    """Return whether the kernels take x and these dtypes, and upsample to `size`; not if x is empty or has it."""
+def _uses_kernel(x, *dtypes, size=None):
+    """Return whether the kernels support x's device and these dtypes; False if x is empty or has the size `size`."""
     device = x.device.type
     supported = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
     fits = 0 not in x.shape and x.shape[2:] != size and all(dtype in supported for dtype in dtypes)
     return fits and in_use(device) == "kernel"
 
 
-def _call(kernel, *args, name="target"):
-    """Call a kernel; a label outside 0..K-1 raises ValueError, which calls the labels `name`."""
+def _call_kernel(kernel, *args, name="target"):
+    """Call a kernel; a label outside 0..K-1 raises a ValueError that calls the argument `name`, not "target"."""
     try:
         return kernel(*args)
     except (RuntimeError, ValueError) as e:  # RuntimeError since torch 2.15
@@ -75,7 +75,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
         logits: (N,K,h,w) at any resolution; the only differentiable argument.
         target: (N,H,W) uint8 or int64, or None: the argmax of the upsampled logits, the lowest class on a tie.
         confidence: (N,1,a,b) logits at any resolution; a pixel is selected if sigmoid(upsampled) > threshold, never if
-            that is NaN. The kernels compare logits, so that no sigmoid rounds to the threshold.
+            that is NaN. The kernels compare logits, not rounded sigmoids.
         valid: (N,H,W) bool, False on padding.
         size: (H,W); default: that of target, else that of valid.
         divide: "kept" divides by the number of selected pixels; "all" by that of valid pixels that are not `ignore`.
@@ -83,36 +83,36 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     if divide not in ("kept", "all"):
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     size = checks.upsampling(logits, size, valid, confidence, target)
-    if not _kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
+    if not _uses_kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide)
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
-    kept, everything, wrong = counts.unbind()
+    kept, num_not_ignored, num_invalid = counts.unbind()
     total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, logits.requires_grad and torch.is_grad_enabled())
-    loss = total / (kept if divide == "kept" else everything).clamp(min=1)
-    return (loss if _can_look(loss) else loss.where(wrong == 0, torch.nan)), kept
+    loss = total / (kept if divide == "kept" else num_not_ignored).clamp(min=1)
+    return (loss if _can_read_values(loss) else loss.where(num_invalid == 0, torch.nan)), kept
 
 
 def select_labels(labels, confidence, *, valid=None, threshold=0.5):
-    """Return labels (N,H,W) uint8, 255 on pixels that masked_cross_entropy(logits, labels, confidence, ...) leaves out.
+    """Return labels (N,H,W) uint8, 255 on pixels that masked_cross_entropy would not select.
 
     labels: (N,H,W) uint8 or int64. confidence (None: all pixels are confident), valid, threshold: as there.
     """
     checks.tensor(labels, "labels", (None, None, None), checks.IDS, labels.device)
     checks.masks(len(labels), labels.shape[1:], labels.device, valid, confidence)
-    if not _kernel(labels, getattr(confidence, "dtype", torch.float32)):
+    if not _uses_kernel(labels, getattr(confidence, "dtype", torch.float32)):
         return select_labels_reference(labels, confidence, valid=valid, threshold=threshold)
     return _label_map(labels, confidence, valid, threshold, 255, 255, name="labels")[0]
 
 
 def _label_map(target, confidence, valid, threshold, num_classes, ignore, name="target"):
-    """Return labels (N,H,W) uint8, 255 if not selected, and the numbers of pixels (selected, not ignored, wrong)."""
+    """Return labels (N,H,W) uint8, 255 if not selected, and the numbers of pixels (selected, not ignored, invalid)."""
     confidence = confidence if confidence is None else confidence.float()
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     limit = torch.ones(()) * threshold
-    return _call(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore, name=name)
+    return _call_kernel(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore, name=name)
 
 
 def upsample_softmax(logits, size=None, dtype=None, valid=None):
@@ -122,7 +122,7 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
     """
     size = checks.upsampling(logits, size, valid)
     dtype = dtype or autocast_dtype(logits, logits.dtype)
-    if not _kernel(logits, logits.dtype, dtype, size=size):
+    if not _uses_kernel(logits, logits.dtype, dtype, size=size):
         return upsample_softmax_reference(logits, size, dtype, valid)
     valid = valid if valid is None else valid.contiguous()
     return torch.ops.seg_ops.upsample_softmax(logits, valid, *size, dtype).permute(0, 3, 1, 2)
@@ -131,7 +131,7 @@ def upsample_softmax(logits, size=None, dtype=None, valid=None):
 def upsample_argmax(logits, size):
     """Return the argmax (N,H,W) uint8 of logits (N,K,h,w) upsampled to `size`, the lowest class on a tie."""
     size = checks.upsampling(logits, size)
-    if not _kernel(logits, logits.dtype, size=size):
+    if not _uses_kernel(logits, logits.dtype, size=size):
         return upsample_argmax_reference(logits, size)
     return torch.ops.seg_ops.upsample_argmax(logits.detach(), *size)
 
@@ -139,12 +139,12 @@ def upsample_argmax(logits, size):
 def pseudo_labels(logits, size, confidence, valid=None):
     """Return upsample_argmax(logits, size), but 255 if the probability is not above `confidence`, or valid is False.
 
-    confidence: a number, or (K,) float32, one for each argmax. valid: (N,H,W) bool. NaN is not above any confidence.
+    confidence: a number, or (K,) float32, the limit of each predicted class. valid: (N,H,W) bool. NaN is above none.
     """
     size = checks.upsampling(logits, size, valid)
     if isinstance(confidence, torch.Tensor):
         checks.tensor(confidence, "confidence", (logits.shape[1],), (torch.float32,), logits.device)
-    if not _kernel(logits, logits.dtype, size=size):
+    if not _uses_kernel(logits, logits.dtype, size=size):
         return pseudo_labels_reference(logits, size, confidence, valid)
     limits = torch.ones(logits.shape[1], device=logits.device) * confidence
     valid = valid if valid is None else valid.contiguous()
@@ -159,13 +159,13 @@ def confusion_matrix(prediction, target, num_classes=None, *, ignore=255, out=No
     """
     num_classes = checks.confusion(prediction, target, num_classes, out)
     size = target.shape[1:]
-    if prediction.is_floating_point() and not _kernel(prediction, prediction.dtype, size=size):
+    if prediction.is_floating_point() and not _uses_kernel(prediction, prediction.dtype, size=size):
         prediction = upsample_argmax(prediction, size)
-    if not _kernel(target):
+    if not _uses_kernel(target):
         return confusion_matrix_reference(prediction, target, num_classes, ignore=ignore, out=out)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=target.device)
     prediction = prediction.detach() if prediction.is_floating_point() else prediction.contiguous()
-    _call(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, matrix)
+    _call_kernel(torch.ops.seg_ops.confusion_matrix, prediction, target.contiguous(), ignore, matrix)
     return matrix if out is None else out.add_(matrix)
 
 
@@ -198,7 +198,7 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     labels, wrong = _in_range(target, selected, logits.shape[1], "target")
     if valid is not None:
         selected = selected & valid
-    everything = selected.sum()
+    num_not_ignored = selected.sum()
     if confidence is not None:
         selected = selected & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
     kept = selected.sum()
@@ -206,7 +206,7 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     upsampled = upsampled.where(selected[:, None], 0)
     labels = labels.where(selected, -100)  # the ignore_index below
     loss = F.cross_entropy(upsampled, labels, ignore_index=-100, reduction="sum")
-    loss = loss / (kept if divide == "kept" else everything).clamp(min=1)
+    loss = loss / (kept if divide == "kept" else num_not_ignored).clamp(min=1)
     return loss.where(~wrong, torch.nan), kept
 
 
@@ -222,7 +222,7 @@ def upsample_softmax_reference(logits, size=None, dtype=None, valid=None):
     dtype = dtype or autocast_dtype(logits, logits.dtype)
     if valid is None:
         return upsampled.softmax(1).to(dtype)
-    # before and after: a NaN of a pixel that is not valid reaches neither the result nor the gradient
+    # masked before and after: a NaN of a pixel that is not valid reaches neither the result nor the gradient
     return upsampled.where(valid[:, None], 0).softmax(1).where(valid[:, None], 0).to(dtype)
 
 
@@ -267,14 +267,14 @@ def _upsample(x, size):
 
 
 def _in_range(x, selected, k, name, otherwise=0):
-    """Return int64 labels, `otherwise` if not selected or outside 0..k-1, and whether any was; on the CPU raise."""
+    """Return x as int64, `otherwise` if not selected or outside 0..k-1, and whether any was outside (CPU: raise)."""
     x = x.long()
     outside = ((x < 0) | (x >= k)) & selected
-    if _can_look(x) and outside.any():
+    if _can_read_values(x) and outside.any():
         raise ValueError(f"{name} holds {x[outside][0].item()}, outside 0..{k - 1} and not ignored")
     return x.where(selected & ~outside, otherwise), outside.any()
 
 
-def _can_look(x):
-    """Return whether reading a value needs no synchronisation."""
+def _can_read_values(x):
+    """Return whether a value can be read without synchronising."""
     return x.device.type == "cpu"

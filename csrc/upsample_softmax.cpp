@@ -5,8 +5,8 @@
 //
 // Shapes. logits (N,K,h,w) float32 or bfloat16 with any strides, valid (N,H,W) -> p (N,H,W,K), channels last, float32
 // or bfloat16. Backward: g (N,H,W,K) -> the gradient of the logits (N,K,h,w) in float32.
-// Division of work. Threads share the rows of cells; a vector has the same pixel and class of LANES cells, a block
-// PIXELS pixels of each. A pixel's classes lie side by side in memory and are written one by one.
+// Division of work. Threads share the rows of cells; a vector holds one pixel of each of LANES cells, a block
+// PIXELS neighbouring pixels of each. A pixel's classes lie side by side in memory and are written one by one.
 // Never stored: the upsampled logits. Backward computes the probabilities again.
 // Exponentials and the order of sums are those of masked_cross_entropy.cpp.
 //
@@ -51,7 +51,7 @@ struct SoftmaxTask {
     }, [] {});
   }
 
-  // Adds the gradient of a row of cells, `upstream` (N,H,W,K) being that of the probabilities.
+  // Adds the gradient of a row of cells, given that of the probabilities, `upstream` (N,H,W,K).
   template <class T>
   void backward(int64_t n, int64_t row, const T* upstream) {
     cells.for_each_block(n, row, [&](auto P, const PixelBlock& block) {
@@ -76,7 +76,7 @@ struct SoftmaxTask {
 
  private:
   // Sets e[k*P + p] to the probabilities of a block's pixels and the bits of present[p] in lanes whose pixel p exists
-  // and is valid. `pixel`: index of the row's first one.
+  // and is valid. `pixel`: index of the first pixel of the block's row.
   template <int P>
   void probabilities(const PixelBlock& block, int64_t pixel, Ints* present) {
     Floats sums[P];
@@ -99,7 +99,7 @@ struct SoftmaxTask {
       }
   }
 
-  // Reads g from a row (W,K). Pixels that do not exist keep other numbers.
+  // Reads g from a row (W,K). Entries of pixels that do not exist are not set; they are masked later.
   template <int P, class T>
   void read_pixels(const PixelBlock& block, const T* row) {
     float* __restrict to = reinterpret_cast<float*>(g.data());
@@ -111,7 +111,7 @@ struct SoftmaxTask {
   }
 };
 
-// Forward writes the probabilities `probs` (N,H,W,K); with `grad` (N,K,h,w) backward reads their gradient there.
+// Without `grad`: forward, writes `probs` (N,H,W,K). With it (N,K,h,w): backward, `probs` is their gradient.
 template <class T>
 void run(Tensor logits, const std::optional<Tensor>& valid, int64_t height, int64_t width, T* probs, float* grad) {
   logits = to_contiguous_float(logits);

@@ -10,8 +10,8 @@
 // no sum over threads. The warp goes over the classes twice, for the softmax's denominators and for the results; the
 // last 32 classes are still in registers the second time.
 // Never stored: the upsampled logits. Backward computes the probabilities again.
-// Order of sums. A lane sums over its classes, shuffles sum over the warp; gradients are summed over pixels row by row,
-// then over up to four cells by gather_cell_gradients. The order is fixed: the same bits from run to run.
+// Order of sums. A lane sums over its classes, shuffles sum over the warp; gradients are summed over pixels, 8 columns
+// at a time, then over up to four cells by gather_cell_gradients. The order is fixed: the same bits from run to run.
 // The naive kernel is the loop body of that in upsample_softmax.cpp, with a thread for each pixel.
 #include "cells.cuh"
 
@@ -22,7 +22,7 @@ template <bool BACKWARD, int P, class T>
 __device__ void for_each_pixel(const CellGrid& grid, const Tile& tile, const bool* valid, T* probs) {
   const int K = tile.K, lane = threadIdx.x % 32, last = (K - 1) / 32 * 32 + lane;  // the lane's last class, maybe >= K
   const int top = grid.y.first(tile.row), bottom = grid.y.first(tile.row + 1);
-  const int begin = threadIdx.x / 32 * (32 / tile.threads);  // the first cell whose corners the warp has looked at
+  const int begin = threadIdx.x / 32 * (32 / tile.threads);  // of the cells that the warp's `smooth` covers
   for (int cell = begin; cell < begin + 32 / tile.threads; cell++)
     for (int x = grid.x.first(tile.first + cell), end = grid.x.first(tile.first + cell + 1); x < end; x += P)
       for (int y = top; y < bottom; y++) {
@@ -67,7 +67,7 @@ __device__ void for_each_pixel(const CellGrid& grid, const Tile& tile, const boo
           if (k < last) read_class(k);
           if (k >= K) continue;
           T* to = probs + pixel * K + k;
-          float sum = 0, column_sum = 0;  // column_sum: times the column; what is in column p is added p times
+          float sum = 0, column_sum = 0;  // column_sum: of column times gradient, by repeated addition
           for (int p = 0; p < P && !BACKWARD; p++, to += K)
             if (present >> p & 1) *to = T(e[p] * inv_denominator[p]);
           for (int p = P - 1; p >= 0 && BACKWARD; p--) {

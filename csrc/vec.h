@@ -1,4 +1,4 @@
-// Vectors of LANES floats by the vector extension of GCC and Clang: one source for AVX-512, AVX2 and NEON.
+// Vectors of LANES floats by the vector extensions of GCC and Clang: one source for AVX-512, AVX and NEON.
 #pragma once
 #include <cstring>
 
@@ -13,7 +13,7 @@ constexpr int LANES = 4;
 #endif
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));  // a cast between the two keeps the bits
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));  // a cast between the two reinterprets the bits
 
 inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -22,7 +22,7 @@ inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats abs(Floats a) { return max(a, -a); }
 
-// x + SHIFT has the bits of SHIFT plus x, rounded to an integer.
+// The low bits of x + SHIFT are x, rounded to an integer.
 constexpr float SHIFT = 12582912;  // 1.5 * 2^23
 inline Floats power_of_2(Floats shifted) {  // 2^(shifted - SHIFT); 2^-127 is taken as 0
   return (Floats)(((Ints)shifted << 23) + 0x3f800000);
@@ -41,7 +41,7 @@ inline Floats exp2_minus_1(Floats x) {
   return power * (r * exp2_polynomial(r)) + (power - 1);
 }
 
-// log2(x) for normal x, absolute error 1e-7 + relative error 2^-23; inf and NaN give themselves
+// log2(x) for normal x, absolute error 1e-7 + relative error 2^-23; inf and NaN are returned unchanged
 inline Floats log2(Floats x) {
   const Ints bits = (Ints)x;
   const Ints n = (bits - 0x3f3504f3) >> 23;  // so that the mantissa is in sqrt(1/2) .. sqrt(2)

@@ -56,7 +56,7 @@ def start(tmp_path):
         if not isinstance(init, str):
             torch.save(init, tmp_path / "start.pth")
             init = str(tmp_path / "start.pth")
-        expected = model.start_format(init)
+        expected = model.init_format(init)
         classes = [f"class {n}" for n in range(num_classes)]
         norm = norm or expected["norm"]
         return model.create_segmenter(classes, [], backbone, init, 8, "train", norm, branches, 1), expected

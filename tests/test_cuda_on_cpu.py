@@ -95,8 +95,8 @@ def use(patch, namespace):
 
     def takes(x, *dtypes, size=None):
         return x.shape[2:] != size and torch.float64 not in (x.dtype, *dtypes)
-    patch.setattr(ops, "_kernel", takes)
-    patch.setattr(ops, "_can_look", lambda x: False)
+    patch.setattr(ops, "_uses_kernel", takes)
+    patch.setattr(ops, "_can_read_values", lambda x: False)
 
 
 @pytest.fixture(scope="module")

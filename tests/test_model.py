@@ -88,7 +88,7 @@ def test_learning_rates_decay_every_k_steps_or_never():
     for every, factor in ((1, lambda done: 1 - done / 40), (10, lambda done: 1 - done // 10 / 4), (0, lambda done: 1)):
         sgd = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 10.0)])
         for step in range(1, 41):
-            model.poly_lr(step, 40, every, sgd)
+            model.set_poly_lr(step, 40, every, sgd)
             lr = factor(step - 1) ** 0.9
             assert [group["lr"] for group in sgd.param_groups] == pytest.approx([lr, 10 * lr])
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_is_loaded_again(lite, tmp_path):
     assert not seg.training and torch.equal(seg(x), lite.eval()(x)) and seg.classes == list("abcde")
     assert seg.input_scale == 1 and seg.palette == voc_palette()
     init = str(tmp_path / "a.pt")
-    assert model.start_format(init) == {"caffe": False, "norm": "imagenet"}
+    assert model.init_format(init) == {"caffe": False, "norm": "imagenet"}
 
     def create(classes, backbone="efficientnet_lite0", stride=16):
         return model.create_segmenter(classes, [], backbone, init, stride, "train", "imagenet", 4, 1).eval()

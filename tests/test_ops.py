@@ -273,7 +273,7 @@ def test_seg_ops(monkeypatch, tmp_path):
 
 def test_labels_out_of_range_without_synchronisation(monkeypatch):
     """What CUDA does: the loss is NaN, the matrix's first cell negative however often it happens; no bad index."""
-    monkeypatch.setattr(ops, "_can_look", lambda x: False)
+    monkeypatch.setattr(ops, "_can_read_values", lambda x: False)
     loss, matrix = ops.masked_cross_entropy_reference, ops.confusion_matrix_reference
     assert loss(Z, T + 7)[0].isnan() and loss(Z, T + 255)[0] == 0 and loss(Z, T)[0].isfinite()
     out = torch.zeros(3, 3, dtype=torch.int64)

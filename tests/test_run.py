@@ -8,7 +8,7 @@ import model
 import train_semi
 from common import console, layouts
 from common.args import resolve_args
-from common.run import HealthyRange, unhealthy
+from common.run import HealthyRange, range_warnings
 
 QUICK = pytest.mark.quick
 
@@ -35,7 +35,7 @@ def test_warnings_of_an_unhealthy_scalar(name, values, warned):
     # under smoothing 0.1 the loss of a discriminator that always wins is 0.163
     healthy = {"loss_d": model.healthy_loss_d(0.1), "kept": HealthyRange(0.01, 0.99, "advice", 20)}
     rows = [{"step": step, name: value} for step, value in enumerate(values, 1)]
-    warnings = [(n, line) for n in range(1, len(rows) + 1) for line in unhealthy(rows[:n], healthy)]
+    warnings = [(n, line) for n in range(1, len(rows) + 1) for line in range_warnings(rows[:n], healthy)]
     assert [n for n, _ in warnings] == warned and all(name in line for _, line in warnings)
 
 
@@ -68,7 +68,7 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     def resolve(*words, cuda=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         args, dataset = train_semi.flags().parse_args(words), layouts.open_dataset(str(tmp_path))
-        resolve_args(args, dataset, model.start_format, {"lam_semi": 0.1}, {"lam_semi": 0.5})
+        resolve_args(args, dataset, model.init_format, {"lam_semi": 0.1}, {"lam_semi": 0.5})
         return [args.backbone, args.crop, args.input_scale, args.iters, args.lam_semi], dataset.note
     found, note = resolve()
     assert found == ["efficientnet_lite0", crop, scale, 1000, 0.5] and f"--crop {crop}" in note

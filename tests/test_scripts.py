@@ -100,7 +100,7 @@ def first_step(voc, script, *words):
     args = importlib.import_module(script).flags().parse_args(["--data", str(voc), *SMALL, *map(str, words)])
     dataset = open_dataset(args.data)
     labelled, unlabelled, _ = dataset.split(args.split, args.split_seed)
-    resolve_args(args, dataset, model.start_format)
+    resolve_args(args, dataset, model.init_format)
     flags = {name: getattr(args, name) for name in ("seed", "batch_size", "iters", "crop", "scale", "input_scale")}
     flags |= {"workers": 0, "start": 0, "device": torch.device("cpu")}
     batch, batch_u = next(data.batches(labelled, "labelled", **flags)), next(
