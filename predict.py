@@ -41,9 +41,9 @@ def model_flags(description):
                    "a file of the authors or of the 2017 reproduction (recipes/README.md)")
     p.add_argument("--tta", action="store_true", help="average over 3 scales and mirrored images, at 6 times the cost")
     p.add_argument("--window", type=number(int, 65), default=WINDOW, metavar="SIDE", help="larger images are predicted "
-                   "in overlapping windows of this side, in pixels of the network's input (default %(default)s; lower it "
-                   "if memory runs out)")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="use bfloat16 (default: as in the training run)")
+                   "in overlapping windows of this side, in pixels of the network's input (default %(default)s; lower "
+                   "it if memory runs out)")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="use bfloat16 (default: as in the training)")
     p.add_argument("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
 

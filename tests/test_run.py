@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_warnings_of_an_unhealthy_scalar(name, values, warned):
     """Once, at the tenth row in a row; rows alone decide, so that a resumed run warns too. kept: after its start."""
     # under smoothing 0.1 the loss of a discriminator that always wins is 0.163
-    healthy = {"loss_d": model.healthy_loss_d(0.1), "kept": HealthyRange(0.01, 0.99, "advice", 20)}
+    healthy = {"loss_d": model.healthy_loss_d(0.1), "kept": HealthyRange(0.01, 0.99, "raise it", "lower it", 20)}
     rows = [{"step": step, name: value} for step, value in enumerate(values, 1)]
     warnings = [(n, line) for n in range(1, len(rows) + 1) for line in range_warnings(rows[:n], healthy)]
     assert [n for n, _ in warnings] == warned and all(name in line for _, line in warnings)
