@@ -153,8 +153,8 @@ def cityscapes(args):
                              "have a label; unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
     classes = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < layouts.IGNORE), key=lambda c: c.train_id)
     write_lists(root, lists, {c.name.replace(" ", "_"): c.color for c in classes})
-    said = [f"{name} {len(ids):,} images (published: {CITYSCAPES_COUNTS[name]:,})" for name, ids in lists.items()]
-    print(f"{root}: {'; '.join(said)}; {len(classes)} classes")
+    counts = [f"{name} {len(ids):,} images (published: {CITYSCAPES_COUNTS[name]:,})" for name, ids in lists.items()]
+    print(f"{root}: {'; '.join(counts)}; {len(classes)} classes")
 
 
 def camvid(args):
@@ -163,9 +163,10 @@ def camvid(args):
     lists, jobs = {}, []
     for name in ("train", "val", "test"):
         images, labels = (layouts.index_files(source / f"{name}{kind}", [".png"]) for kind in ("", "annot"))
-        odd = set(images) ^ set(labels) | {i for ids in lists.values() for i in ids if i in images}
-        if odd:
-            raise InputError(f"--from {source}: {min(odd)} is in only one of {name}/ and {name}annot/, or in two parts")
+        if unpaired := set(images) ^ set(labels):
+            raise InputError(f"--from {source}: {min(unpaired)} is in only one of {name}/ and {name}annot/")
+        if repeated := [i for ids in lists.values() for i in ids if i in images]:
+            raise InputError(f"--from {source}: {repeated[0]} is in {name}/ and in another part")
         if images:
             lists[name] = sorted(images)
         jobs += [(images[i], labels[i], root) for i in images]
@@ -233,8 +234,8 @@ def check(args):
     shares = [100 * total / max(1, total.sum()) for total in totals]
     print(f"{'share of pixels, percent':28}   train     val   label maps")
     for value, name in [*enumerate(dataset.classes), (layouts.IGNORE, "void")]:
-        with_it = sum(bool(c[value]) for c in counts.values())
-        print(f"{value:4} {name:23} {shares[0][value]:7.2f} {shares[1][value]:7.2f} {with_it:16,}")
+        label_maps = sum(bool(c[value]) for c in counts.values())
+        print(f"{value:4} {name:23} {shares[0][value]:7.2f} {shares[1][value]:7.2f} {label_maps:16,}")
         if not shares[0][value] and value != layouts.IGNORE:
             problems["class absent from the training labels"].append(f"{value}, {name}")
     for kind, found in problems.items():
@@ -250,9 +251,9 @@ def split(args):
     ids = dataset.ids(args.list) if args.list else dataset.train_ids()
     labelled, unlabelled = layouts.split_ids(ids, args.split, args.split_seed)
     out = output_folder("--out", args.out or dataset.root / layouts.LIST_DIRS[0])
-    of = f"{Path(args.list).stem}_" if args.list else ""
+    prefix = f"{Path(args.list).stem}_" if args.list else ""
     for kind, part in (("labelled", labelled), ("unlabelled", unlabelled)):
-        file = out / f"{kind}_{of}{args.split}_seed{args.split_seed}.txt"
+        file = out / f"{kind}_{prefix}{args.split}_seed{args.split_seed}.txt"
         write_atomically(file, lambda f: f.write_text("".join(f"{i}\n" for i in part)))
         print(*part, f"{len(part):,} {kind} above, and in {file}", sep="\n")
     print(f"{dataset.note}protocol: {args.split:g} of the {len(ids):,} images of {args.list or 'the training list'},"
@@ -280,9 +281,9 @@ def flags():
     flag = command(camvid)
     flag("--from", dest="source", metavar="DIR", required=True, help="folder that holds train, trainannot, ...")
     flag("--root", default="data/camvid", help="destination (default data/camvid)")
-    command(check)("--data", metavar="ROOT", help="data set, as in training")
+    command(check)("--data", metavar="ROOT", help="data set (default data/VOC2012 if it is there, else shapes)")
     flag = command(split)
-    flag("--data", metavar="ROOT", help="data set, as in training")
+    flag("--data", metavar="ROOT", help="data set (default data/VOC2012 if it is there, else shapes)")
     flag("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     flag("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
     flag("--list", help="list to split (default: the training list; on VOC `train` has 1,464 images)")

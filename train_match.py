@@ -10,7 +10,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import data
 import model
 from common import distributed
-from common.args import check_multiple, number, resolve_args, shared_flags
+from common.args import PROBABILITY, check_multiple, number, resolve_args, shared_flags
 from common.console import launch
 from common.layouts import open_dataset
 from common.run import HealthyRange, Run
@@ -23,10 +23,10 @@ def flags():
     p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
     p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights per step (default "
                    "0.99; lower it for short runs)")
-    p.add_argument("--confidence", type=number(), default=0.8, help="pixels on which the teacher's probability is "
+    p.add_argument("--confidence", type=PROBABILITY, default=0.8, help="pixels on which the teacher's probability is "
                    "higher become pseudo-labels; lower for classes of low mean confidence, as in FreeMatch (default "
                    "0.8; raise it if `kept` is 1)")
-    p.add_argument("--cutmix", type=number(), default=0.5, help="probability of CutMix per image (default 0.5; "
+    p.add_argument("--cutmix", type=PROBABILITY, default=0.5, help="probability of CutMix per image (default 0.5; "
                    "0 turns it off)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
     p.add_argument("--u-start", type=number(int), help="step after which loss_u is used (default --iters / 8)")
@@ -40,7 +40,7 @@ def main(args):
     resolve_args(args, dataset, model.init_format)
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
-        check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE)
+        check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
     healthy = {"kept": HealthyRange(0.01, 0.99, "lower --confidence", "raise --confidence", args.u_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist

@@ -49,18 +49,18 @@ def expand_files(words, folder=Path()):
             yield word
 
 
-def number(kind=float, low=0, below=math.inf):
-    """Return a type for add_argument: a `kind` that is at least `low` and below `below`."""
+def number(kind=float, low=0, below=math.inf, high=math.inf):
+    """Return a type for add_argument: a `kind` that is at least `low`, at most `high`, and below `below`."""
     def parse(text):
-        if not low <= (value := kind(text)) < below:
-            limit = f" and below {below}" if below < math.inf else ""
+        if not low <= (value := kind(text)) <= high or not value < below:
+            limit = f" and at most {high}" if high < math.inf else f" and below {below}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{limit}")
         return value
     parse.__name__ = kind.__name__  # argparse prints it if `kind` fails
     return parse
 
 
-POSITIVE_INT, NON_NEGATIVE_INT = number(int, 1), number(int)
+POSITIVE_INT, NON_NEGATIVE_INT, PROBABILITY = number(int, 1), number(int), number(high=1)
 
 
 def shared_flags(description, out):
@@ -166,7 +166,7 @@ def check_args(args):
     check_multiple(args.batch_size, distributed.WORLD_SIZE)
 
 
-def check_multiple(batch_size, count):
-    """Raise InputError if the batch size is not a multiple of `count`."""
+def check_multiple(batch_size, count, why="ranks"):
+    """Raise InputError, which gives `why`, if the batch size is not a multiple of `count`."""
     if batch_size % count:
-        raise InputError(f"--batch-size {batch_size}: must be a multiple of {count} ({distributed.WORLD_SIZE} ranks)")
+        raise InputError(f"--batch-size {batch_size}: must be a multiple of {count}, the number of {why}")

@@ -23,7 +23,7 @@ def read_checkpoint(path, flag, mmap=False):
     mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, if the file
     is neither.
     """
-    scalar = np.float64().__reduce__()[0]  # the reproduction of 2017 has one, under either numpy name
+    scalar = np.float64().__reduce__()[0]  # the 2017 reproduction has one, under either numpy name
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     advice = "name the last.pt or best.pt of a training run, or a published file (recipes/README.md)"
     try:
@@ -54,7 +54,7 @@ def convert_published(theirs):
     """Return our checkpoint dict made from the weights in a published file, or None if the file is unknown.
 
     Known are DeepLabv2 on Caffe's ResNet, by the authors (a plain state dict; the first 2 of their 4 branches run), by
-    the reproduction of 2017 (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
+    the 2017 reproduction (a dict with epoch and miou) and for MS-COCO, and torchvision's ImageNet ResNets.
     """
     is_of_2017 = isinstance(theirs, dict) and {"epoch", "state_dict", "miou"} <= set(theirs)
     weights = theirs["state_dict"] if is_of_2017 else theirs

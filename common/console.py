@@ -68,6 +68,8 @@ def catch_read_errors(path):
             yield
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; correct its name") from None
     except Exception as e:  # PIL raises nearly anything on a damaged file
         why = getattr(e, "strerror", None) or str(e).replace(f" {str(path)!r}", "") or type(e).__name__
         raise InputError(f"{path}: cannot be read ({' '.join(why.split())}); replace or remove it") from None
