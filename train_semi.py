@@ -91,7 +91,7 @@ def main(args):
             d_real = disc(model.one_hot(target, len(dataset.classes)))  # (B,1,a,b)
         loss_ce = model.cross_entropy(logits, target)
         loss_adv = model.bce(d_fake, 1, valid)
-        loss_adv_u = model.bce(d_fake_u if args.lam_adv_u else d_fake_u.detach(), 1, valid_u)
+        loss_adv_u = model.bce(d_fake_u if args.lam_adv_u else d_fake_u.detach(), 1, valid_u)  # weight 0: only logged
         loss_fake = model.bce(d_fake, 0, valid)
         loss_fake = (loss_fake + model.bce(d_fake_u, 0, valid_u)) / 2 if args.d_unlabelled else loss_fake
         loss_d = (loss_fake + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
