@@ -56,6 +56,15 @@ def blocks(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The generated data set, data/shapes in some folder."""
+    from common import layouts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("shapes"))
+        return layouts.open_dataset(None).root.resolve()
+
+
 @pytest.fixture
 def voc(blocks, tmp_path):
     """A copy of `blocks` that a test may change."""
