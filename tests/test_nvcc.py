@@ -52,15 +52,6 @@ def test_no_spills_and_few_registers(compiled):
             assert int(re.search(r"Used (\d+) registers", report)[1]) <= REGISTERS, (kernel, report)
 
 
-def test_memory_accesses_in_ptx(compiled):
-    """No local memory; a cell's four numbers in shared memory are one access of 16 bytes."""
-    for name, (_, ptx) in compiled.items():
-        assert len(ptx) == len(ARCHITECTURES)
-        for text in ptx:
-            assert not re.search(r"\.local|ld\.param\.\w+ .*depot", text), name
-            assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
-
-
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").glob("*.cu")), ids=lambda file: file.name)
 def test_c_plus_plus_20(source):
     """With math.h, as in nvcc, std::lerp and others of C++20 are global names that ours must not collide with."""

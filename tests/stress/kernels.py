@@ -11,33 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_cuda
+import test_cuda_on_cpu as t
 import test_kernels as k
+import test_nvcc
 import torch
 from conftest import ROOT
-from test_cuda_on_cpu import (
-    CXX,
-    HEADER,
-    HEADERS,
-    INCLUDE,
-    SHAPES,
-    TESTS,
-    VERSION,
-    Schedules,
-    made_once,
-    run,
-    use,  # noqa: F401
-)
+from test_cuda_on_cpu import CXX, HEADER, HEADERS, INCLUDE, SHAPES, TESTS, VERSION, made_once, run
 
 from common.console import InputError
 from csrc import bench, build, ops
 
+built, compiled = t.built, test_nvcc.compiled  # fixtures
+NVCC = pytest.mark.skipif(not build.cuda_home(), reason="no nvcc")
 COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if shutil.which(name)]
 
 
 @pytest.fixture
-def kernels(built, monkeypatch):  # noqa: F811
+def kernels(built, monkeypatch):
     """The CUDA kernels on the CPU, each call under 20 schedules."""
-    use(monkeypatch, Schedules(*built, 20))
+    t.use(monkeypatch, t.Schedules(*built, 20))
 
 
 @pytest.mark.parametrize("check", k.CHECKS, ids=lambda check: check.__name__)
@@ -52,7 +44,7 @@ def test_kernels(kernels, test, args):
     test(*args)
 
 
-def test_more_images_than_a_grid_has_in_z(built):  # noqa: F811
+def test_more_images_than_a_grid_has_in_z(built):
     test_cuda.test_more_images_than_a_grid_has_in_z(built[0])
 
 
@@ -108,7 +100,17 @@ def test_the_header_finds_planted_bugs(plant):
         assert "heap-buffer-overflow" in found["address"]
 
 
-@pytest.mark.skipif(not build.cuda_home(), reason="no nvcc")
+@NVCC
+def test_memory_accesses_in_ptx(compiled):
+    """No local memory; a cell's four numbers in shared memory are one access of 16 bytes."""
+    for name, (_, ptx) in compiled.items():
+        assert len(ptx) == len(test_nvcc.ARCHITECTURES)
+        for text in ptx:
+            assert not re.search(r"\.local|ld\.param\.\w+ .*depot", text), name
+            assert "ld.shared.v4.f32" in text and "st.shared.v4.f32" in text, name
+
+
+@NVCC
 def test_build_without_a_gpu(tmp_path):
     """The CUDA kernels need no kernels for the CPU, which can be loaded afterwards."""
     code = """
@@ -158,6 +160,7 @@ def test_benchmark_prints_times_and_memory(benchmark, monkeypatch, capsys):
 
 
 def test_benchmark_compares_results_first(benchmark, monkeypatch):
+    monkeypatch.setattr(bench, "peak", lambda *_: 1)
     upsample_softmax = ops.upsample_softmax_reference
     monkeypatch.setattr(ops, "upsample_softmax_reference", lambda *args, **kw: 1.03 * upsample_softmax(*args, **kw))
     with pytest.raises(InputError, match="upsample_softmax"):
