@@ -26,15 +26,6 @@ SMALL = ("--backbone efficientnet_lite0 --init imagenet --crop 65 --batch-size 2
          "--gpu -1").split()
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow, which CI leaves out")
-
-
-def pytest_runtest_setup(item):
-    if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
-        pytest.skip("slow: run with --slow")
-
-
 @pytest.fixture(autouse=True)
 def restore_process():
     """After each test, restore the signal handlers and end the loaders' workers."""
@@ -63,6 +54,15 @@ def blocks(tmp_path_factory):
             Image.fromarray(label).save(root / f"SegmentationClassAug/{i}.png")
     (root / "classes.txt").write_text("grey\nred\ngreen\nblue\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """The generated data set, data/shapes in some folder."""
+    from common import layouts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("shapes"))
+        return layouts.open_dataset(None).root.resolve()
 
 
 @pytest.fixture
@@ -101,12 +101,14 @@ def trained(blocks, tmp_path_factory):
 def fails(capsys, monkeypatch):
     """fails(script, *flags) -> the line on standard error, after checking that it is one and the exit status is 2."""
     def run(script, *words):
+        import data
         from common import console
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             console.launch(module.main, module.flags)
+        data.kill_workers()  # as at the end of a process
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1, error
         return error
@@ -132,6 +134,20 @@ def interrupt(text, action):
                 os.kill(os.getpid(), action)
     with contextlib.redirect_stdout(Output()) as output:
         yield output
+
+
+def on_each_rank(monkeypatch, ranks, function):
+    """Return [function(rank)] as each rank computes it in this process; their sums are left out."""
+    from common import distributed
+    monkeypatch.setattr(distributed, "WORLD_SIZE", ranks)
+    monkeypatch.setattr(distributed, "init_device", lambda gpu: torch.device("cpu"))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda x: None)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda x, source: None)
+    found = []
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "RANK", rank)
+        found.append(function(rank))
+    return found
 
 
 def python(*words, cwd=ROOT, **env):

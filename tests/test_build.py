@@ -9,12 +9,10 @@ import time
 
 import pytest
 from conftest import ROOT
-from test_cuda_on_cpu import INCLUDE, run
 
 from csrc import build, ops
 
 pytestmark = pytest.mark.skipif(not ops.in_use().startswith("kernel"), reason="no kernels can be built here")
-COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if shutil.which(name)]
 
 
 @pytest.fixture
@@ -102,14 +100,3 @@ def test_cache_key_has_every_header(device):
     files = {file.name: file for file in build.sources(device)}
     included = {name for file in files.values() for name in re.findall(r'#include "(.*?)"', file.read_text())}
     assert included and included <= set(files)
-
-
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_other_compilers(compiler, tmp_path, request):
-    """One file's syntax; with --slow all files, for this machine's vectors and for the shortest ones."""
-    command = compiler, "-w", "-fPIC", f"-isystem{INCLUDE}"
-    run(*command, *build.FLAGS, "-fsyntax-only", ROOT / "csrc/confusion_matrix.cpp")
-    if request.config.getoption("--slow"):
-        for flags in (build.FLAGS, [flag for flag in build.FLAGS if flag != "-march=native"]):
-            for file in sorted((ROOT / "csrc").glob("*.cpp")):
-                run(*command, *flags, "-c", file, "-o", tmp_path / "a.o")

@@ -2,7 +2,7 @@
 import pytest
 import test_kernels as k
 import torch
-from test_cuda_on_cpu import TESTS, check_many_images
+from test_cuda_on_cpu import TESTS
 
 from csrc import bench, ops
 
@@ -28,13 +28,8 @@ def test_kernels(test, args):
 
 
 def test_the_same_bits_from_run_to_run():
-    logits, target, confidence, valid = k.inputs(3, 21, 17, 17, 129, 129)
-    upstream, results = k.noise(3, 21, 129, 129), []
-    for _ in range(5):
-        results.append([*k.with_gradient(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
-                        *k.with_gradient(ops.masked_cross_entropy, logits, size=(129, 129)),
-                        *k.with_gradient(ops.upsample_softmax, logits, (129, 129), upstream=upstream)])
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+    first, *others = (k.large_results() for _ in range(5))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
 
 
 def test_offsets_beyond_32_bits():
@@ -44,8 +39,18 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(probs[-1:], ops.upsample_softmax(logits[-1:], (4097, 4097), torch.bfloat16))
 
 
-def test_more_images_than_a_grid_has_in_z():
-    check_many_images(torch.ops.seg_ops)
+def test_more_images_than_a_grid_has_in_z(operators=torch.ops.seg_ops, n=65_537):
+    """Each of n equal images gives the same result."""
+    logits, target, confidence, _ = (x[:1].expand(n, *x.shape[1:]) for x in k.inputs(1, 2, 2, 1, 3, 2))
+    labels, counts = operators.label_map(target.contiguous(), confidence.contiguous(), None, torch.tensor(0.5), 2, 255)
+    total, grad = operators.cross_entropy(logits, labels, True)
+    probs = operators.upsample_softmax(logits, None, 3, 2, torch.float32)
+    out = torch.zeros(2, 2, dtype=torch.int64, device=labels.device)
+    operators.confusion_matrix(logits, labels, 255, out)
+    results = [labels, grad, probs, operators.upsample_softmax_backward(probs, logits, None),
+               operators.upsample_argmax(logits, 3, 2)]
+    assert all(len(x) == n and torch.equal(x, x[:1].expand_as(x)) for x in results)
+    assert out.sum() == counts[0] == (labels < 255).sum() and total > 0
 
 
 def test_another_stream():

@@ -9,10 +9,14 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, interrupt, is_equal, load, log, python
+from conftest import ROOT, SMALL, call, interrupt, is_equal, load, log, on_each_rank, python
 
+import model
 from common import distributed
+from common.layouts import open_dataset
+from eval import evaluate
 
+IDS = [f"train{n}" for n in range(7)]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 # train_semi.py does all that train_base.py and train_adv.py do; tests/stress/trainings.py tests these too
 STARTS = {"train_semi": ["--semi-start", 3, "--d-unlabelled"], "train_match": ["--u-start", 3, "--confidence", 0.2]}
@@ -73,28 +77,35 @@ def test_the_mean_over_ranks_is_over_all_pixels(monkeypatch):
     assert distributed.global_mean(torch.tensor(0.0), torch.tensor(0)) == 0  # no pixel on any rank
 
 
-def test_ranks_share_an_evaluation(voc, trained, tmp_path):
-    """Seven images on three ranks: each counts once, and scores and predictions are those of one rank to the bit."""
-    (voc / "seven.txt").write_text("\n".join(f"train{n}" for n in range(7)))
-    model_words = "--ckpt", trained["train_base"] / "last.pt", "--gpu", -1
-    found = {}
-    for ranks in (1, 3):
-        words = *model_words, "--list", voc / "seven.txt", "--workers", 0, "--json", tmp_path / f"{ranks}.json"
-        words = *words, "--out", tmp_path / f"{ranks}"
+def test_two_ranks_score_as_one(voc, trained, tmp_path):
+    """Seven images: the scores and predictions of eval.py on two ranks are those of one rank to the bit."""
+    (voc / "seven.txt").write_text("\n".join(IDS))
+    for ranks in (1, 2):
+        words = ("--ckpt", trained["train_base"] / "last.pt", "--gpu", -1, "--list", voc / "seven.txt", "--workers", 0,
+                 "--json", tmp_path / f"{ranks}.json", "--out", tmp_path / f"{ranks}")
         if ranks == 1:
             call("eval", *words)
         else:
             assert run_ranks(ranks, ROOT / "eval.py", *words).count("mIoU") == 1
-        found[ranks] = json.loads((tmp_path / f"{ranks}.json").read_text())
-    assert found[1] == found[3] and found[1]["miou"] > 0
-    images = [voc / f"JPEGImages/train{i}.png" for i in range(7)]
-    run_ranks(2, ROOT / "predict.py", *model_words, "--out", tmp_path / "2", *images[:3])
-    for ranks, count in ((3, 7), (2, 3)):
-        for image in images[:count]:
-            assert (tmp_path / f"{ranks}/{image.name}").read_bytes() == (tmp_path / f"1/{image.name}").read_bytes()
+    one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert one == two and one["miou"] > 0
+    for name in IDS:
+        assert (tmp_path / f"1/{name}.png").read_bytes() == (tmp_path / f"2/{name}.png").read_bytes()
 
 
-@pytest.mark.parametrize("script", STARTS)
+def test_ranks_share_the_images(trained, blocks, tmp_path, monkeypatch):
+    """Each of seven is evaluated, and predicted, by one of three ranks; scores alone would not tell."""
+    ckpt, dataset = trained["train_base"] / "last.pt", open_dataset(str(blocks))
+    seg, samples, seen = model.load_segmenter(ckpt), dataset.samples(IDS), [set() for _ in range(3)]
+    on_each_rank(monkeypatch, 3, lambda rank: evaluate(seg, samples, 0, write=lambda sample, *_: seen[rank].add(
+        sample.id)))
+    assert sorted(id for share in seen for id in share) == IDS and all(seen)
+    words = "--ckpt", ckpt, "--gpu", -1, *(sample.image for sample in samples), "--out"
+    on_each_rank(monkeypatch, 3, lambda rank: call("predict", *words, tmp_path / f"{rank}"))
+    assert sorted(file.stem for file in tmp_path.glob("*/train*.png")) == IDS
+
+
+@pytest.mark.parametrize("script", ["train_match"])  # train_semi: test_scripts.py; others: tests/stress/trainings.py
 def test_stopped_and_resumed_is_straight(train, tmp_path, script):
     """SIGTERM in the fifth of 8 steps, then --resume: the log and, to the bit, the checkpoints of a straight run."""
     words = "--iters", 8, "--eval-every", 4, "--save-every", 3, *STARTS.get(script, [])

@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 import data
-from common import console, layouts, shapes
+from common import console, layouts
+from common.shapes import draw
 
 
 @pytest.mark.quick
@@ -119,8 +120,8 @@ def test_an_own_folder_may_bring_unlabelled_images(voc):
     assert layouts.open_dataset(str(voc)).unlabelled_folder is None
 
 
-def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_shapes_and_the_bare_command(shapes, monkeypatch):
+    monkeypatch.chdir(shapes.parent.parent)
     dataset = layouts.open_dataset(None)
     assert dataset.name == "shapes" and "python prepare.py voc" in dataset.note
     with pytest.raises(console.InputError, match="--data data/VOC2012: no data there"):
@@ -131,5 +132,5 @@ def test_shapes_and_the_bare_command(tmp_path, monkeypatch):
     for _, image, label in dataset.samples(train[:40] + val[:20]):
         counts += np.bincount(data.read_label(label, data.read_image(image).size).ravel(), minlength=256)
     assert (counts[:6] > 0.01 * counts.sum()).all() and 0.02 < counts[255] / counts.sum() < 0.3
-    again = (shapes.draw(np.random.RandomState(5)) for _ in range(2))
+    again = (draw(np.random.RandomState(5)) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(*again))

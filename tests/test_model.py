@@ -1,15 +1,15 @@
 """Networks, optimisers and losses, against torchvision and against their definitions in plain PyTorch."""
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
+from test_checkpoint import Payload
 
 import model
 from common.console import InputError
-from common.layouts import voc_palette
+
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,6 @@ def test_resnet50_is_torchvisions_dilated_network():
         assert (seg.backbone(x) - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.quick
 def test_a_dilated_network_contains_the_strided_one():
     """At stride 8 every second feature is that of the network at stride 16."""
     a, b = (model.DeepLabV2("efficientnet_lite0", 3, s, "none").eval().double() for s in (16, 8))
@@ -48,14 +47,9 @@ def test_downloaded_weights_are_read_and_not_run(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     torch.save(theirs.state_dict(), file)
     assert torch.equal(model.resnet("resnet18", True)[0].conv1.weight, theirs.conv1.weight)
-
-    class Payload:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
     torch.save({"fc.bias": Payload()}, file)
     with pytest.raises(InputError, match="--init imagenet: weights of resnet18"):
         model.resnet("resnet18", True)
-    assert not (tmp_path / "ran").exists()
 
 
 def test_imagenet_weights_and_their_normalisation():
@@ -68,7 +62,6 @@ def test_imagenet_weights_and_their_normalisation():
     assert x.flatten().unique().tolist() == [-1, 1]
 
 
-@pytest.mark.quick
 def test_optimisers_and_their_flags(lite):
     for flags, head_lr, others in (({}, 1e-2, (True, 0.9, 1e-4)),
                                    (dict(head_lr=4, nesterov=False, weight_decay=5e-4), 4e-3, (False, 0.9, 5e-4))):
@@ -83,7 +76,6 @@ def test_optimisers_and_their_flags(lite):
     assert (sgd["momentum"], sgd["weight_decay"]) == (0.9, 1e-4)
 
 
-@pytest.mark.quick
 def test_learning_rates_decay_every_k_steps_or_never():
     for every, factor in ((1, lambda done: 1 - done / 40), (10, lambda done: 1 - done // 10 / 4), (0, lambda done: 1)):
         sgd = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": lr} for lr in (1.0, 10.0)])
@@ -106,7 +98,6 @@ def test_batch_norm_modes(bn, statistics, affine):
     assert torch.equal(before[1], norm.weight) != affine
 
 
-@pytest.mark.quick
 def test_discriminator_is_the_papers():
     disc = model.Discriminator(21)
     convs = [(m.out_channels, m.kernel_size, m.stride) for m in disc.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -115,53 +106,24 @@ def test_discriminator_is_the_papers():
     assert disc(torch.rand(2, 21, 321, 321)).shape == (2, 1, 10, 10)
 
 
-@pytest.mark.quick
-def test_bce_is_its_formula_over_valid_pixels():
-    torch.manual_seed(0)
-    d_logits, valid = torch.randn(2, 1, 3, 3), torch.rand(2, 9, 9) < 0.7
-    d = F.interpolate(d_logits, (9, 9), mode="bilinear", align_corners=True)[:, 0].double().sigmoid()[valid]
-    for real in (0, 1, 0.75):
-        want = -(real * d.log() + (1 - real) * (1 - d).log()).mean().item()
-        assert model.bce(d_logits, real, valid).item() == pytest.approx(want, rel=1e-5)
-    assert model.bce(d_logits, 1, torch.zeros(2, 9, 9, dtype=torch.bool)).item() == 0
-
-
-@pytest.mark.quick
-def test_pseudo_label_loss_is_its_definition():
-    torch.manual_seed(0)
-    logits, pseudo, valid = torch.randn(2, 3, 3, 3), torch.randint(0, 3, (2, 9, 9)), torch.rand(2, 9, 9) < 0.8
-    pseudo = pseudo.masked_fill(~valid | (torch.rand(2, 9, 9) < 0.3), 255).to(torch.uint8)
-    up = F.interpolate(logits.double(), (9, 9), mode="bilinear", align_corners=True)
-    total = F.cross_entropy(up, pseudo.long(), ignore_index=255, reduction="sum").item()
-    selected, pixels = (pseudo != 255).sum().item(), valid.sum().item()
-    for divide, count in (("kept", selected), ("valid", pixels)):
-        loss, kept = model.pseudo_label_loss(logits, pseudo, valid, divide)
-        assert loss.item() == pytest.approx(total / count, rel=1e-5) and kept.item() == pytest.approx(selected / pixels)
-
-
-@pytest.mark.quick
 def test_a_checkpoint_is_loaded_again(lite, tmp_path):
-    args = {"backbone": "efficientnet_lite0", "stride": 16, "bn": "train"}
-    checkpoint = {"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}
-    torch.save(checkpoint | {"args": args | {"input_scale": 0.5, "palette": [7] * 768}}, tmp_path / "a.pt")
-    seg = model.load_segmenter(tmp_path / "a.pt")
-    assert seg.input_scale == 0.5 and seg.palette == [7] * 768
-    torch.save(checkpoint, tmp_path / "a.pt")  # an older one has neither
+    """As initial weights for other classes, only its backbone."""
+    args = {"backbone": "efficientnet_lite0", "stride": 16, "bn": "train", "input_scale": 0.5, "palette": [7] * 768}
+    torch.save({"seg": lite.state_dict(), "args": args, "classes": list("abcde"), "step": 1}, tmp_path / "a.pt")
     seg, x = model.load_segmenter(tmp_path / "a.pt"), torch.randn(1, 3, 65, 65)
     assert not seg.training and torch.equal(seg(x), lite.eval()(x)) and seg.classes == list("abcde")
-    assert seg.input_scale == 1 and seg.palette == voc_palette()
+    assert seg.input_scale == 0.5 and seg.palette == [7] * 768
     init = str(tmp_path / "a.pt")
     assert model.init_format(init) == {"caffe": False, "norm": "imagenet"}
 
     def create(classes, backbone="efficientnet_lite0", stride=16):
         return model.create_segmenter(classes, [], backbone, init, stride, "train", "imagenet", 4, 1).eval()
     assert torch.equal(create("abcde")(x), lite(x))
-    assert torch.equal(create("abcd").backbone(x), lite.backbone(x))  # only the backbone is loaded
+    assert torch.equal(create("abcd").backbone(x), lite.backbone(x))
     with pytest.raises(InputError, match="a.pt"):
         create("abcde", "resnet18", 8)
 
 
-@pytest.mark.quick
 def test_class_confidence_is_its_definition():
     torch.manual_seed(0)
     logits, valid = 2 * torch.randn(2, 5, 3, 4), torch.rand(2, 17, 25) < 0.8

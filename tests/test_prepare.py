@@ -1,8 +1,10 @@
 """prepare.py: data sets from their archives, and the commands that check and split one."""
+import errno
 import functools
 import gzip
 import hashlib
 import http.server
+import os
 import shutil
 import tarfile
 import threading
@@ -135,6 +137,33 @@ def test_a_failed_download(archives, server, tmp_path, kind):
     shutil.copy(archives / VOC, server.folder)
     call("prepare", "voc", "--root", root)
     check_complete(root)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), Killed()])
+def test_a_conversion_that_was_cut_short_is_completed(archives, server, tmp_path, monkeypatch, error):
+    """Half of a label is not taken for a label."""
+    words, save = ("--root", tmp_path / "v", "--from", archives), Image.Image.save
+
+    def save_half(image, file, *more):
+        save(image, file, *more)
+        if "SegmentationClassAug/p6" in str(file):
+            os.truncate(file, 40)
+            raise error
+    monkeypatch.setattr(prepare, "map_in_parallel", lambda function, items, _: [*map(function, items)])
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    with pytest.raises((console.InputError, Killed)):
+        call("prepare", "voc", *words)
+    monkeypatch.setattr(Image.Image, "save", save)
+    call("prepare", "voc", *words)
+    check_complete(tmp_path / "v")
+
+
+@pytest.mark.parametrize("name", ["train", "val", "train_aug"])
+def test_another_number_of_images_than_published(archives, server, tmp_path, monkeypatch, fails, name):
+    monkeypatch.setattr(prepare, "VOC_COUNTS", COUNTS | {name: 7})
+    error = fails("prepare", "voc", "--root", tmp_path / "v", "--from", archives)
+    assert f"{name} has {COUNTS[name]} images" in error and "7" in error
+    assert not (tmp_path / "v/ImageSets/Segmentation/train_aug.txt").exists()
 
 
 @pytest.mark.parametrize("name,kind", [("good/../evil", tarfile.REGTYPE), ("good/a/../../evil", tarfile.REGTYPE),

@@ -1,11 +1,15 @@
-"""The recipes: all parse, the paper's have its values, methods are compared on equal terms, and three run."""
+"""The recipes: all parse, the paper's have its values, methods are compared on equal terms; the README's commands."""
 import importlib
 import re
+import shutil
 
 import pytest
-from conftest import ROOT, SMALL, log
+import torch
+from conftest import ROOT, SCRIPTS, SMALL, call, log
+from test_predict import differing_pixels
 
 import model
+import prepare
 import train_base
 from common import layouts
 from common.args import resolve_args
@@ -73,3 +77,36 @@ def run_two_steps(recipe, train):
 @pytest.mark.parametrize("name", ["adv101", "final_semi_2", "paper_cityscapes_base"])
 def test_three_recipes_run(name, train):  # all of them: tests/stress/trainings.py
     run_two_steps(ROOT / f"recipes/{name}.txt", train)
+
+
+def readme_commands():
+    """The words of every python command in README.md's blocks, but for those that install or test."""
+    blocks = (ROOT / "README.md").read_text().split("```")[1::2]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()[1:]]
+    found = [part.split() for line in lines for part in line.split(" && ")]
+    return [words[1:] for words in found if words[:1] and words[0].endswith("python") and words[1] != "-m"]
+
+
+def test_the_readmes_commands(blocks, shapes, tmp_path, monkeypatch):
+    """To the letter, but with small networks and few steps; in a fresh folder, where each uses what others left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(shapes.parent)
+    shutil.copytree(blocks, "mine")
+    (tmp_path / "mine/ImageSets").rename(tmp_path / "lists")  # the user's own data has none
+    for name in ("holiday", "more_images"):
+        shutil.copytree(blocks / "JPEGImages", name)
+    for script, *words in readme_commands():
+        words = [str(blocks) if word in ("ROOT", "shapes") else word for word in words]
+        if script == "prepare.py":
+            with pytest.raises(SystemExit) as end:
+                prepare.main(prepare.flags().parse_args(words))
+            assert not end.value.code
+        elif script.startswith("train"):
+            call(script[:-3], *words, *SMALL)
+        else:
+            call(script[:-3], *words, *([] if script == "export.py" else ["--gpu", -1]))
+        if script == "export.py":
+            assert differing_pixels(torch.export.load("model.pt2").module(), words[1]) < 1e-3  # ties
+    scripts = *SCRIPTS, "eval", "predict", "report", "export", "prepare"
+    assert {words[0] for words in readme_commands()} >= {f"{name}.py" for name in scripts}
+    assert (tmp_path / "page.html").stat().st_size > 100_000 and (tmp_path / "predictions/legend.png").exists()

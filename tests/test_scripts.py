@@ -1,4 +1,4 @@
-"""The training scripts and eval.py as a user runs them: output, losses, resuming, wrong input."""
+"""The training scripts and eval.py as a user runs them: files, losses, resuming, warnings, defaults, wrong input."""
 import importlib
 import json
 
@@ -11,8 +11,11 @@ from PIL import Image
 
 import data
 import model
+import train_semi
+from common import console
 from common.args import resolve_args
 from common.layouts import open_dataset
+from common.run import HealthyRange, range_warnings
 from csrc import ops
 
 QUICK = pytest.mark.quick
@@ -76,13 +79,15 @@ def columns(out, names):
 
 @QUICK
 def test_a_loss_at_weight_0_gives_the_simpler_script(train, trained):
-    """train_adv and train_match become train_base, train_semi becomes train_adv, to the bit."""
+    """train_adv and train_match become train_base, train_semi (at threshold 1 too) becomes train_adv, to the bit."""
     base, adv, semi = (trained[script] for script in SCRIPTS[:3])  # semi uses its loss from step 1 there
     adv0 = train("train_adv", "--lam-adv", 0, "--eval-every", 9, out="train_adv")
-    semi0 = train("train_semi", "--lam-semi", 0, "--lam-adv-u", 0, "--eval-every", 9, out="train_semi")
+    semi0, semi1 = (train("train_semi", *words, "--lam-adv-u", 0, "--eval-every", 9, out=f"semi{words[0]}")
+                    for words in (("--lam-semi", 0), ("--threshold", 1)))
     match0, match = (train("train_match", "--confidence", 0, "--lam-u", weight, "--eval-every", 9, out=f"match{weight}")
                      for weight in (0, 2))
-    for simpler, without, with_loss in ((base, adv0, adv), (adv, semi0, semi), (base, match0, match)):
+    for simpler, without, with_loss in ((base, adv0, adv), (adv, semi0, semi), (adv, semi1, semi),
+                                        (base, match0, match)):
         names = LOSSES[simpler.name]
         assert columns(without, names) == columns(simpler, names) != columns(with_loss, names)
         assert is_equal(load(without)["opt_seg"], load(simpler)["opt_seg"])  # the momentum of every weight
@@ -183,9 +188,14 @@ def test_killed_and_resumed_is_straight(train, capsys, fails, voc):
     assert load(killed)["step"] == 2 and [row["step"] for row in log(killed)] == [1, 2, 3]
     with open(killed / "log.jsonl", "a") as file:
         file.write('{"step": 4, "loss')  # a line that was being written
-    train("train_semi", *words, "--resume", out="killed")
+    facts, minutes = json.loads((killed / "run.json").read_text()), load(killed)["minutes"]
+    train("train_semi", *words, "--save-every", 3, "--resume", out="killed")
     assert (killed / "log.jsonl").read_text() == (straight / "log.jsonl").read_text()
-    assert is_equal(load(killed), load(straight), ignored=("out", "resume", "minutes"))
+    assert is_equal(load(killed), load(straight), ignored=("out", "resume", "minutes", "save_every"))
+    resumed_facts = json.loads((killed / "run.json").read_text())
+    resumed, = resumed_facts.pop("resumed")
+    assert resumed["step"] == 2 and resumed["changed"]["save_every"] == [2, 3] and facts.pop("resumed") == []
+    assert resumed_facts == facts and load(killed)["minutes"] > minutes
 
     command = "--data", voc, *SMALL, *words, "--out", killed, "--resume"
     assert "--lr was 0.002" in fails("train_semi", *command, "--lr", 0.5)
@@ -214,6 +224,74 @@ def test_a_bad_validation_file_costs_no_step(voc, train, tmp_path, fails):
     assert load(tmp_path / "out", "best.pt")["miou"] == max(row["miou"] for row in log(straight) if "miou" in row)
 
 
+# ---- files, warnings, defaults ----
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+
+    def broken(f):
+        f.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(console.InputError, match="a.txt: .*No space left"):
+        console.write_atomically(target, broken)
+    assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+@QUICK
+@pytest.mark.parametrize("name, values, warned", [
+    ("loss_d", [0.2] * 30, [10]), ("loss_d", [0.22] * 9 + [0.3] + [0.22] * 9, []), ("loss_d", [0.69] * 30, []),
+    ("loss_d", [0.3] * 5 + [0.8] * 10 + [0.3] + [0.2] * 10, [15, 26]), ("kept", [0.02, 0.98] * 15, []),
+    ("kept", [1] * 30, [30])])
+def test_warnings_of_an_unhealthy_scalar(name, values, warned):
+    """Once, at the tenth row in a row; rows alone decide, so that a resumed run warns too. kept: after its start."""
+    # under smoothing 0.1 the loss of a discriminator that always wins is 0.163
+    healthy = {"loss_d": model.healthy_loss_d(0.1), "kept": HealthyRange(0.01, 0.99, "raise it", "lower it", 20)}
+    rows = [{"step": step, name: value} for step, value in enumerate(values, 1)]
+    warnings = [(n, line) for n in range(1, len(rows) + 1) for line in range_warnings(rows[:n], healthy)]
+    assert [n for n, _ in warnings] == warned and all(name in line for _, line in warnings)
+
+
+def test_no_checkpoint_of_a_run_that_diverged(train, tmp_path):
+    """At steps that are not logged too: --resume would continue from it."""
+    with pytest.raises(console.InputError, match="at step 2"):
+        train("train_base", "--lr", 1e30, "--iters", 6, "--log-every", 6, "--eval-every", 6, "--save-every", 2)
+    assert not (tmp_path / "out/last.pt").exists()
+
+
+def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
+    first = (train("train_base", "--seed", 1, "--iters", 1) / "log.jsonl").read_text()
+    train("train_base", "--seed", 2, "--iters", 1)
+    assert (tmp_path / "out/earlier-1/log.jsonl").read_text() == first and "earlier-1" in capsys.readouterr().out
+    assert (tmp_path / "out/earlier-1/last.pt").exists() and (tmp_path / "out/log.jsonl").read_text() != first
+
+
+@QUICK
+@pytest.mark.parametrize("size, crop, scale", [((250, 170), 161, 1), ((90, 80), 81, 1), ((500, 375), 161, 0.5),
+                                               ((480, 200), 97, 0.5), ((4000, 3000), 161, 0.25), ((40, 30), 65, 1)])
+def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
+    """Without CUDA small ones, named in the first line unless a flag is given; with CUDA the paper's."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    for n in range(5):
+        for folder, mode in (("images", "RGB"), ("labels", "L")):
+            Image.new(mode, size if n % 2 else size[::-1]).save(tmp_path / folder / f"{n}.png")
+
+    def resolve(*words, cuda=False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        args, dataset = train_semi.flags().parse_args(words), open_dataset(str(tmp_path))
+        resolve_args(args, dataset, model.init_format, {"lam_semi": 0.1}, {"lam_semi": 0.5})
+        return [args.backbone, args.crop, args.input_scale, args.iters, args.lam_semi], dataset.note
+    found, note = resolve()
+    assert found == ["efficientnet_lite0", crop, scale, 1000, 0.5] and f"--crop {crop}" in note
+    found, note = resolve("--crop", "97", "--iters", "7", "--backbone", "resnet18")
+    assert found == ["resnet18", 97, scale, 7, 0.5] and "--crop" not in note and "--backbone" not in note
+    assert resolve("@recipes/paper_voc_semi.txt")[0] == ["resnet101", 321, scale, 20000, 0.1]
+    found, note = resolve(cuda=True)
+    assert found == ["resnet101", 321, 1, 20000, 0.1] and "CUDA" not in note
+
+
 # ---- wrong input ----
 
 @pytest.mark.parametrize("script, flags, named", [
@@ -224,12 +302,12 @@ def test_a_bad_validation_file_costs_no_step(voc, train, tmp_path, fails):
     ("train_base", "--init nowhere.pt", "--init nowhere.pt"), ("train_base", "--scale 2 1", "--scale 2 1"),
     ("train_base", "--lr nan", "--lr"), ("train_base", "--batch-size 0", "--batch"),
     ("train_semi", "--split 1", "--unlabelled"), ("train_semi", "--unlabelled nowhere", "--unlabelled nowhere"),
-    ("train_semi", "--d-smooth 1", "--d-smooth")])
-def test_wrong_flags_are_named_and_nothing_is_written(blocks, tmp_path, fails, script, flags, named):
-    assert named in fails(script, "--data", blocks, *SMALL, "--out", tmp_path / "out", *flags.split())
+    ("train_semi", "--d-smooth 1", "--d-smooth"), ("train_base", "--out file/out", "file/out"),
+    ("train_base", "--out=", "--out")])
+def test_wrong_flags_are_named_and_nothing_is_written(blocks, tmp_path, monkeypatch, fails, script, flags, named):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert "file/out" in fails(script, "--data", blocks, *SMALL, "--out", tmp_path / "file/out")
-    assert "--out" in fails(script, "--data", blocks, *SMALL, "--out", "")
+    assert named in fails(script, "--data", blocks, *SMALL, "--out", "out", *flags.split())
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
@@ -263,14 +341,3 @@ def test_own_data_in_colour_and_unlabelled_images_of_any_size(tmp_path, capsys):
     call("predict", "--ckpt", out / "last.pt", "--gpu", -1, "--out", tmp_path / "found", own / "images/3.jpg")
     shown = {c for _, c in Image.open(tmp_path / "found/3.png").convert("RGB").getcolors()}
     assert shown and shown <= {(10, 20, 30), (200, 100, 0)}
-
-
-def test_threshold_one_trains_as_no_semi_loss(train):
-    def run(out, *flags):
-        out = train("train_semi", "--semi-start", 0, "--eval-every", 9, *flags, out=out)
-        names = ["loss_ce", "loss_adv", "loss_adv_u", "loss_d"]
-        return columns(out, names), torch.load(out / "last.pt", weights_only=True)
-    (one, a), (none, b), (all_, c) = run("one", "--threshold=1"), run("no", "--lam-semi=0"), run("all", "--threshold=0")
-    assert one == none and all(torch.equal(a["seg"][k], b["seg"][k]) for k in a["seg"])
-    assert all(torch.equal(a["disc"][k], b["disc"][k]) for k in a["disc"])
-    assert one != all_ and not all(torch.equal(a["seg"][k], c["seg"][k]) for k in a["seg"])

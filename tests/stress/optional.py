@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Killed, call, interrupt, log
-from test_export import differing_pixels
+from test_predict import differing_pixels
 from test_report import page  # noqa: F401
 
 

@@ -3,6 +3,7 @@ pictures, operators under sanitizers. Nothing may be lost.
 
     python tests/stress/survive.py             about 90 minutes on 2 cores
     python tests/stress/survive.py --share 0.02 --seed 7 --kinds pictures kills
+    python tests/stress/survive.py --share 0.03 --kinds pictures checkpoints wrong_flags    half a minute, in .ci/run
 
 Each kind prints a line. Refused: one line on standard error and status 2. Survived: it worked, or --resume took the run
 to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read, memory that grows.
@@ -56,8 +57,8 @@ SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a ran
 MARK = "item "  # before a line that a child prints of its work
 
 
-def make(folder):
-    """A data set of 8 + 2 pictures of blocks, and a checkpoint of one step."""
+def make_data(folder):
+    """A data set of 8 + 2 pictures of blocks."""
     rng = np.random.RandomState(0)
     for part in ("images", "labels"):
         (folder / "data" / part).mkdir(parents=True)
@@ -72,6 +73,11 @@ def make(folder):
         if n % 2:
             image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
         image.save(folder / f"data/labels/{n}.png")
+
+
+def make(folder):
+    """The data set, two pictures of it in the layouts of others, and a checkpoint of one step."""
+    make_data(folder)
     for n, part in (0, "train"), (3, "val"):  # the same in the layouts that prepare.py converts
         for name, source in ((f"camvid/{part}/{n}", "images"), (f"camvid/{part}annot/{n}", "labels"),
                              (f"cityscapes/leftImg8bit/{part}/a/a_1_{n}_leftImg8bit", "images"),
@@ -143,6 +149,7 @@ def pictures(folder, rng, _):
     whole = rng.choice(sorted((folder / "data" / kind[0]).glob(f"*.{kind[1]}")))
     file = file.with_suffix(whole.suffix)
     warnings.simplefilter("error")  # one on the way is an error too
+    warnings.simplefilter("ignore", ResourceWarning)  # files are closed when they are collected
     file.write_bytes(spoil(whole.read_bytes(), rng))
     try:
         if kind[0] == "images":
@@ -176,7 +183,8 @@ def checkpoints(folder, rng, number):
             call(train_semi, command("train_semi", folder, "resumed", "--iters", 2, "--resume")[2:])
         else:
             model.load_segmenter(file)
-    except console.InputError:
+    except console.InputError as e:
+        assert len(str(e).splitlines()) == 1, e
         return "refused"
     return "survived"
 

@@ -21,9 +21,10 @@ from common.layouts import IGNORE
 from csrc import ops
 
 
-@pytest.mark.parametrize("script", ["train_base", "train_adv"])
-def test_the_simpler_scripts_on_two_ranks_and_resumed(voc, train, tmp_path, script):
-    test_distributed.test_two_ranks_train_as_one(voc, train, tmp_path, script)
+@pytest.mark.parametrize("script", ["train_base", "train_adv", "train_semi"])
+def test_other_scripts_on_two_ranks_and_resumed(voc, train, tmp_path, script):
+    if script != "train_semi":
+        test_distributed.test_two_ranks_train_as_one(voc, train, tmp_path, script)
     test_distributed.test_stopped_and_resumed_is_straight(train, tmp_path, script)
 
 
