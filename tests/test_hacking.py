@@ -22,7 +22,7 @@ PROTO = [  # (text of train_base.py, its replacement), for a second network
 """),
     ("    run = Run(__file__, args, dataset, labelled, ops.describe)\n", """\
     args.proto_start = args.iters // 4 if args.proto_start is None else args.proto_start
-    run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_proto": HealthyRange(0, 1e-9, "raise it", "lower it")})
+    run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_proto": HealthyRange(0, 1e-9, "raise", "lower")})
 """),
     ("from common.run import Run\n", "from common.run import HealthyRange, Run\n"),
     ("    run.resume(seg=seg_raw, opt_seg=opt_seg)\n", """\

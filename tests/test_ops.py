@@ -32,16 +32,15 @@ def loss_of(logits, target, confidence, valid, threshold, size, divide):
     for n in range(len(logits)):
         u = upsample(logits[n], size)
         c = None if confidence is None else upsample(confidence[n], size)[0]
-        for y in range(size[0]):
-            for x in range(size[1]):
-                label = u[:, y, x].argmax() if target is None else target[n, y, x]
-                if label == 255 or (valid is not None and not valid[n, y, x]):
-                    continue
-                everything += 1
-                if c is not None and not 1 / (1 + math.exp(-c[y, x])) > threshold:
-                    continue
-                kept += 1
-                total -= u[label, y, x] - np.log(np.exp(u[:, y, x]).sum())
+        for y, x in np.ndindex(*size):
+            label = u[:, y, x].argmax() if target is None else target[n, y, x]
+            if label == 255 or (valid is not None and not valid[n, y, x]):
+                continue
+            everything += 1
+            if c is not None and not 1 / (1 + math.exp(-c[y, x])) > threshold:
+                continue
+            kept += 1
+            total -= u[label, y, x] - np.log(np.exp(u[:, y, x]).sum())
     return total / max(1, kept if divide == "kept" else everything), kept
 
 

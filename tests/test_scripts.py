@@ -55,6 +55,14 @@ def test_as_a_user_runs_it(trained, blocks, tmp_path):
     assert (out / "log.jsonl").read_text() == (trained["train_semi"] / "log.jsonl").read_text()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_workers_start_before_the_networks(train, monkeypatch, script):
+    """Forked later, each of them would hold a copy."""
+    create, workers = model.create_segmenter, torch.multiprocessing.active_children
+    monkeypatch.setattr(model, "create_segmenter", lambda *args: workers() and create(*args))
+    train(script, "--iters", 1, "--workers", 1)
+
+
 @QUICK
 def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, capsys):
     """The mIoU is that of the PNGs that eval.py writes, counted here over whole images without void."""
@@ -70,8 +78,6 @@ def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"mIoU {100 * np.nanmean(iou):.2f}"
     assert Image.open(tmp_path / "p/overview.jpg").width == 3 * 240
 
-
-# ---- the methods ----
 
 def columns(out, names):
     return [[row[name] for name in names] for row in log(out)]
@@ -175,8 +181,6 @@ def test_the_student_of_train_match_learns_what_its_teacher_predicts(voc, train)
     base = load(train("train_base", *WORDS, out="base"))["seg"]  # statistics are those of labelled images only
     assert all(torch.equal(checkpoint[part][name], base[name]) for name in statistics for part in ("seg", "student"))
 
-
-# ---- resuming ----
 
 def test_killed_and_resumed_is_straight(train, capsys, fails, voc):
     """Killed after step 3 with a checkpoint of step 2: log and checkpoint end as those of a run without the kill."""
@@ -291,8 +295,6 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     found, note = resolve(cuda=True)
     assert found == ["resnet101", 321, 1, 20000, 0.1] and "CUDA" not in note
 
-
-# ---- wrong input ----
 
 @pytest.mark.parametrize("script, flags, named", [
     ("train_base", "--data nowhere", "--data nowhere"), ("train_base", "--split nan", "--split nan"),
