@@ -124,7 +124,7 @@ struct Tile {
     largest = max_lanes(largest, threads), lowest_best = max_lanes(lowest_best, threads);
     max_down = max_lanes(max_down, threads), max_right = max_lanes(max_right, threads);
     const float max_step = fmaxf(grid.y.step * max_down, grid.x.step * max_right);
-    smooth = __all_sync(ALL, is_smooth(largest, lowest_best, fmaxf(max_down, max_right), max_step, nonfinite));
+    smooth = __all_sync(ALL, is_smooth(largest, lowest_best, max_step, nonfinite));
     for (int k = threadIdx.x % threads; k < K; k += threads) {
       const float4 c = corners[at(k)];
       sums[at(k)] = make_float4(0, 0, 0, 0);

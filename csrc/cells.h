@@ -214,19 +214,18 @@ struct CellIterator {
 
  private:
   void read_cells() {
-    Floats lowest_best = largest = splat(-INFINITY), max_right{}, max_down{}, nonfinite{};
+    Floats lowest_best = largest = splat(-INFINITY), max_right{}, nonfinite{};
     for (int k = 0; k < K; k++) {
       const auto [a, b, c, d] = corners(k);
       largest = max(max(max(a, b), max(c, d)), largest);
       lowest_best = max(min(min(a, b), min(c, d)), lowest_best);
       max_right = max(max(abs(b - a), abs(d - c)), max_right);
-      max_down = max(max(abs(c - a), abs(d - b)), max_down);
       nonfinite += (a + b + c + d) * 0;  // 0, or NaN
       coeffs[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
     // no limit between rows, each of which starts anew, nor for cells of at most two columns, computed pixel by pixel
     const Floats max_step = up.x.step > 0.5f ? Floats{} : up.x.step * max_right;
-    const Ints mask = is_smooth(largest, lowest_best, max(max_right, max_down), max_step, nonfinite);
+    const Ints mask = is_smooth(largest, lowest_best, max_step, nonfinite);
     smooth = true;
     for (int l = 0; l < LANES; l++) smooth &= mask[l] != 0;
   }

@@ -58,11 +58,11 @@ ON_BOTH inline F exp2_polynomial(F r) {
 
 // Whether the exponentials of a cell may be computed from pixel to pixel by e += e * m, with the largest corner as the
 // shift: all corners are finite, and neither underflow nor lost digits matter. `lowest_best` is a lower bound of a
-// pixel's largest logit, `max_slope` the largest difference between neighbouring corners, `max_step` that between
-// neighbouring pixels, `nonfinite` is 0 or NaN. Below 40 and 64 nothing underflows; a step of 4 costs e^4 roundings.
+// pixel's largest logit, so that its denominator is at least e^-40; `max_step` is the largest difference between
+// neighbouring pixels, which costs at most e^4 roundings and lets 8 pixels rise by 28 only; `nonfinite` is 0 or NaN.
 template <class F>
-ON_BOTH inline auto is_smooth(F largest, F lowest_best, F max_slope, F max_step, F nonfinite) {
-  return (largest - lowest_best + max_slope < 64) & (largest - lowest_best < 40) & (max_step < 4) & (nonfinite == 0);
+ON_BOTH inline auto is_smooth(F largest, F lowest_best, F max_step, F nonfinite) {
+  return (largest - lowest_best < 40) & (max_step < 4) & (nonfinite == 0);
 }
 
 // The logit of a probability threshold (float32 on the CPU). Comparing logits avoids sigmoids that round to it.
