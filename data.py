@@ -87,7 +87,7 @@ def cityscapes_ids():
     """Return a table (256,) uint8 from Cityscapes' label ids to its 19 train ids, 255 for ignored ones."""
     from torchvision.datasets import Cityscapes
     table = np.arange(256, dtype=np.uint8)  # other ids are above 18, so read_label rejects them
-    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # -1 is 255 in both
+    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # -1: the last
     return table
 
 

@@ -265,7 +265,7 @@ def pseudo_label_loss(logits, pseudo, valid, divide="kept"):
     """Return (cross entropy against pseudo-labels, fraction of valid pixels that have one), 0-dim.
 
     logits: (N,K,h,w). pseudo: (N,H,W) uint8, 255 if none. valid: (N,H,W) bool, False on padding. divide: "kept": the
-    cross entropy is a mean over the selected pixels; "valid": over all valid pixels.
+    cross entropy is a mean over the selected pixels; "all": over all valid pixels.
     """
     loss, count = ops.masked_cross_entropy(logits, pseudo)
     total = valid.sum()

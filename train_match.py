@@ -23,9 +23,9 @@ def flags():
     p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
     p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights per step (default "
                    "0.99; lower it for short runs)")
-    p.add_argument("--confidence", type=PROBABILITY, default=0.8, help="pixels on which the teacher's probability is "
-                   "higher become pseudo-labels; lower for classes of low mean confidence, as in FreeMatch (default "
-                   "0.8; raise it if `kept` is 1)")
+    p.add_argument("--confidence", type=PROBABILITY, default=0.8, help="teacher's probability above which a pixel "
+                   "gets a pseudo-label, lowered for classes of low mean confidence as in FreeMatch (default 0.8; "
+                   "raise it if `kept` is 1)")
     p.add_argument("--cutmix", type=PROBABILITY, default=0.5, help="probability of CutMix per image (default 0.5; "
                    "0 turns it off)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
@@ -71,7 +71,7 @@ def main(args):
             with seg_raw.fixed_statistics():  # running statistics are those of labelled images
                 logits_s = seg(image_s)  # (B,K,h,w), of the strong view
         loss_ce = model.cross_entropy(logits, target)
-        loss_u, kept = model.pseudo_label_loss(logits_s, pseudo, valid_u, divide="valid")
+        loss_u, kept = model.pseudo_label_loss(logits_s, pseudo, valid_u, divide="all")
         loss = loss_ce + (args.lam_u if step > args.u_start else 0) * loss_u
 
         opt_seg.zero_grad()

@@ -23,8 +23,8 @@ def flags():
     p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
                    "images (default 0.001, from the authors' code; the paper has none)")
     p.add_argument("--lam-semi", type=number(), help="weight of loss_semi (default 0.1, paper; small data: 0.5)")
-    p.add_argument("--threshold", type=PROBABILITY, default=0.2, help="pixels on which D's confidence (0..1) is higher "
-                   "become pseudo-labels (default 0.2, paper; raise it if `kept` is 1)")
+    p.add_argument("--threshold", type=PROBABILITY, default=0.2, help="D's confidence above which a pixel gets a "
+                   "pseudo-label (default 0.2, paper; raise it if `kept` is 1)")
     p.add_argument("--semi-start", type=number(int), help="step after which loss_semi is used (default --iters / 4)")
     return p
 

@@ -14,12 +14,12 @@ from common.layouts import read_lines
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],
              input_scale=1)
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
-# Small settings, for the generated data set and for a custom data set without CUDA.
+# Small settings, for the generated data set and for a custom data set on the CPU.
 SHAPES = PAPER | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3, eval_every=160)
 CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3)
 
 EPILOG = """@FILE reads more flags from a file (see recipes/README.md); later flags override earlier ones.
-A value marked "paper" is the default except for small data: `shapes`, and without CUDA a data set with classes.txt.
+A value marked "paper" is the default, except for small data: `shapes`, and on the CPU a data set with classes.txt.
 OUT/run.json lists the values used."""
 
 
@@ -73,8 +73,8 @@ def shared_flags(description, out):
     add("--split", type=float, default=0.5, help="labelled fraction, above 0 and at most 1 (default 0.5)")
     add("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
     add("--labelled-ids", metavar="FILE", help="file of the labelled ids, one a line, instead of --split")
-    add("--crop", type=int, help="side of the square training crops in pixels: stride*k+1, at least 65 (paper: 321); "
-        "lower it if memory runs out")
+    add("--crop", type=int, help="side of the square training crops in pixels: stride*k+1, at least 65 (paper: 321, "
+        "Cityscapes 513; shapes: 97; other small data: 65 to 161); lower it if memory runs out")
     add("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"), help="range of the random scaling of crops, on top "
         "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1)")
     add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="factor by which images are shrunk for the network, "
@@ -96,18 +96,20 @@ def shared_flags(description, out):
         "bias fixed; frozen the running statistics too, for batches of a few images (default train)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000; small data: 1000, shapes 320)")
-    add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10)")
+    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000, Cityscapes 40000; small data: 1000, shapes "
+        "320)")
+    add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10, Cityscapes 2; small data: "
+        "8, shapes 4)")
     add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; small data: 2e-3)")
     add("--head-lr", type=number(), default=10, metavar="FACTOR", help="learning rate of the classifier as a multiple "
-        "of --lr (default 10, from the authors' code; paper: 1)")
+        "of --lr (default 10, as in the authors' code; the paper has one rate)")
     add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps between updates of the poly "
         "learning rate; 0 keeps it constant (default 1)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
     add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
-    add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: on CUDA devices that support "
-        "it, and for ResNets on CPUs with AMX)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: yes on CUDA devices that "
+        "support it and for ResNets on CPUs with AMX, else no)")
 
     add = parser.add_argument_group("run").add_argument
     add("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU; under torchrun each rank uses its "
@@ -126,7 +128,7 @@ def resolve_args(args, dataset, init_format, paper=None, small=None):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
     init_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
-    default} of the script's own flags; small data is `shapes`, and a custom data set without CUDA.
+    default} of the script's own flags; small data is `shapes`, and a custom data set on the CPU.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     custom_on_cpu = dataset.kind == "custom" and (args.gpu < 0 or not torch.cuda.is_available())
@@ -142,7 +144,7 @@ def resolve_args(args, dataset, init_format, paper=None, small=None):
 
 
 def custom_defaults(dataset, given):
-    """Return defaults for a custom data set without CUDA, and name them in the data set's note."""
+    """Return defaults for a custom data set on the CPU, and name them in the data set's note."""
     # images are shrunk to at most 320 pixels; crops are as large as the shorter side allows, at most 161
     short, long = dataset.median_size()
     scale = given.get("input_scale") or next((x for x in (1, 0.5) if long * x <= 320), 0.25)
@@ -150,7 +152,7 @@ def custom_defaults(dataset, given):
     chosen = [f"--{name.replace('_', '-')} {value}" for name, value in defaults.items()
               if name not in given and value != PAPER[name]]
     if chosen:
-        dataset.note += (f"no CUDA, so small settings: {' '.join(chosen)} (the paper's: recipes/paper_voc_base.txt); ")
+        dataset.note += (f"on the CPU, small settings: {' '.join(chosen)} (the paper's: recipes/paper_voc_base.txt); ")
     return defaults
 
 

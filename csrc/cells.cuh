@@ -1,8 +1,8 @@
 // Bilinear interpolation by cells, align_corners=True, for the CUDA kernels. cells.h has a drawing of a cell.
 //
 // A block takes 8 cells side by side and keeps their corners in shared memory; all blocks lie along the grid's x axis.
-// In a cell a class's logit is a + fx*b + fy*(c + fx*d). Down a column of pixels one exponential and one polynomial
-// are enough: e += e * m from pixel to pixel, with m = exp(step * (c + fx*d)) - 1. Each step costs half an ulp. The
+// In a cell a class's logit is a + fx*b + fy*(c + fx*d). Down a column of pixels (softmax: along a row) one
+// exponential and one polynomial are enough: e += e * m from pixel to pixel, m = exp(step * (c + fx*d)) - 1. The
 // largest corner of a cell is subtracted first. If a corner is not finite, or corners are far apart, the cell's warp
 // computes pixels one by one by ATen's formula.
 //

@@ -48,7 +48,7 @@ inline void check_class(const char* name, int64_t id, int64_t K) {
                                 std::to_string(K - 1) + " and not ignored");
 }
 
-// Writes n ids as bytes, NONE for `ignore` and for ids outside 0..K-1. Returns whether one was outside, not `ignore`.
+// Writes n ids as bytes, NONE for `ignore` and for ids outside 0..K-1. Returns whether another one was outside.
 template <class T>
 bool read_ids(const T* __restrict from, int64_t n, T K, int64_t ignore, uint8_t* __restrict to) {
   const T ignored_id = ignore, can_ignore = int64_t(ignored_id) == ignore;
@@ -202,7 +202,7 @@ struct CellIterator {
         block.fx = &columns.fx[columns.offset[v]];
         block.fy = up.y.fraction[block.row];
         for (block.offset = 0; block.offset < columns.most[v];) {
-          const int P = smooth && block.offset + 4 <= columns.most[v] ? PIXELS : 1;
+          const int P = smooth && block.offset + 4 <= columns.most[v] ? PIXELS : 1;  // fewer left: one by one
           if (P == 1) visit(std::integral_constant<int, 1>(), block);
           else visit(std::integral_constant<int, PIXELS>(), block);
           block.offset += P, block.fx += P * LANES;
@@ -223,7 +223,7 @@ struct CellIterator {
       nonfinite += (a + b + c + d) * 0;  // 0, or NaN
       coeffs[k] = {a, c - a, b - a, (d - c) - (b - a)};
     }
-    // no limit between rows, each of which starts anew, nor for cells of at most two columns, computed pixel by pixel
+    // rows start anew: no limit between them; nor in cells of at most two columns, whose blocks have one pixel
     const Floats max_step = up.x.step > 0.5f ? Floats{} : up.x.step * max_right;
     const Ints mask = is_smooth(largest, lowest_best, max_step, nonfinite);
     smooth = true;

@@ -13,7 +13,7 @@
 // Never stored: the upsampled logits.
 // Order of sums. Exponentials are summed in the order of the classes; counts are integers, whose order does not matter.
 // Wrong ids. An id that is no class sets bits of the first cell that make it negative, on which ops.mean_iou raises.
-// The naive kernel is the loop body of that in confusion_matrix.cpp, with a thread for each pixel and atomicAdd.
+// A naive kernel is the loop body of that in confusion_matrix.cpp, with a thread for each pixel and atomicAdd.
 #include "cells.cuh"
 
 namespace {

@@ -57,15 +57,15 @@ ON_BOTH inline F exp2_polynomial(F r) {
 }
 
 // Whether the exponentials of a cell may be computed from pixel to pixel by e += e * m, with the largest corner as the
-// shift: all corners are finite, and neither underflow nor lost digits matter. `lowest_best` is a lower bound of a
-// pixel's largest logit, so that its denominator is at least e^-40; `max_step` is the largest difference between
-// neighbouring pixels, which costs at most e^4 roundings and lets 8 pixels rise by 28 only; `nonfinite` is 0 or NaN.
+// shift. All corners are finite (`nonfinite` is 0, not NaN). `lowest_best` is a lower bound of a pixel's largest logit,
+// so that denominators are above e^-40. A step between pixels is below 4: it costs up to e^4 roundings, and in the 7
+// steps of a block an e that underflowed, below e^-87, stays below e^-59, which is 4e-9 of the denominator.
 template <class F>
 ON_BOTH inline auto is_smooth(F largest, F lowest_best, F max_step, F nonfinite) {
   return (largest - lowest_best < 40) & (max_step < 4) & (nonfinite == 0);
 }
 
-// The logit of a probability threshold (float32 on the CPU). Comparing logits avoids sigmoids that round to it.
+// The logit of a threshold (float32 on the CPU). Comparing logits avoids sigmoids that round to the threshold.
 inline float logit(const Tensor& threshold) {
   const double p = *threshold.const_data_ptr<float>();
   return p > 0 && p < 1 ? std::log(p / (1 - p)) : std::copysign(INFINITY, p - 0.5);

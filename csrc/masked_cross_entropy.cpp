@@ -11,9 +11,9 @@
 // Division of work. label_map: threads share the rows of pixels. cross_entropy: threads share the rows of cells; a
 // vector holds one pixel of each of LANES cells, a block PIXELS neighbouring pixels of each.
 // Never stored: anything of size (N,K,H,W).
-// Exponentials. Two serve all pixels of a row of a cell: e = exp(A + fx * B - shift) of the first one, see cells.h, the
-// shift being the cell's largest corner, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, which costs
-// half an ulp. Cells with corners that are not finite or far apart are computed pixel by pixel by ATen's formula.
+// Exponentials. Two serve a block: e = exp(A + fx * B - shift) of its first pixel, see cells.h, with the cell's largest
+// corner as shift, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, which costs half an ulp if m is small.
+// If a cell of a vector is not smooth (is_smooth), its pixels are computed one by one by ATen's formula.
 // Order of sums. Losses are summed in float32 over a block and in float64 over blocks, then rows of cells. A class's
 // gradient is summed over a block, then over the blocks of a cell, then at its point over up to four cells. The bits do
 // not depend on the number of threads.
@@ -120,7 +120,7 @@ struct CrossEntropyTask {
   CellIterator cells;
   Gradient gradient;
   std::vector<Floats> e;                    // (K*PIXELS)
-  std::vector<float> label_sum, label_sum_x;  // (256,LANES), 0 between blocks, but for row NONE, never read
+  std::vector<float> label_sum, label_sum_x;  // (256,LANES), 0 between blocks except row NONE, never read
 
   CrossEntropyTask(const Upsampling& up, const uint8_t* labels, double* losses, float* grad)
       : up(up), labels(labels), losses(losses), with_grad(grad), cells(up), gradient(grad, up), e(cells.K * PIXELS),

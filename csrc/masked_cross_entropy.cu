@@ -14,7 +14,7 @@
 // Order of sums. A thread sums over classes, then pixels; shuffles sum over the threads of a cell, and for the loss
 // over a warp; gather_cell_gradients adds up to four cells. The order is fixed: the same bits from run to run. Counts
 // are integers; their order does not matter.
-// The naive kernel is the loop body of that in masked_cross_entropy.cpp, with a thread for each pixel and atomicAdd for
+// A naive kernel is the loop body of that in masked_cross_entropy.cpp, with a thread for each pixel and atomicAdd for
 // `loss` and `grad`.
 #include "cells.cuh"
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
       valid ? valid->const_data_ptr<bool>() : nullptr, AxisFormula(confidence ? confidence->size(2) : 1, height),
       AxisFormula(confidence ? confidence->size(3) : 1, width), logit(threshold), unsigned(rows), int(K), ignore,
       labels.mutable_data_ptr<uint8_t>(), reinterpret_cast<Count*>(counts.mutable_data_ptr<int64_t>())};
-  launch(map_labels, std::clamp<int64_t>(rows / 8, 1, 1056), 256, 3 * sizeof(unsigned), params);
+  launch(map_labels, std::clamp<int64_t>(rows / 8, 1, 1056), 256, 3 * sizeof(unsigned), params);  // 8 warps a block
   return {labels, counts};
 }
 
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, con
       any |= label[i] != NONE;
     }
     if (!__any_sync(ALL, any)) return;
-    column.denominators(inv_denominator);
+    column.denominators(inv_denominator);  // inverted below
     for (int i = 0; i < ROWS; i++) {
       const bool selected = label[i] != NONE;
       if (selected) loss -= LN2 * column.exponent(label[i], i), product *= inv_denominator[i];

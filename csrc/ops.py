@@ -194,7 +194,7 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     upsampled = _upsample(logits, size)  # (N,K,H,W)
     if target is None:
         target, ignore = upsampled.argmax(1), -1  # (N,H,W)
-    selected = target.long() != ignore  # as bytes 300 would be 44
+    selected = target.long() != ignore  # as uint8 an ignore of 300 would be 44
     labels, wrong = _in_range(target, selected, logits.shape[1], "target")
     if valid is not None:
         selected = selected & valid

@@ -12,7 +12,7 @@
 // Never stored: the upsampled logits. Backward computes the probabilities again.
 // Order of sums. A lane sums over its classes, shuffles sum over the warp; gradients are summed over pixels, 8 columns
 // at a time, then over up to four cells by gather_cell_gradients. The order is fixed: the same bits from run to run.
-// The naive kernel is the loop body of that in upsample_softmax.cpp, with a thread for each pixel.
+// A naive kernel is the loop body of that in upsample_softmax.cpp, with a thread for each pixel.
 #include "cells.cuh"
 
 namespace {
