@@ -12,7 +12,7 @@
 // vector holds one pixel of each of LANES cells, a block PIXELS neighbouring pixels of each.
 // Never stored: anything of size (N,K,H,W).
 // Exponentials. Two serve a block: e = exp(A + fx * B - shift) of its first pixel, see cells.h, with the cell's largest
-// corner as shift, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, which costs half an ulp if m is small.
+// corner as shift, and m = exp(step * B) - 1. Then e += e * m from pixel to pixel, at half an ulp if m is small.
 // If a cell of a vector is not smooth (is_smooth), its pixels are computed one by one by ATen's formula.
 // Order of sums. Losses are summed in float32 over a block and in float64 over blocks, then rows of cells. A class's
 // gradient is summed over a block, then over the blocks of a cell, then at its point over up to four cells. The bits do

@@ -293,7 +293,7 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     assert found == ["resnet18", 97, scale, 7, 0.5] and "--crop" not in note and "--backbone" not in note
     assert resolve("@recipes/paper_voc_semi.txt")[0] == ["resnet101", 321, scale, 20000, 0.1]
     found, note = resolve(cuda=True)
-    assert found == ["resnet101", 321, 1, 20000, 0.1] and "CUDA" not in note
+    assert found == ["resnet101", 321, 1, 20000, 0.1] and "small" not in note
 
 
 @pytest.mark.parametrize("script, flags, named", [
