@@ -301,7 +301,8 @@ def full_disk(folder, many, seed):
     return counts
 
 
-MOMENTS = {"load": "data.read_image", "step": "model.set_poly_lr", "save": "torch.save", "evaluation": "data.pad_to_stride"}
+MOMENTS = {"load": "data.read_image", "step": "model.set_poly_lr", "save": "torch.save",
+           "evaluation": "data.pad_to_stride"}
 
 
 def signals(folder, many, seed):
