@@ -21,7 +21,7 @@ from test_cuda_on_cpu import CXX, HEADER, HEADERS, INCLUDE, SHAPES, TESTS, VERSI
 from common.console import InputError
 from csrc import bench, build, ops
 
-built, compiled = t.built, test_nvcc.compiled  # fixtures
+built = t.built  # a fixture
 NVCC = pytest.mark.skipif(not build.cuda_home(), reason="no nvcc")
 COMPILERS = [name for name in ("g++-10", "g++-11", "clang++-14", "clang++") if shutil.which(name)]
 
@@ -101,9 +101,10 @@ def test_the_header_finds_planted_bugs(plant):
 
 
 @NVCC
-def test_memory_accesses_in_ptx(compiled):
-    """No local memory; a cell's four numbers in shared memory are one access of 16 bytes."""
-    for name, (_, ptx) in compiled.items():
+def test_all_architectures():
+    """Few registers, no local memory; a cell's four numbers in shared memory are one access of 16 bytes."""
+    test_nvcc.test_no_spills_and_few_registers(test_nvcc.ARCHITECTURES)
+    for name, (_, ptx) in test_nvcc.compile_kernels(test_nvcc.ARCHITECTURES).items():
         assert len(ptx) == len(test_nvcc.ARCHITECTURES)
         for text in ptx:
             assert not re.search(r"\.local|ld\.param\.\w+ .*depot", text), name
