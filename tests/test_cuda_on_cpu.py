@@ -134,7 +134,7 @@ TESTS = {k.test_confusion_matrix_of_runs: [(n, longest) for n in (1, 63, 1025, 9
          k.test_select_labels: [((5, 7),), ((3, 2),), ((5, 2),), ((3, 7),), ((1, 1),), ((9, 9),)],
          k.test_another_ignore_index: [(2,), (300,)],
          k.test_labels_out_of_range: [(6,), (254,), (-1,), (1 << 40,)]}
-QUICK = k.test_strides, k.test_ties_go_to_the_lowest_class, k.test_steps_along_one_axis, k.test_labels_out_of_range
+QUICK = k.test_strides, k.test_ties_go_to_the_lowest_class, k.test_labels_out_of_range
 TESTS = [pytest.param(test, args, id=f"{test.__name__}-{n}", marks=quick if test in QUICK else ())
          for test, several in TESTS.items() for n, args in enumerate(several)]
 
@@ -144,7 +144,6 @@ def test_kernels(kernels, test, args):
     test(*args)
 
 
-@quick
 def test_no_races_and_few_sectors():
     """Watch every memory access: no two threads meet without a barrier, and few 32-byte sectors are touched."""
     lib, op = library("watched", "-O1", "-fsanitize=thread"), torch.ops.watched

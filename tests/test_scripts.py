@@ -272,7 +272,7 @@ def test_an_earlier_run_is_not_lost(train, tmp_path, capsys):
 
 @QUICK
 @pytest.mark.parametrize("size, crop, scale", [((250, 170), 161, 1), ((90, 80), 81, 1), ((500, 375), 161, 0.5),
-                                               ((480, 200), 97, 0.5), ((4000, 3000), 161, 0.25), ((40, 30), 65, 1)])
+                                               ((480, 200), 97, 0.5), ((1600, 1200), 161, 0.25), ((40, 30), 65, 1)])
 def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     """Without CUDA small ones, named in the first line unless a flag is given; with CUDA the paper's."""
     (tmp_path / "images").mkdir()
