@@ -151,7 +151,7 @@ def test_images_of_16_bits_are_refused(tmp_path):
 def test_damaged_images_and_labels(tmp_path):
     """Each is read, or refused in one line that names the file; 2,000 of them: tests/stress/survive.py."""
     survive.make_data(tmp_path)
-    outcomes = [survive.pictures(tmp_path, random.Random(n), n) for n in range(400)]
+    outcomes = [survive.images(tmp_path, random.Random(n), n) for n in range(400)]
     assert 40 < outcomes.count("survived") < 360
 
 

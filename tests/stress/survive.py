@@ -1,9 +1,9 @@
 """What a user's accidents and long runs do: broken files, wrong flags, kills, full disks, signals, 3,000 steps, 200,000
-pictures, operators under sanitizers. Nothing may be lost.
+images, operators under sanitizers. Nothing may be lost.
 
     python tests/stress/survive.py             about 90 minutes on 2 cores
-    python tests/stress/survive.py --share 0.02 --seed 7 --kinds pictures kills
-    python tests/stress/survive.py --share 0.03 --kinds pictures checkpoints wrong_flags    half a minute, in .ci/run
+    python tests/stress/survive.py --share 0.02 --seed 7 --kinds images kills
+    python tests/stress/survive.py --share 0.03 --kinds images checkpoints wrong_flags    half a minute, in .ci/run
 
 Each kind prints a line. Refused: one line on standard error and status 2. Survived: it worked, or --resume took the run
 to its end. Lost: a traceback, a crash, another exit status, a checkpoint that cannot be read, memory that grows.
@@ -26,7 +26,7 @@ import warnings
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: nets here are small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: networks here are small
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ MARK = "item "  # before a line that a child prints of its work
 
 
 def make_data(folder):
-    """A data set of 8 + 2 pictures of blocks."""
+    """A data set of 8 + 2 images of blocks."""
     rng = np.random.RandomState(0)
     for part in ("images", "labels"):
         (folder / "data" / part).mkdir(parents=True)
@@ -66,17 +66,17 @@ def make_data(folder):
     for n in range(10):
         label = rng.randint(0, 4, (5, 6)).repeat(16, 0).repeat(16, 1).astype(np.uint8)
         kind = (".png", ".jpg", ".jpg")[n % 3]
-        picture = Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8))
-        picture = picture.convert(("RGB", "RGBA", "P", "L")[n // 3] if kind == ".png" else "RGB")
-        picture.save(folder / f"data/images/{n}{kind}", progressive=n == 2)
-        image = Image.fromarray(label)
+        image = Image.fromarray(rng.randint(0, 255, (80, 96, 3), np.uint8))
+        image = image.convert(("RGB", "RGBA", "P", "L")[n // 3] if kind == ".png" else "RGB")
+        image.save(folder / f"data/images/{n}{kind}", progressive=n == 2)
+        mask = Image.fromarray(label)
         if n % 2:
-            image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-        image.save(folder / f"data/labels/{n}.png")
+            mask.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+        mask.save(folder / f"data/labels/{n}.png")
 
 
 def make(folder):
-    """The data set, two pictures of it in the layouts of others, and a checkpoint of one step."""
+    """The data set, two images of it in the layouts of others, and a checkpoint of one step."""
     make_data(folder)
     for n, part in (0, "train"), (3, "val"):  # the same in the layouts that prepare.py converts
         for name, source in ((f"camvid/{part}/{n}", "images"), (f"camvid/{part}annot/{n}", "labels"),
@@ -144,7 +144,7 @@ def call(module, words):
 
 # ---- what a child does: (folder, random.Random, number of the item) -> "refused" or "survived"; all else is lost ----
 
-def pictures(folder, rng, _):
+def images(folder, rng, _):
     kind, file = rng.choice([("images", "jpg"), ("images", "png"), ("labels", "png")]), folder / "spoilt"
     whole = rng.choice(sorted((folder / "data" / kind[0]).glob(f"*.{kind[1]}")))
     file = file.with_suffix(whole.suffix)
@@ -306,7 +306,7 @@ MOMENTS = {"load": "data.read_image", "step": "model.set_poly_lr", "save": "torc
 
 
 def signals(folder, many, seed):
-    """SIGTERM while a picture is loaded, in a step, a save, an evaluation: --resume gives the log of a straight run."""
+    """SIGTERM while a image is loaded, in a step, a save, an evaluation: --resume gives the log of a straight run."""
     counts, rng = dict(refused=0, survived=0, lost=0), random.Random(f"{seed}/signals")
     words = "--iters", 8, "--eval-every", 4, "--save-every", 2
     train("train_semi", folder, "straight", *words)
@@ -374,7 +374,7 @@ def soak(folder, many, seed):
         for step in early, end // 10 * 10:  # crops differ by step; without what an evaluation starts
             of = [seen[n][1][:5] for n in range(max(done + 10, step - 40), step + 1, 10)]
             mb = [np.median([u[i][0] for u in of]) for i in range(len(of[-1]))]
-            files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two pictures
+            files, threads = (min(sum(process[i] for process in u) for u in of) for i in (1, 2))  # between two images
             print(f"soak: step {step}: {len(mb)} processes, {sum(mb):.0f} MB ({mb[0]:.0f} the script), {files} files, "
                   f"{threads} threads")
             found.append((sum(mb), files, threads))
@@ -384,11 +384,11 @@ def soak(folder, many, seed):
     return dict(refused=0, survived=done * good, lost=int(not good))
 
 
-def many_pictures(folder, many, seed):
-    """So many unlabelled pictures against 1,000: at most 10 s to the first step and 200 MB a worker more."""
+def many_images(folder, many, seed):
+    """So many unlabelled images against 1,000: at most 10 s to the first step and 200 MB a worker more."""
     found = {}
     for number in 1000, many:
-        place = folder / f"pictures{number}"
+        place = folder / f"images{number}"
         place.mkdir()
         for n in range(number):
             (place / f"{n:06}.jpg").symlink_to(folder / f"copies/{n % 5}.jpg")
@@ -397,7 +397,7 @@ def many_pictures(folder, many, seed):
         shutil.copy(folder / "data/images/1.jpg", folder / f"copies/{n}.jpg")
     for number in (1000, many) * 3:
         words = command("train_semi", folder, "many", "--iters", 1, "--workers", 2, "--unlabelled",
-                        folder / f"pictures{number}", "--seed", seed)
+                        folder / f"images{number}", "--seed", seed)
         status, seen = watched(words, folder)
         if status:
             return dict(refused=0, survived=0, lost=1)
@@ -405,7 +405,7 @@ def many_pictures(folder, many, seed):
         before = found.get(number, (seconds, 0))
         found[number] = min(seconds, before[0]), max(before[1], *(u[0] for u in workers))
     (few_s, few_mb), (many_s, many_mb) = found.values()
-    print(f"many pictures: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
+    print(f"many images: first step after {few_s:.1f} s with 1,000, {many_s:.1f} s with {many:,}; a worker has "
           f"{few_mb:.0f} and {many_mb:.0f} MB")
     good = many_s < few_s + 10 and many_mb < few_mb + 200
     return dict(refused=0, survived=int(good), lost=int(not good))
@@ -497,10 +497,10 @@ def operator_calls(seconds, seed):
     print(f"{MARK}{count}")
 
 
-WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals, "soak": soak, "many_pictures": many_pictures,
+WHOLE_RUNS = {"kills": kills, "full_disk": full_disk, "signals": signals, "soak": soak, "many_images": many_images,
               "operators": operators}
-KINDS = {"pictures": 2000, "checkpoints": 300, "wrong_flags": 100 * len(RIGHT), "kills": 100, "full_disk": 10,
-         "signals": 16, "soak": 3000, "many_pictures": 200_000, "operators": 600}  # tries, steps, files, seconds
+KINDS = {"images": 2000, "checkpoints": 300, "wrong_flags": 100 * len(RIGHT), "kills": 100, "full_disk": 10,
+         "signals": 16, "soak": 3000, "many_images": 200_000, "operators": 600}  # tries, steps, files, seconds
 
 
 def main(args):
