@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args([*expand_files(sys.argv[1:] if words is None else words)], namespace)
 
     def error(self, message):
-        raise InputError(message)
+        raise InputError(f"{message}; see --help")
 
 
 def expand_files(words, folder=Path()):
