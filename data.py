@@ -87,7 +87,8 @@ def cityscapes_ids():
     """Return a table (256,) uint8 from Cityscapes' label ids to its 19 train ids, 255 for ignored ones."""
     from torchvision.datasets import Cityscapes
     table = np.arange(256, dtype=np.uint8)  # other ids are above 18, so read_label rejects them
-    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]  # -1: the last
+    # licence plates have the ids -1, which is the index 255, and -1 % 256
+    table[[c.id for c in Cityscapes.classes]] = [c.train_id % 256 for c in Cityscapes.classes]
     return table
 
 

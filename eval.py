@@ -27,7 +27,7 @@ EXAMPLES = 8  # images drawn beside label and prediction
 
 def flags():
     p = predict.model_flags(__doc__)
-    p.add_argument("--data", metavar="ROOT", help="data set to score on (default: that of the training run)")
+    p.add_argument("--data", metavar="ROOT", help="data set to score (default: the one it was trained on)")
     p.add_argument("--list", default="val", help="name of a list in ROOT, or a file of ids, one a line (default val)")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
     p.add_argument("--json", metavar="FILE", help="file for the mIoU and the IoU of each class")

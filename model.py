@@ -23,7 +23,7 @@ from csrc import ops
 NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ([0.5] * 3, [0.5] * 3),
          "caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
 
-# Defaults of the discriminator's flags. On small data one with the paper's recognises all predictions within 60 steps.
+# Defaults of the discriminator's flags. With the paper's it recognises all predictions on small data within 60 steps.
 DISC_PAPER, DISC_SMALL = dict(d_lr=1e-4, d_smooth=0.0), dict(d_lr=3e-5, d_smooth=0.1)
 
 # expansion, kernel, stride, channels, repeats of each stage (Tan & Le 2019, table 1)

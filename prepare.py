@@ -153,8 +153,8 @@ def cityscapes(args):
                              "have a label; unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there")
     classes = sorted((c for c in Cityscapes.classes if 0 <= c.train_id < layouts.IGNORE), key=lambda c: c.train_id)
     write_lists(root, lists, {c.name.replace(" ", "_"): c.color for c in classes})
-    counts = [f"{name} {len(ids):,} images (published: {CITYSCAPES_COUNTS[name]:,})" for name, ids in lists.items()]
-    print(f"{root}: {'; '.join(counts)}; {len(classes)} classes")
+    summary = [f"{name} {len(ids):,} images (published: {CITYSCAPES_COUNTS[name]:,})" for name, ids in lists.items()]
+    print(f"{root}: {'; '.join(summary)}; {len(classes)} classes")
 
 
 def camvid(args):

@@ -52,9 +52,10 @@ def expand_files(words, folder=Path()):
 def number(kind=float, low=0, below=math.inf, high=math.inf):
     """Return a type for add_argument: a `kind` that is at least `low`, at most `high`, and below `below`."""
     def parse(text):
-        if not low <= (value := kind(text)) <= high or not value < below:
-            limit = f" and at most {high}" if high < math.inf else f" and below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least {low}{limit}")
+        value = kind(text)
+        if not (low <= value <= high and value < below):
+            limits = f"at least {low}", f"at most {high}" * (high < math.inf), f"below {below}" * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {' and '.join(filter(None, limits))}")
         return value
     parse.__name__ = kind.__name__  # argparse prints it if `kind` fails
     return parse

@@ -60,7 +60,7 @@ def convert_published(theirs):
     weights = theirs["state_dict"] if is_of_2017 else theirs
     if not is_state_dict(weights):
         return None
-    is_authors = not is_of_2017 and not any(k.startswith("Scale.") for k in weights)
+    is_plain = not is_of_2017 and not any(k.startswith("Scale.") for k in weights)
     weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
     parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
     depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
@@ -75,7 +75,7 @@ def convert_published(theirs):
         ours = f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"
         seg[name.replace("layer5.conv2d_list", "head") if name.startswith("layer5.") else ours] = weights[name]
     classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
-    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if is_authors else 4,
+    args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if is_plain else 4,
             "norm": "imagenet" if is_of_2017 or not caffe else "caffe"}
     return {"seg": seg, "args": args, "step": 0,
             "classes": VOC_CLASSES if classes == len(VOC_CLASSES) else [f"class {n}" for n in range(classes)]}

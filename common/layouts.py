@@ -118,7 +118,7 @@ def open_dataset(root=None):
         root = "shapes"
     name = str(root or VOC_ROOT)
     root = SHAPES_ROOT if name == "shapes" else Path(name)
-    if name == "shapes" and not root.is_dir():  # a set that is there may be read-only
+    if name == "shapes":
         with catch_write_errors(root):
             shapes.make(root)
     has_classes = (root / "classes.txt").is_file()

@@ -14,9 +14,11 @@ IGNORE = 255
 
 def make(root):
     """Write the set to the folder `root` in VOC layout unless it exists: 400 training and 100 val images, 128x128."""
+    if root.is_dir():  # it may be read-only: no lock file beside it
+        return
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
-        if root.is_dir():
+        if root.is_dir():  # made by another process while this one waited
             return
         part = root.with_name(f"{root.name}.part")
         for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):

@@ -266,7 +266,7 @@ inline Floats exponentials(CellIterator& cells, const PixelBlock& block, Floats*
 // The gradient of a class's logit in LANES cells, summed over their pixels: plain, times fx, times fy, times both.
 struct GradientSums {
   Floats plain, x, y, xy;
-  // Adds a row of pixels: `sum` is the sum of its gradients, `sum_x` that of its gradients times fx.
+  // Adds a row of pixels: `sum` is the sum of its gradients, `sum_x` the sum of gradients times fx.
   void add(Floats sum, Floats sum_x, float fy) {
     plain += sum, x += sum_x;
     y += fy * sum, xy += fy * sum_x;

@@ -51,7 +51,7 @@ struct SoftmaxTask {
     }, [] {});
   }
 
-  // Adds the gradient of a row of cells, given that of the probabilities, `upstream` (N,H,W,K).
+  // Adds the gradient of a row of cells, given `upstream` (N,H,W,K), the gradient of the probabilities.
   template <class T>
   void backward(int64_t n, int64_t row, const T* upstream) {
     cells.for_each_block(n, row, [&](auto P, const PixelBlock& block) {

@@ -29,7 +29,7 @@ def test_resnet50_is_torchvisions_dilated_network():
 
 
 def test_a_dilated_network_contains_the_strided_one():
-    """At stride 8 every second feature is that of the network at stride 16."""
+    """At stride 8 every second feature equals a feature of the network at stride 16."""
     a, b = (model.DeepLabV2("efficientnet_lite0", 3, s, "none").eval().double() for s in (16, 8))
     b.load_state_dict(a.state_dict())
     assert all([conv.dilation[0] * network.stride for conv in network.head] == [48, 96, 144, 192] for network in (a, b))

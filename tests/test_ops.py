@@ -75,7 +75,7 @@ def test_probabilities_argmax_and_pseudo_labels_are_their_definition():
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("divide", ["kept", "all"])
 def test_cross_entropy_is_its_definition(has_target, masked, divide):
-    """The size defaults to that of target or valid."""
+    """The size defaults to the size of target or valid."""
     rng, size = np.random.RandomState(0), (9, 13)
     logits, target = rng.randn(2, 4, 3, 4), rng.randint(0, 4, (2, *size)).astype(np.uint8)
     target[0, :3] = 255
