@@ -3,6 +3,7 @@
     python prepare.py voc                                VOC 2012 and SBD, merged: 10,582 train, 1,449 val
     python prepare.py cityscapes --root DIR              lists for a Cityscapes folder
     python prepare.py camvid --from DIR                  SegNet's CamVid folder to VOC layout
+    python prepare.py import SOURCE... --out DIR         label exports of other tools, to a folder of one's own
     python prepare.py check --data ROOT                  read every file; exit status 1 if anything is wrong
     python prepare.py split --data ROOT --split 0.125    the lists of a split
 """
@@ -21,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 import data
-from common import layouts
+from common import importers, layouts
 from common.args import Parser
 from common.console import InputError, catch_read_errors, launch, output_folder, progress, write_atomically
 
@@ -190,6 +191,11 @@ def convert_camvid(job):
     write_label(root / "SegmentationClassAug" / Path(label).name, ids, palette)
 
 
+def import_(args):
+    """Bring the labels of annotation tools and folders of masks to images/, labels/, classes.txt and lists/."""
+    importers.import_labels(args, map_in_parallel)
+
+
 def inspect(sample):
     """Read a Sample; return (size or None, digest, number of pixels of each label value (256,), error or "")."""
     size, digest, counts = None, "", np.zeros(256, int)
@@ -269,7 +275,7 @@ def flags():
     commands = p.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run):
-        p = commands.add_parser(run.__name__, description=run.__doc__, help=run.__doc__)
+        p = commands.add_parser(run.__name__.strip("_"), description=run.__doc__, help=run.__doc__)
         p.set_defaults(run=run)
         return p.add_argument
 
@@ -281,6 +287,21 @@ def flags():
     flag = command(camvid)
     flag("--from", dest="source", metavar="DIR", required=True, help="folder that holds train, trainannot, ...")
     flag("--root", default="data/camvid", help="destination (default data/camvid)")
+    flag = command(import_)
+    flag("source", nargs="+", metavar="SOURCE", help="folders, .zip files or COCO .json files of images and labels")
+    flag("--out", metavar="DIR", help="new folder for the data set")
+    flag("--add", metavar="DIR", help="data set to add to, instead of --out; its classes are matched by name")
+    flag("--labels", metavar="DIR", help="folder of the labels, if several or none could be it")
+    flag("--classes", metavar="FILE", help="file of the class names (default: found in SOURCE)")
+    flag("--background", metavar="NAME", help="class of what is not annotated, class 0 (default background). If given, "
+         "images without any annotation in a COCO file are labelled as this class instead of left unlabelled")
+    flag("--kind", choices=importers.MASK_KINDS + importers.SHAPE_KINDS, help="kind of labels (default: recognised)."
+         " levels: grey levels in order are the classes; colour: the colours in the file of class names")
+    flag("--only", metavar="A,B", help="classes to keep (default all); the others become background")
+    flag("--others", choices=["background", "void"], default="background", help="what --only makes of the others "
+         "(default background; void is ignored)")
+    flag("--merge", action="append", metavar="NEW=A+B", help="classes to join into one; can be given several times")
+    flag("--link", action="store_true", help="link to the images instead of copying them")
     command(check)("--data", metavar="ROOT", help="data set (default data/VOC2012 if it is there, else shapes)")
     flag = command(split)
     flag("--data", metavar="ROOT", help="data set (default data/VOC2012 if it is there, else shapes)")

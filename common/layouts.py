@@ -1,7 +1,9 @@
 """Which files make up a data set: known folder layouts, lists of ids, classes, the labelled and unlabelled parts."""
+import contextlib
 import hashlib
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -139,12 +141,17 @@ def open_dataset(root=None):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
             raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; add more")
-        val = set(sorted(pairs, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())[:math.ceil(len(pairs) / 5)])
+        val = set(rank_for_val(pairs)[:math.ceil(len(pairs) / 5)])
         default_lists = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
         note = (f"{root} has no lists: {len(default_lists['train'])} of its labelled images are for training, "
                 f"{len(default_lists['val'])} for validation, {len(images) - len(pairs)} have no label; ")
     return Dataset(name, root, kind, classes, palette, colours, images, labels, image_dir, label_dir,
                    default_lists, note)
+
+
+def rank_for_val(ids):
+    """Return the ids in the order in which a data set without lists takes them for validation: by a hash of the id."""
+    return sorted(ids, key=lambda i: hashlib.sha256(f"val/{i}".encode()).digest())
 
 
 def find_list(root, name):
@@ -168,10 +175,21 @@ def index_cityscapes(folder, *endings):
     return {f.name.removesuffix(end): str(f) for end in endings for f in sorted(folder.glob(f"*/*/*{end}"))}
 
 
-def read_lines(file):
-    """Return the non-empty lines of a text file, stripped; an InputError if it cannot be read."""
+def read_text(file):
+    """Return the text of a file in UTF-8, UTF-16 or Windows' cp1252; an InputError if it is unreadable or not text."""
     with catch_read_errors(file):
-        return [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        content = Path(file).read_bytes()
+        for encoding in ("utf-16",) if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig", "cp1252"):
+            with contextlib.suppress(UnicodeDecodeError):
+                text = content.decode(encoding)
+                if not re.search(r"[\x00-\x08\x0e-\x19\x1b-\x1f]", text):
+                    return text
+        raise ValueError("it is not text; save it as UTF-8")
+
+
+def read_lines(file):
+    """Return the non-empty lines of a text file, stripped; see read_text."""
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 def read_ids(file):
@@ -184,25 +202,96 @@ def read_ids(file):
     return ids
 
 
+class ClassLine(NamedTuple):
+    """A line of a file of class names: its name, colour (R, G, B) or None, and value or None.
+
+    value is the number that the file gives the class: a pixel value, or a polygon's class. VOID are not classes.
+    """
+    name: str
+    colour: tuple | None
+    value: int | None
+
+
+VOID, LABELME_BACKGROUND = ("void", "__ignore__"), "_background_"
+HEADING_NAMES = {"class", "classes", "name", "names", "label", "labels", "category", "categories"}
+HEADING = HEADING_NAMES | set("pixel value values id ids index r g b red green blue color colour rgb hex".split())
+RGB = r"[\s,;:]+([0-9]{1,3})" * 3
+COLOUR_LAST = re.compile(rf"(.*[^\s,;:]){RGB}(?::[^:]*:[^:]*)?")  # CVAT adds :parts:actions
+COLOUR_FIRST = re.compile(r"([0-9]{1,3})[\s,;]+([0-9]{1,3})[\s,;]+([0-9]{1,3})[\s,;]+([^\s,;].*)")
+COLOUR_HEX = re.compile(r"(.*[^\s,;:])[\s,;:]+#([0-9a-fA-F]{6})")
+NUMBERED = re.compile(r"([0-9]+)[\s,;:]+([^\s,;:].*)")
+
+
+def read_class_lines(file):
+    """Return the ClassLines of classes.txt or of another tool's file of class names, in their order.
+
+    A line is `name`, `name R G B`, `R G B name` or `name #rrggbb`, with a number before it or without. Commas,
+    semicolons, colons and tabs separate like spaces. A heading and lines that begin with "# " are left out. Numbers are
+    values only if every line has its own. Of a YAML file it reads what is under `names:`.
+    """
+    is_yaml = Path(file).suffix.lower() in (".yaml", ".yml")
+    lines = yaml_names(read_text(file)) if is_yaml else read_lines(file)
+    lines = [line.rstrip(" \t,;") for line in lines if not re.match(r"#(\s|$)", line)]
+    words = set(re.findall(r"[^\W_]+", lines[0].lower())) if lines else set()
+    if words & HEADING_NAMES and words <= HEADING and not is_yaml:
+        lines = lines[1:]
+    names, colours = [], []
+    for line in lines:
+        name, colour = line, None
+        if m := COLOUR_LAST.fullmatch(line):
+            name, *colour = m.groups()
+        elif m := COLOUR_FIRST.fullmatch(line):
+            *colour, name = m.groups()
+        elif m := COLOUR_HEX.fullmatch(line):
+            name, colour = m[1], bytes.fromhex(m[2])
+        colours.append(tuple(map(int, colour)) if colour else None)
+        names.append(name)
+        if colour and max(colours[-1]) > 255 or re.fullmatch(r"[0-9]+([\s,;:]+[0-9]+)+", name):
+            raise InputError(f"{file}: the line {line!r} is not a name or a name and R G B in 0..255; correct it")
+    values = [None] * len(names)
+    numbered = [NUMBERED.fullmatch(name) for name in names]
+    if all(numbered) and len({int(m[1]) for m in numbered}) == len(names):
+        values, names = [int(m[1]) for m in numbered], [m[2] for m in numbered]
+    names = [re.sub(r"""^(["'])(.*)\1$""", r"\2", name).strip() for name in names]
+    return [ClassLine("void" if name.lower() == "void" else name, colour, value)
+            for name, colour, value in zip(names, colours, values)]
+
+
+def yaml_names(text):
+    """Return the lines `name` or `id: name` under `names:` of a YAML file such as YOLO's data.yaml."""
+    text = re.sub(r"(^|\s)#.*", "", text)
+    if m := re.search(r"^names\s*:\s*[\[{](.*?)[\]}]", text, re.M | re.S):
+        names = re.findall(r"""(?:[0-9]+\s*:\s*)?(?:"[^"]*"|'[^']*'|[^,"'\s][^,]*)""", m[1])
+    elif m := re.search(r"^names\s*:[ \t]*((?:\n(?:[ \t].*|-.*|))*)", text, re.M):
+        names = [re.sub(r"^\s*-\s*", "", line) for line in m[1].splitlines()]
+    else:
+        names = []
+    return [" ".join(name.split()) for name in names if name.strip()]
+
+
 def read_classes(file):
     """Return (names, palette, colours) from classes.txt, or VOC's if there is no such file.
 
-    A line is the name of a class and optionally `R G B`, or `void R G B` for ignored pixels. See Dataset for colours.
+    See read_class_lines for its lines, `void R G B` for ignored pixels, and Dataset for colours.
     """
     palette, names, colours = voc_palette(), [], []
     if not file.is_file():
         return VOC_CLASSES, palette, ()
-    for line in read_lines(file):
-        words, colour, n = line.split(), None, len(names)
-        if len(words) > 3 and all(w.isdecimal() and int(w) < 256 for w in words[-3:]):
-            colour, words = tuple(map(int, words[-3:])), words[:-3]
-        void = (name := " ".join(words)).lower() == "void"
-        if void and not colour or name in names:
-            why = "has no R G B: void is not a class, it is 255 in index labels" if void else "names a class twice"
-            raise InputError(f"{file}: the line {line!r} {why}; correct it")
+    lines = read_class_lines(file)
+    values = sorted(line.value for line in lines if line.value is not None)
+    if values:
+        lines = sorted(lines, key=lambda line: line.value)
+    if values != [*range(len(values))]:
+        raise InputError(f"{file}: numbers its classes {', '.join(map(str, values))} instead of 0, 1, 2, ...; correct "
+                         "it, or run python prepare.py import")
+    for name, colour, _ in lines:
+        name, n = "background" if name == LABELME_BACKGROUND else name, len(names)
+        if name == "void" and not colour or name in names:
+            why = "has no R G B: void is not a class, it is 255 in index labels" if name == "void" else "is there twice"
+            raise InputError(f"{file}: the class {name!r} {why}; correct it")
         if colour:
-            colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if void else n))
-        if not void:
+            colours.append((colour[0] << 16 | colour[1] << 8 | colour[2], IGNORE if name in VOID else n))
+        if name not in VOID:
             palette[3 * n:3 * n + 3] = colour or palette[3 * n:3 * n + 3]
             names.append(name)
     if not 2 <= len(names) <= 255:

@@ -105,6 +105,42 @@ def test_names_of_classes(tmp_path):
     assert layouts.read_classes(tmp_path / "classes.txt")[0] == ["car", "sky 4 5 ²"]
 
 
+@pytest.mark.parametrize("content", [
+    "soil\nweed\nthe crop", "0 soil\n1 weed\n2 the crop", "name,r,g,b\nsoil,0,0,0\nweed,255,0,0\nthe crop,0,255,0\n",
+    "# label:color_rgb:parts:actions\nsoil:0,0,0::\nweed:255,0,0::\nthe crop:0,255,0::\n",
+    "0 0 0\tsoil\n255 0 0\tweed\n0 255 0\tthe crop", "soil #000000\nweed #ff0000\nthe crop #00FF00",
+    "Pixel Value, Class\n2, the crop\n0, soil\n1, weed", '"soil",0,0,0\n"weed",255,0,0\n"the crop",0,255,0',
+    "0;soil;0;0;0\r\n1;weed;255;0;0\r\n2;the crop;0;255;0\r\n", "__ignore__\nsoil\nweed\nthe crop",
+    "class\nsoil\nweed\nthe crop"])
+def test_forms_of_class_names(tmp_path, content):
+    """Names, their order and their colours are the same in every form and encoding."""
+    file = tmp_path / "classes.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "cp1252"):
+        file.write_bytes(content.replace("soil", "sühl").encode(encoding))
+        names, palette, colours = layouts.read_classes(file)
+        assert names == ["sühl", "weed", "the crop"]
+        if colours:
+            assert palette[:9] == [0, 0, 0, 255, 0, 0, 0, 255, 0] and len(colours) == 3
+        assert bool(colours) == ("255" in content or "#00" in content)
+
+
+@pytest.mark.parametrize("content", [
+    "names: ['a b', \"c\"]\nnc: 2", "nc: 2\nnames:\n  0: a b  # first\n  1: c\ntrain: x", "names: {0: a b, 1: c}\n",
+    "names:\n- a b\n- c\nval: y\n", "names: [\n'a b',\n'c'\n]"])
+def test_class_names_in_yaml(tmp_path, content):
+    (tmp_path / "data.yaml").write_text(content)
+    assert [line.name for line in layouts.read_class_lines(tmp_path / "data.yaml")] == ["a b", "c"]
+
+
+def test_class_names_that_are_refused(tmp_path):
+    file = tmp_path / "classes.txt"
+    for content, named in ((b"0 a\n2 b", "0, 2"), (b"a 1 2 300\nb 1 2 3", "a 1 2 300"), (b"1 2 3\n4 5 6", "1 2 3"),
+                           (b"\x89PNG\r\n\x1a\n\x00\x00", "not text")):
+        file.write_bytes(content)
+        with pytest.raises(console.InputError, match=f"classes.txt: .*{named}"):
+            layouts.read_classes(file)
+
+
 def test_an_own_folder_may_bring_unlabelled_images(voc):
     """ROOT/unlabelled is used without a flag, and named; only in a folder with classes.txt."""
     labelled, unlabelled, val = layouts.open_dataset(str(voc)).split(0.25, 0)

@@ -91,16 +91,17 @@ def test_the_readmes_commands(blocks, shapes, tmp_path, monkeypatch):
     """To the letter, but with small networks and few steps; in a fresh folder, where each uses what others left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(shapes.parent)
-    shutil.copytree(blocks, "mine")
-    (tmp_path / "mine/ImageSets").rename(tmp_path / "lists")  # the user's own data has none
+    shutil.copytree(blocks, "my_labels")
     for name in ("holiday", "more_images"):
         shutil.copytree(blocks / "JPEGImages", name)
     for script, *words in readme_commands():
         words = [str(blocks) if word in ("ROOT", "shapes") else word for word in words]
-        if script == "prepare.py":
+        if script == "prepare.py" and words[0] == "check":
             with pytest.raises(SystemExit) as end:
                 prepare.main(prepare.flags().parse_args(words))
             assert not end.value.code
+        elif script == "prepare.py":
+            call("prepare", *words)
         elif script.startswith("train"):
             call(script[:-3], *words, *SMALL)
         else:
