@@ -8,6 +8,9 @@ import math
 import multiprocessing
 import random
 import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +18,13 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from common import distributed
-from common.console import InputError, catch_read_errors
+from common import distributed, layouts
+from common.console import InputError, catch_read_errors, progress
+from common.label_formats import shorten
 from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisation
+INSPECTED = 2000  # labels that are inspected before training, at most
 
 
 def read_image(path):
@@ -37,14 +42,17 @@ def read_label(label, size):
 
     Raises an InputError if the file cannot be read, has another size, or holds values that are not classes.
     """
+    convert = f"python prepare.py import {Path(label.path).parents[1]} --out NEW"
     with catch_read_errors(label.path):
         image = Image.open(label.path)
         if image.size != size:
-            raise InputError(f"{label.path}: the label's size {image.size} is not its image's {size}; make them equal")
+            is_turned = image.size == size[::-1]
+            raise InputError(f"{label.path}: the label's size {image.size} is not its image's {size}; " + (
+                "if the image has an EXIF orientation, the label was drawn on the image as it is stored: remove the "
+                "orientation by exiftool -Orientation= IMAGE" if is_turned else "make them equal"))
         if image.mode in ("L", "P"):
             ids = np.array(image)
-            if label.colours:
-                check_indices(image, label)
+            check_indices(image, label, convert)
             if label.path.endswith("_labelIds.png"):
                 ids = cityscapes_ids()[ids]
         elif image.mode in ("RGB", "RGBA") and label.colours:
@@ -54,24 +62,131 @@ def read_label(label, size):
                 raise InputError(f"{label.path}: colour {' '.join(map(str, colours[ids == 254][0]))} is no class; "
                                  "correct it or name it in classes.txt (NAME R G B, or void R G B to ignore it)")
         else:
+            why = ("16 bits are usual for instance masks, one number per object: export semantic masks, one value per "
+                   "class" if image.mode[0] == "I" else f"{convert} reads other kinds")
             raise InputError(f"{label.path}: a label is an 8-bit index image (mode L or P), or a colour image if "
-                             f"classes.txt gives each class its own colour; this one is {image.mode}; convert it")
+                             f"classes.txt gives each class its own colour; this one is {image.mode}; {why}")
     if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # true for ids k .. 254: subtraction wraps
-        value = ids[(ids >= k) & (ids != IGNORE)][0]
+        value, count = ids[(ids >= k) & (ids != IGNORE)][0], len(np.unique(ids))
+        remedy = ("it looks like an instance mask, one number per object: export semantic masks, one value per class"
+                  if count > max(k + 1, 8) else "correct it, add the class to classes.txt, or, if the values are grey "
+                  f"levels, {convert}")
         raise InputError(f"{label.path}: label value {value} is outside the {k} classes (0..{k - 1}; 255 is ignored); "
-                         "correct it or add the class to classes.txt")
+                         f"{remedy}")
     return ids
 
 
-def check_indices(image, label):
-    """Raise an InputError if the values of an index image look like colours rather than class ids."""
-    used = [i for i, n in enumerate(image.histogram()) if n]
-    palette, known = (image.getpalette("RGB") if image.mode == "P" else None), dict(label.colours)
-    for i in used if palette else set(used) & {255}:
-        r, g, b = palette[3 * i:3 * i + 3] or (0, 0, 0) if palette else (i, i, i)
-        if known.get(r << 16 | g << 8 | b, i) != i:
-            raise InputError(f"{label.path}: value {i} has the colour {r} {g} {b}, which classes.txt gives to another "
-                             "class; if the colours are meant, save it as RGB; if the values are, as mode L")
+def used_colours(image):
+    """Return {value: 65536 R + 256 G + B} of the values in an image of mode L or P."""
+    palette = image.getpalette("RGB") if image.mode == "P" else [i for i in range(256) for _ in range(3)]
+    return {i: int.from_bytes(palette[3 * i:3 * i + 3], "big") for i, n in enumerate(image.histogram()) if n}
+
+
+def check_indices(image, label, convert):
+    """Raise an InputError if classes.txt gives the colour of a value to another class. convert: the command to run."""
+    known = dict(label.colours)
+    for value, code in used_colours(image).items():
+        if known.get(code, value) != value:
+            colour = " ".join(map(str, code.to_bytes(3, "big")))
+            what = "as void" if known[code] == IGNORE else "to another class"
+            raise InputError(f"{label.path}: value {value} has the colour {colour}, which classes.txt gives {what}; "
+                             f"{convert} --kind colour if the colours are meant, --kind index if the values are")
+
+
+def foreign_colours(label):
+    """Return a Label's used_colours if its palette is neither grey, nor VOC's, nor that of classes.txt, else {}."""
+    with Image.open(label.path) as image:
+        used = used_colours(image) if image.mode == "P" else {}
+    codes, voc, known = list(used.values()), layouts.voc_palette(), dict(label.colours)
+    is_grey = codes == sorted(set(codes)) and all(code % 0x010101 == 0 for code in codes)
+    fits = all(value == IGNORE or code in known or [*code.to_bytes(3, "big")] == voc[3 * value:3 * value + 3]
+               for value, code in used.items())
+    return {} if is_grey or fits else used
+
+
+class Inspection(NamedTuple):
+    """What `inspect_label` found."""
+    counts: np.ndarray  # (256,) pixels of each value
+    foreign: dict  # see foreign_colours
+    is_turned: bool  # by EXIF, with the same size: the label's size does not say on which image it was drawn
+    error: str  # or ""
+
+
+def inspect_label(sample):
+    """Return the Inspection of a Sample's label."""
+    counts, foreign, is_turned = np.zeros(256, int), {}, False
+    try:
+        with catch_read_errors(sample.image), Image.open(sample.image) as stored:
+            is_jpeg, size = stored.format in ("JPEG", "MPO"), stored.size
+            orientation = stored.getexif().get(0x0112, 1)
+        if is_jpeg:  # not decoded: it cannot have the pixels of a label map
+            size = size[::-1] if orientation in range(5, 9) else size
+        else:
+            image = read_image(sample.image)
+            size = image.size
+        counts = np.bincount(read_label(sample.label, size).ravel(), minlength=256)
+        foreign = foreign_colours(sample.label)
+        is_turned = orientation in (range(2, 9) if size[0] == size[1] else range(2, 5))
+        if not is_jpeg and (counts > 0).sum() > 1:
+            with Image.open(sample.label.path) as label:
+                if label.convert("RGB").tobytes() == image.tobytes():
+                    raise InputError(f"{sample.label.path}: has the pixels of its image {sample.image}; one of them is "
+                                     "in the wrong folder, replace it")
+        return Inspection(counts, foreign, is_turned, "")
+    except InputError as e:
+        return Inspection(counts, foreign, is_turned, str(e))
+
+
+def find_problems(samples, inspections, dataset):
+    """Return (errors, warnings), one-line texts, about the labels of Samples. inspections: one for each of them."""
+    errors, warnings = [x.error for x in inspections if x.error], []
+    total = sum((x.counts for x in inspections), np.zeros(256, int))
+    convert = f"python prepare.py import {dataset.root} --out NEW"
+    is_empty = total[IGNORE] and not total[1:IGNORE].any()
+    if is_empty:
+        errors.append(f"{dataset.label_dir}: the labels of these {len(samples):,} images hold only 0 and 255, and 255 "
+                      f"is ignored, so that there is no class but {dataset.classes[0]}; if 255 is a class: {convert}")
+    if foreign := [n for n, x in enumerate(inspections) if x.foreign]:
+        colours = {pair for n in foreign for pair in inspections[n].foreign.items()}
+        text = (f"{samples[foreign[0]].label.path}: its palette is neither grey, nor VOC's, nor that of classes.txt, "
+                f"so that its values may be a paint program's: {convert} --kind index if they are class ids, else "
+                "give each class its R G B in classes.txt")
+        is_error = dataset.label_dir.name == "labels" or len(colours) > len(dict(colours))  # differs between files
+        (errors if is_error else warnings).append(text)
+    if total[IGNORE] > total.sum() / 2:
+        warnings.append(f"255, which is ignored, is on {total[IGNORE] / total.sum():.0%} of the labels' pixels, as if "
+                        f"they were scribbles; if 255 is a class: {convert}")
+    if not is_empty and (absent := [name for k, name in enumerate(dataset.classes) if not total[k]]):
+        warnings.append(f"no label of these {len(samples):,} images shows {shorten(absent)}; label an image that does, "
+                        "or remove the class from classes.txt")
+    if turned := [n for n, x in enumerate(inspections) if x.is_turned]:
+        warnings.append(f"{len(turned):,} images, such as {samples[turned[0]].image}, have an EXIF orientation; their "
+                        "labels are taken to lie on the upright image, as annotation tools show it")
+    if alone := sorted(dataset.labels.keys() - dataset.images.keys()):
+        warnings.append(f"{len(alone):,} labels, such as {dataset.labels[alone[0]]}, have no image of their name in "
+                        f"{dataset.image_dir} ({' '.join(layouts.IMAGE_SUFFIXES)})")
+    if dataset.kind == "voc" and dataset.label_dir.name == "labels":
+        warnings.append(f"{dataset.root} has no classes.txt, so that its classes are VOC's 21; if they are others, "
+                        "write one name a line, in the order of their ids, to classes.txt")
+    return errors, warnings
+
+
+def inspect_labels(samples, dataset, workers=2):
+    """Check the labels of Samples, of about 2,000 if there are more, and print warnings.
+
+    Returns the number of pixels of each class (K,) int64. Raises an InputError if the labels cannot mean what the user
+    thinks; see find_problems.
+    """
+    began, samples = time.monotonic(), samples[::math.ceil(len(samples) / INSPECTED)]
+    inspections = map_in_parallel(inspect_label, samples, "inspecting labels", workers)
+    errors, warnings = find_problems(samples, inspections, dataset)
+    if errors:
+        more = f" ({len(errors) - 1:,} more: python prepare.py check --data {dataset.name})" if len(errors) > 1 else ""
+        raise InputError(errors[0] + more)
+    print(*(f"warning: {text}" for text in warnings), sep="\n", end="\n" * bool(warnings))
+    if (seconds := time.monotonic() - began) > 2:
+        print(f"inspected {len(samples):,} labels in {seconds:.1f} s", flush=True)
+    return torch.from_numpy(sum(x.counts for x in inspections)[:len(dataset.classes)])
 
 
 @functools.lru_cache
@@ -251,6 +366,13 @@ def loader(dataset, workers, **more):
     """Return a DataLoader that does not use the global random generator and whose workers ignore stop signals."""
     return torch.utils.data.DataLoader(dataset, num_workers=workers, worker_init_fn=ignore_signals,
                                        generator=torch.Generator(), **more)
+
+
+def map_in_parallel(function, items, description, workers):
+    """Return [function(item)] in order, computed by `workers` processes, with a progress bar; a few items need none."""
+    if len(items) <= 20:
+        return [function(item) for item in items]
+    return list(progress(loader(items, workers, batch_size=None, collate_fn=function), len(items), description))
 
 
 def ignore_signals(_):

@@ -90,6 +90,7 @@ def main(args):
     note = dataset.note + predict.check_classes(seg.classes, dataset, args.ckpt)
     samples = dataset.samples(dataset.ids(args.list))
     device = announce(f"{note}data {dataset.name}: {len(samples)} images of list {args.list}", args.gpu, ops.describe)
+    data.inspect_labels(samples, dataset, args.workers)
 
     def write(sample, ids, _):
         image = predict.palette_image(ids.cpu(), data.read_image(sample.image).size, seg.palette)

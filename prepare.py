@@ -24,7 +24,7 @@ from PIL import Image
 import data
 from common import importers, layouts
 from common.args import Parser
-from common.console import InputError, catch_read_errors, launch, output_folder, progress, write_atomically
+from common.console import InputError, catch_read_errors, launch, output_folder, write_atomically
 
 VOC_COUNTS = {"train": 1464, "val": 1449, "train_aug": 10582, "images": 17125}  # published
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
@@ -129,7 +129,7 @@ def write_lists(root, lists, classes):
 def map_in_parallel(function, items, what):
     """Return [function(item)] in order, computed on all cores, with a progress bar."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return list(progress(data.loader(items, cores, batch_size=None, collate_fn=function), len(items), what))
+    return data.map_in_parallel(function, items, what, cores)
 
 
 def convert_sbd(job):
@@ -197,20 +197,16 @@ def import_(args):
 
 
 def inspect(sample):
-    """Read a Sample; return (size or None, digest, number of pixels of each label value (256,), error or "")."""
-    size, digest, counts = None, "", np.zeros(256, int)
+    """Read a Sample; return (size or None, digest, data.Inspection or None, error or "")."""
     try:
         image = data.read_image(sample.image)
-        size, digest = image.size, hashlib.sha256(image.tobytes()).hexdigest()
-        if sample.label:
-            counts = np.bincount(data.read_label(sample.label, size).ravel(), minlength=256)
-        return size, digest, counts, ""
     except InputError as e:
-        return size, digest, counts, str(e)
+        return None, "", None, str(e)
+    return image.size, hashlib.sha256(image.tobytes()).hexdigest(), sample.label and data.inspect_label(sample), ""
 
 
 def check(args):
-    """Read every image and label; print counts, sizes, classes and problems. Exit status 1 if there are any."""
+    """Read every image and label; print counts, sizes, classes and problems. Exit status 1 if there are problems."""
     dataset = layouts.open_dataset(args.data)
     lists, bad_lists = {"train": [], "val": []}, []
     for name, names in ("train", layouts.TRAIN_LISTS), ("val", ["val"]):
@@ -220,30 +216,32 @@ def check(args):
             bad_lists.append(str(e))
     train, val = lists.values()
     ids = sorted(dataset.images)
-    samples = [dataset.samples([i], labels=i in dataset.labels)[0] for i in ids]
-    sizes, digests, counts, bad = zip(*map_in_parallel(inspect, samples, "reading"))
-    sizes, digests, counts = Counter(filter(None, sizes)), dict(zip(ids, digests)), dict(zip(ids, counts))
+    samples = {i: dataset.samples([i], labels=i in dataset.labels)[0] for i in ids}
+    sizes, digests, inspections, bad = zip(*map_in_parallel(inspect, list(samples.values()), "reading"))
+    sizes, digests = Counter(filter(None, sizes)), dict(zip(ids, digests))
+    inspections = {i: inspection for i, inspection in zip(ids, inspections) if inspection}
+    known = [i for i in train if i in inspections]
+    bad_labels, warnings = data.find_problems([samples[i] for i in known], [inspections[i] for i in known], dataset)
+    bad_labels += [x.error for x in inspections.values() if x.error and x.error not in bad_labels]
     first = {digests[i]: i for i in reversed(train) if digests.get(i)}
     problems = {
-        "bad files": [*bad_lists, *filter(None, bad)],
+        "bad files": [*bad_lists, *filter(None, bad), *bad_labels],
         "in a list, but not there": [f"{folder}/{i}" for i in train + val for folder, files in (
             (dataset.image_dir, dataset.images), (dataset.label_dir, dataset.labels)) if i not in files],
-        "label without an image": [dataset.labels[i] for i in sorted(dataset.labels) if i not in dataset.images],
         "both in train and val": [i if i in train else f"{i} of val has the pixels of {first[digests[i]]} of train"
-                                  for i in val if i in set(train) or digests.get(i) in first],
-        "class absent from the training labels": []}
+                                  for i in val if i in set(train) or digests.get(i) in first]}
 
     print(f"{dataset.note}data {dataset.name}: {len(ids):,} images, {len(dataset.labels):,} labels, "
           f"{len(dataset.classes)} classes; {len(train):,} training, {len(val):,} validation images")
     print("most common sizes: " + ", ".join(f"{w}x{h} {n:,}" for (w, h), n in sizes.most_common(8)))
+    counts = {i: inspection.counts for i, inspection in inspections.items()}
     totals = [sum((counts[i] for i in part if i in counts), np.zeros(256, int)) for part in (train, val)]
     shares = [100 * total / max(1, total.sum()) for total in totals]
     print(f"{'share of pixels, percent':28}   train     val   label maps")
     for value, name in [*enumerate(dataset.classes), (layouts.IGNORE, "void")]:
         label_maps = sum(bool(c[value]) for c in counts.values())
         print(f"{value:4} {name:23} {shares[0][value]:7.2f} {shares[1][value]:7.2f} {label_maps:16,}")
-        if not shares[0][value] and value != layouts.IGNORE:
-            problems["class absent from the training labels"].append(f"{value}, {name}")
+    print(*(f"warning: {text}" for text in warnings), sep="\n", end="\n" * bool(warnings))
     for kind, found in problems.items():
         for line in found[:SHOWN] + [f"and {len(found) - SHOWN:,} more"] * (len(found) > SHOWN):
             print(f"problem, {kind}: {line}")

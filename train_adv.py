@@ -24,6 +24,7 @@ def main(args):
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.init_format, model.DISC_PAPER, model.DISC_SMALL)
     run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
+    data.inspect_labels(labelled, dataset, args.workers)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,

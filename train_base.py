@@ -22,6 +22,7 @@ def main(args):
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.init_format)
     run = Run(__file__, args, dataset, labelled, ops.describe)
+    data.inspect_labels(labelled, dataset, args.workers)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,

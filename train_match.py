@@ -43,6 +43,7 @@ def main(args):
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
     healthy = {"kept": HealthyRange(0.01, 0.99, "lower --confidence", "raise --confidence", args.u_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
+    data.inspect_labels(labelled, dataset, args.workers)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 

@@ -58,6 +58,7 @@ def main(args):
     healthy = {"loss_d": model.healthy_loss_d(args.d_smooth),
                "kept": HealthyRange(0.01, 0.99, "lower --threshold", "raise --threshold", args.semi_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
+    data.inspect_labels(labelled, dataset, args.workers)
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 

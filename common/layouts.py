@@ -1,9 +1,11 @@
 """Which files make up a data set: known folder layouts, lists of ids, classes, the labelled and unlabelled parts."""
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +20,10 @@ IGNORE = 255
 VOC_ROOT, SHAPES_ROOT = Path("data/VOC2012"), Path("data/shapes")
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp")
 IMAGE_DIRS = ("JPEGImages", "img", "images")
 LABEL_DIRS = ("SegmentationClassAug", "SegmentationClass", "cls", "labels")
+SHOWN = 6  # kinds of files that an error lists
 LIST_DIRS, TRAIN_LISTS = ("ImageSets/Segmentation", "lists", "."), ("train_aug", "trainaug", "train")
 
 
@@ -67,7 +70,8 @@ class Dataset:
             if (file := find_list(self.root, name) or Path(name)).is_file():
                 return read_ids(file)
         advice = (f"run python prepare.py cityscapes --root {self.root}" if self.kind == "cityscapes" else
-                  "add it; a folder of your own also needs classes.txt")
+                  "add it (a folder of your own also needs classes.txt); for exports of annotation tools run python "
+                  f"prepare.py import {self.root} --out NEW")
         raise InputError(f"{self.root / LIST_DIRS[0]}: no {' or '.join(f'{n}.txt' for n in names)}; {advice}")
 
     def train_ids(self):
@@ -133,20 +137,32 @@ def open_dataset(root=None):
                                 for dirs in (IMAGE_DIRS, LABEL_DIRS))
         images, labels = index_files(image_dir, IMAGE_SUFFIXES), index_files(label_dir, [".png"])
     if not images or not labels or root in (image_dir, label_dir):
-        raise InputError(f"--data {root}: no data there; it needs JPEGImages/*.jpg (or images/), SegmentationClassAug/*"
-                         ".png (or labels/) and classes.txt; or use --data shapes")
+        raise InputError(f"--data {root}: no data there; it holds {describe_folder(root)}, but needs images/ and "
+                         "labels/*.png of the same names (or JPEGImages/ and SegmentationClassAug/) and classes.txt; "
+                         f"python prepare.py import {root} --out NEW converts other layouts; or use --data shapes")
     kind = "shapes" if name == "shapes" else "cityscapes" if is_cityscapes else "custom" if has_classes else "voc"
     classes, palette, colours = read_classes(root / "classes.txt")
     if has_classes and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
-            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; add more")
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; it takes "
+                             "2, one for training and one for validation; label another")
         val = set(rank_for_val(pairs)[:math.ceil(len(pairs) / 5)])
         default_lists = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
         note = (f"{root} has no lists: {len(default_lists['train'])} of its labelled images are for training, "
                 f"{len(default_lists['val'])} for validation, {len(images) - len(pairs)} have no label; ")
     return Dataset(name, root, kind, classes, palette, colours, images, labels, image_dir, label_dir,
                    default_lists, note)
+
+
+def describe_folder(root):
+    """Return what a folder holds, such as "5 Images/*.jpg, 5 Labels/*.png, classes.txt"."""
+    files = [f.relative_to(root) for f in itertools.islice(root.rglob("[!.]*.*"), 10**5) if f.is_file()]
+    found = Counter(f.parent / f"*{f.suffix}" if len(f.parts) > 1 or f.suffix.lower() in IMAGE_SUFFIXES else f
+                    for f in files)
+    held = [f"{n:,} {name}" if "*" in name.name else name.name for name, n in found.most_common(SHOWN)]
+    return ", ".join(held + ["more"] * (len(found) > SHOWN)) or (
+        "no files" if root.is_dir() else "nothing, because there is no such folder")
 
 
 def rank_for_val(ids):

@@ -1,5 +1,7 @@
 """Reading images and labels, augmentation, the training and evaluation data sets, batches."""
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +131,106 @@ def test_labels_are_read_as_they_are_meant(tmp_path, image, classes, error):
             data.read_label(label, (2, 2))
     else:
         assert data.read_label(label, (2, 2)).tolist() == [[2, 1], [0, 0]]
+
+
+def write_labels(root, values, classes="ground\nroad\ncar\n", change=None, suffix="png", exif=None):
+    """Write four images of 12x8 pixels with labels of the four `values`; change: function (label image) -> image."""
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    if classes:
+        (root / "classes.txt").write_text(classes)
+    for n in range(4):
+        noise = np.random.RandomState(n).randint(0, 256, (8, 12, 3), np.uint8)
+        Image.fromarray(noise).save(root / f"images/{n}.{suffix}", **{"exif": exif} if exif else {})
+        label = Image.fromarray(np.array(values, np.uint8).repeat(3)[None].repeat(8, 0))
+        (change(label) if change else label).save(root / f"labels/{n}.png")
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def replace_images(root):
+    for file in (root / "labels").iterdir():
+        shutil.copy(file, root / "images")
+
+
+def random_palette(label):
+    return indexed(label, *np.random.RandomState(0).randint(0, 256, 768))
+
+
+LABELS = [0, 0, 1, 2]
+INSPECTED = {  # (arguments of write_labels, change of the folder or None, error or None, warning or None)
+    "plain": (dict(values=LABELS), None, None, None),
+    "a binary mask": (dict(values=[0, 0, 0, 255]), None, "only 0 and 255.*prepare.py import", None),
+    "its palette": (dict(values=LABELS, change=lambda x: indexed(x, *layouts.voc_palette())), None, None, None),
+    "a foreign palette": (dict(values=LABELS, change=random_palette), None, "palette.*import.*--kind index", None),
+    "a palette of classes.txt": (dict(values=LABELS, classes="a 9 9 9\nb 90 9 9\nc 9 90 9\n", change=lambda x: indexed(
+        x, 9, 9, 9, 90, 9, 9, 9, 90, 9)), None, None, None),
+    "void has a grey value": (dict(values=LABELS, classes="a 1 1 1\nb 2 2 2\nc 9 9 9\nvoid 0 0 0"), None,
+                              "value 0.*as void.*prepare.py import", None),
+    "labels as images": (dict(values=LABELS), replace_images, "has the pixels of its image", None),
+    "EXIF, label as stored": (dict(values=LABELS, suffix="jpg", exif=orientation(6)), None, "EXIF.*exiftool", None),
+    "EXIF, label upright": (dict(values=LABELS, suffix="jpg", exif=orientation(6), change=lambda x: x.transpose(
+        Image.Transpose.ROTATE_270)), None, None, None),
+    "EXIF, label unclear": (dict(values=LABELS, suffix="jpg", exif=orientation(3)), None, None, "EXIF orientation"),
+    "EXIF in PNG": (dict(values=LABELS, exif=orientation(3)), None, None, "EXIF orientation"),
+    "objects": (dict(values=[*range(1, 12)], change=lambda x: x.resize((12, 8))), None, "instance mask", None),
+    "16 bits": (dict(values=LABELS, change=lambda x: x.convert("I;16")), None, "instance", None),
+    "grey levels": (dict(values=[0, 0, 127, 254]), None, "127.*prepare.py import", None),
+    "one bit": (dict(values=[0, 0, 0, 1], change=lambda x: x.point(lambda v: 255 * v).convert("1")), None,
+                "index image.*prepare.py import", None),
+    "scribbles": (dict(values=[0, 1, 2, 255, 255, 255, 255, 255], change=lambda x: x.resize((12, 8), 0)), None, None,
+                  "255.*scribbles"),
+    "a class is never shown": (dict(values=[0, 0, 1, 1]), None, None, "shows car"),
+    "labels without images": (dict(values=LABELS), lambda root: (root / "images/2.png").unlink(), None,
+                              "1 labels.*labels/2.png"),
+    "no classes.txt": (dict(values=LABELS, classes=None), None, None, "no classes.txt"),
+    "another kind of image": (dict(values=LABELS, suffix="tif"), None, None, None),
+}
+
+
+@pytest.mark.parametrize("case", INSPECTED)
+def test_labels_are_inspected(tmp_path, capsys, case):
+    """What cannot be meant is an error with its remedy, what may be wrong a warning, and nothing else is said."""
+    arguments, change, error, warning = INSPECTED[case]
+    write_labels(tmp_path, **arguments)
+    if change:
+        change(tmp_path)
+    dataset = layouts.open_dataset(str(tmp_path))
+    samples = dataset.samples(sorted(dataset.images))
+    if error:
+        with pytest.raises(console.InputError, match=error):
+            data.inspect_labels(samples, dataset, 0)
+        return
+    pixels = data.inspect_labels(samples, dataset, 0)
+    printed = capsys.readouterr().out
+    assert re.search(f"^warning: .*{warning}", printed, re.M) if warning else not printed
+    ids = torch.stack([torch.from_numpy(data.read_label(x.label, data.read_image(x.image).size)) for x in samples])
+    assert pixels.tolist() == [(ids == k).sum() for k in range(len(dataset.classes))]
+
+
+def test_a_palette_that_differs_between_files_is_an_error(voc):
+    """In VOC's layout one palette in all files is only a warning: converters write their own."""
+    dataset = layouts.open_dataset(str(voc))
+    files = sorted((voc / "SegmentationClassAug").iterdir())
+    for n in (0, 1):
+        for file in files[:2]:
+            indexed(Image.open(file), *np.random.RandomState(n * files.index(file)).randint(0, 256, 768)).save(file)
+        inspections = [data.inspect_label(sample) for sample in dataset.samples(sorted(dataset.images))]
+        problems = data.find_problems(dataset.samples(sorted(dataset.images)), inspections, dataset)
+        assert [any("palette" in text for text in texts) for texts in problems] == [n == 1, n == 0]
+
+
+def test_many_labels_are_sampled(tmp_path, monkeypatch, capsys):
+    write_labels(tmp_path, LABELS)
+    dataset = layouts.open_dataset(str(tmp_path))
+    monkeypatch.setattr(data, "INSPECTED", 2)
+    monkeypatch.setattr(data.time, "monotonic", iter([0, 2.5]).__next__)
+    assert data.inspect_labels(dataset.samples(sorted(dataset.images)), dataset, 0).tolist() == [96, 48, 48]
+    assert capsys.readouterr().out == "inspected 2 labels in 2.5 s\n"
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
