@@ -30,7 +30,7 @@ def flags():
     p.add_argument("--data", metavar="ROOT", help="data set to score (default: the one it was trained on)")
     p.add_argument("--list", default="val", help="name of a list in ROOT, or a file of ids, one a line (default val)")
     p.add_argument("--out", metavar="DIR", help="folder for predictions as palette PNGs, and overview.jpg")
-    p.add_argument("--json", metavar="FILE", help="file for the mIoU and the IoU of each class")
+    p.add_argument("--json", metavar="FILE", help="file for the mIoU and the scores of each class")
     p.add_argument("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of the loader (default 2)")
     return p
 
@@ -39,7 +39,27 @@ class Evaluation(NamedTuple):
     """Results of `evaluate`."""
     scores: dict  # {name: percent}, "miou" first
     per_class: torch.Tensor  # (K,) IoU in 0..1, NaN for a class that is nowhere
+    matrix: torch.Tensor  # (K,K) int64, pixels of each class (row) that are predicted as each class (column)
     draw_examples: Callable[[], Image.Image]  # rows of image, label and prediction, of this rank's samples
+
+    def best_constant(self):
+        """Return (class id, mIoU in percent) of the best prediction that is one class everywhere."""
+        pixels = self.matrix.sum(1)  # (K,) of each class in the labels
+        return pixels.argmax().item(), 100 * (pixels.max() / pixels.sum() / pixels.count_nonzero()).item()
+
+
+def class_scores(matrix):
+    """Return {name: (K,) float64} of a confusion matrix (K,K): "iou", "precision", "recall" and "f1" (Dice), in 0..1.
+
+    A class that is neither in the labels nor predicted is NaN. One that is never predicted has precision 0, and one
+    that is only predicted has recall 0.
+    """
+    matrix = matrix.double().cpu()
+    true, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    is_absent = (labelled + predicted) == 0
+    counts = {"iou": labelled + predicted - true, "precision": predicted, "recall": labelled,
+              "f1": (labelled + predicted) / 2}
+    return {name: (true / count.clamp(min=0.5)).masked_fill(is_absent, math.nan) for name, count in counts.items()}
 
 
 @torch.inference_mode()
@@ -74,12 +94,13 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
     seg.train(was_training)
     if distributed.stop_requested():
         return None
-    miou, per_class = ops.mean_iou(distributed.all_reduce_sum(matrix))
+    matrix = distributed.all_reduce_sum(matrix).cpu()
+    miou, per_class = ops.mean_iou(matrix)
     scores = {"miou": 100 * miou}
     for name, total in sums.items():
         numerator, denominator = distributed.all_reduce_sum(total).tolist()
         scores |= {name: 100 * numerator / denominator} if denominator else {}
-    return Evaluation(scores, per_class, lambda: predict.draw_examples(examples, seg.palette))
+    return Evaluation(scores, per_class, matrix, lambda: predict.draw_examples(examples, seg.palette))
 
 
 def main(args):
@@ -101,12 +122,19 @@ def main(args):
     if out and distributed.RANK == 0:
         write_atomically(out / "overview.jpg", lambda f: result.draw_examples().save(f, "JPEG", quality=95))
         print(f"predictions in {out}, some beside image and label in {out / 'overview.jpg'}")
-    percent = [None if math.isnan(iou) else 100 * iou for iou in result.per_class.tolist()]
-    for name, iou in zip(seg.classes, percent):
-        print(f"{name:20} {'absent' if iou is None else f'{iou:6.2f}'}")
+    scores = {name: 100 * values for name, values in class_scores(result.matrix).items()}
+    accuracy = 100 * (result.matrix.trace() / result.matrix.sum()).item()
+    print(f"{'percent':20}     IoU  precision  recall  F1 (Dice)")
+    means = torch.stack([values.nanmean() for values in scores.values()])
+    for name, row in [*zip(seg.classes, torch.stack([*scores.values()], 1)), ("mean", means)]:
+        print(f"{name:20}" + ("  absent" if row.isnan().any() else "{:8.2f}{:11.2f}{:8.2f}{:11.2f}".format(*row)))
+    constant, miou = result.best_constant()
+    print(f"pixel accuracy {accuracy:.2f}; predicting {seg.classes[constant]} everywhere scores mIoU {miou:.2f}")
     if args.json and distributed.RANK == 0:
+        by_name = {name: {c: None if math.isnan(x) else x for c, x in zip(seg.classes, values.tolist())}
+                   for name, values in scores.items()}
         facts = {"data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"],
-                 "per_class": dict(zip(seg.classes, percent))}
+                 "pixel_accuracy": accuracy, "per_class": by_name.pop("iou"), **by_name}
         write_atomically(Path(args.json), lambda f: f.write_text(json.dumps(result.scores | facts, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(samples)} images, step {checkpoint['step']}\n"
           f"mIoU {result.scores['miou']:.2f}")

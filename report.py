@@ -24,7 +24,7 @@ from common.console import InputError, launch, write_atomically
 from common.layouts import IGNORE, open_dataset
 from common.run import announce
 from csrc import ops
-from eval import evaluate
+from eval import class_scores, evaluate
 
 WIDTH = 240  # of an image on the page, in pixels
 SHOWN = 4    # of the best images, of the worst, and of those where the runs differ most
@@ -68,7 +68,9 @@ class TrainedRun:
             self.ids.append(ids[target != IGNORE][::16].cpu())
             matrices.append(ops.confusion_matrix(ids[None], target[None], self.seg.num_classes).cpu())
         result = evaluate(self.seg.to(device), samples, workers, self.flags.get("amp"), write=collect)
-        self.miou, self.per_class, self.matrix = result.scores["miou"], (100 * result.per_class).tolist(), sum(matrices)
+        self.miou, self.matrix = result.scores["miou"], result.matrix
+        self.per_class = {name: 100 * values for name, values in class_scores(result.matrix).items()}  # (K,) percent
+        self.accuracy = 100 * (result.matrix.trace() / result.matrix.sum()).item()
         self.scores = np.array([100 * ops.mean_iou(matrix)[0] for matrix in matrices])
 
     @torch.inference_mode()
@@ -109,7 +111,8 @@ def embed_image(image, kind="png", **more):
 
 def curves(runs):
     """Yield (column, "light" or "dark", data URI) for each column of the logs; a band is the healthy range."""
-    names = dict.fromkeys(name for run in runs for row in run.rows for name in row if name not in ("step", "lr"))
+    names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
+    names = [name for name in names if name not in ("step", "lr", "per_class")]
     for name, scheme in itertools.product(sorted(names, key=lambda name: name != "miou"), STYLES):
         with matplotlib.style.context([STYLES[scheme], {"savefig.transparent": True, "font.size": 9}]):
             figure = Figure(figsize=(5, 2.6), layout="constrained")

@@ -19,6 +19,7 @@ from common.console import InputError, catch_write_errors, format_time, git_comm
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
 # Flags that --resume may change.
 MAY_CHANGE = "resume", "gpu", "workers", "out", "data", "iters", "log_every", "eval_every", "save_every", "tensorboard"
+WORST = 8  # classes whose IoU an evaluation prints
 PATIENCE = 10  # logged steps in a row before a warning
 
 
@@ -59,6 +60,7 @@ class Run:
         self.script, self.args, self.dataset, self.labelled = Path(script).name, args, dataset, labelled
         self.healthy, self.rows, self.minutes, self.changed = healthy or {}, [], 0, {}
         self.lock_file = self.board = None
+        self.has_scored = False
         self.out = output_folder("--out", args.out)
         self.last = self.out / "last.pt"
         self.device = announce(f"{dataset.note}data {dataset.name}: {len(labelled)} labelled images, "
@@ -188,16 +190,28 @@ class Run:
         if result is None:
             self.exit_if(distributed.stop_requested(), step)
         miou, row = result.scores["miou"], self.row(step)
+        per_class = {name: None if math.isnan(iou) else 100 * iou
+                     for name, iou in zip(self.dataset.classes, result.per_class.tolist())}
         best = max((r["miou"] for r in self.rows if "miou" in r), default=-1)
         if "miou" not in row:
             self.save(step, miou)
-            row |= result.scores
+            row |= result.scores | {"per_class": per_class}
             if distributed.RANK == 0:
                 if miou > best:
                     write_atomically(self.out / "best.pt", lambda f: shutil.copyfile(self.last, f))
                 self.write_board(step, result.scores, result.draw_examples)
                 self.write_log()  # last: a run killed before this evaluates again
         self.last_logged = time.monotonic(), step
+        ranked = sorted((iou, name) for name, iou in per_class.items() if iou is not None)
+        zero, more = [name for iou, name in ranked if iou == 0], len(ranked) - WORST
+        if not self.has_scored:
+            constant, constant_miou = result.best_constant()
+            print(f"predicting {self.dataset.classes[constant]} everywhere scores mIoU {constant_miou:.2f}")
+        self.has_scored = True
+        if zero and 2 * step >= self.args.iters:
+            print(f"warning: IoU 0 after half of the steps: {', '.join(zero)}; label more images that show the class, "
+                  "raise --iters, or try --class-weights balanced")
+        print("IoU", ", ".join(f"{name} {iou:.1f}" for iou, name in ranked[:WORST]), f"and {more} better" * (more > 0))
         extra = "".join(f", {name} {value:.1f}" for name, value in result.scores.items() if name != "miou")
         print(f"data {self.dataset.name}, list val, step {step}{extra}\nmIoU {miou:.2f}", flush=True)
 

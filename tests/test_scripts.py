@@ -17,6 +17,7 @@ from common.args import resolve_args
 from common.layouts import open_dataset
 from common.run import HealthyRange, range_warnings
 from csrc import ops
+from eval import Evaluation, class_scores
 
 QUICK = pytest.mark.quick
 
@@ -67,7 +68,10 @@ def test_workers_start_before_the_networks(train, monkeypatch, script):
 def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, capsys):
     """The mIoU is that of the PNGs that eval.py writes, counted here over whole images without void."""
     out = train("train_base", "--input-scale", 0.5, "--iters", 1)
-    call("eval", "--ckpt", out / "last.pt", "--gpu", -1, "--workers", 0, "--out", tmp_path / "p")
+    capsys.readouterr()
+    call("eval", "--ckpt", out / "last.pt", "--gpu", -1, "--workers", 0, "--out", tmp_path / "p", "--json",
+         tmp_path / "scores.json")
+    lines, scores = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "scores.json").read_text())
     matrix = np.zeros((4, 4))
     for i in ("val0", "val1"):
         files = voc / f"SegmentationClassAug/{i}.png", tmp_path / f"p/{i}.png"
@@ -75,8 +79,51 @@ def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, capsys):
         np.add.at(matrix, (truth[truth != 255], guess[truth != 255]), 1)
     with np.errstate(invalid="ignore"):
         iou = np.diag(matrix) / (matrix.sum(0) + matrix.sum(1) - np.diag(matrix))
-    assert capsys.readouterr().out.splitlines()[-1] == f"mIoU {100 * np.nanmean(iou):.2f}"
+    assert lines[-1] == f"mIoU {100 * np.nanmean(iou):.2f}"
     assert Image.open(tmp_path / "p/overview.jpg").width == 3 * 240
+    for k, name in enumerate(["grey", "red", "green", "blue"]):
+        true, missed, wrong = matrix[k, k], matrix[k].sum() - matrix[k, k], matrix[:, k].sum() - matrix[k, k]
+        want = 100 * np.array([iou[k], true / max(true + wrong, 1), true / (true + missed),
+                               2 * true / (2 * true + missed + wrong)])
+        assert [scores[score][name] for score in ("per_class", "precision", "recall", "f1")] == pytest.approx(want)
+        assert next(line for line in lines if line.startswith(name)).split()[1:] == [f"{x:.2f}" for x in want]
+    assert scores["pixel_accuracy"] == pytest.approx(100 * np.trace(matrix) / matrix.sum())
+    constant = 100 * matrix.sum(1).max() / matrix.sum() / 4
+    assert any(line.endswith(f"everywhere scores mIoU {constant:.2f}") for line in lines)
+
+
+@QUICK
+def test_scores_of_classes_that_are_absent_or_missed():
+    """Class 1 is never predicted, class 2 is only predicted, class 3 is neither."""
+    matrix = torch.tensor([[6, 0, 2, 0], [2, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    scores = class_scores(matrix)
+    want = {"iou": [0.6, 0, 0], "precision": [0.75, 0, 0], "recall": [0.75, 0, 0], "f1": [0.75, 0, 0]}
+    assert all(scores[name].tolist()[:3] == pytest.approx(want[name]) and scores[name][3].isnan() for name in want)
+    assert torch.equal(scores["iou"][:3], ops.mean_iou(matrix)[1][:3])
+    best = Evaluation({}, scores["iou"], matrix, None).best_constant()
+    constant = torch.zeros(4, 4, dtype=torch.int64)
+    constant[:, best[0]] = matrix.sum(1)
+    assert best == (0, pytest.approx(100 * ops.mean_iou(constant)[0]))
+
+
+def test_an_evaluation_says_what_it_scores(train, voc, capsys):
+    """The worst classes, a warning for a class that is never right after half of the steps, the constant prediction."""
+    (voc / "classes.txt").write_text("grey\nred\ngreen\nblue\nblack\n")
+    for file in (voc / "SegmentationClassAug").glob("val*"):
+        label = np.array(Image.open(file))
+        label[-1] = 4
+        Image.fromarray(label).save(file)
+    out = train("train_base", "--iters", 4, "--eval-every", 1)
+    printed = capsys.readouterr().out
+    assert "shows black" in printed  # before the first step
+    assert printed.count("everywhere scores mIoU") == 1
+    before_scores = printed.split("\nIoU ")[:-1]
+    assert ["warning: IoU 0 after" in text for text in before_scores] == [False, True, True, True]
+    for row in log(out):
+        ranked = sorted((iou, name) for name, iou in row["per_class"].items() if iou is not None)
+        assert len(row["per_class"]) == 5 and ranked[0] == (0, "black")
+        assert "IoU " + ", ".join(f"{name} {iou:.1f}" for iou, name in ranked) in printed
+        assert row["miou"] == pytest.approx(np.mean([iou for iou, _ in ranked]))
 
 
 def columns(out, names):
