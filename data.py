@@ -142,8 +142,7 @@ def find_problems(samples, inspections, dataset):
     errors, warnings = [x.error for x in inspections if x.error], []
     total = sum((x.counts for x in inspections), np.zeros(256, int))
     convert = f"python prepare.py import {dataset.root} --out NEW"
-    is_empty = total[IGNORE] and not total[1:IGNORE].any()
-    if is_empty:
+    if total[IGNORE] and not total[1:IGNORE].any():
         errors.append(f"{dataset.label_dir}: the labels of these {len(samples):,} images hold only 0 and 255, and 255 "
                       f"is ignored, so that there is no class but {dataset.classes[0]}; if 255 is a class: {convert}")
     if foreign := [n for n, x in enumerate(inspections) if x.foreign]:
@@ -156,7 +155,7 @@ def find_problems(samples, inspections, dataset):
     if total[IGNORE] > total.sum() / 2:
         warnings.append(f"255, which is ignored, is on {total[IGNORE] / total.sum():.0%} of the labels' pixels, as if "
                         f"they were scribbles; if 255 is a class: {convert}")
-    if not is_empty and (absent := [name for k, name in enumerate(dataset.classes) if not total[k]]):
+    if absent := [name for k, name in enumerate(dataset.classes) if not total[k]]:
         warnings.append(f"no label of these {len(samples):,} images shows {shorten(absent)}; label an image that does, "
                         "or remove the class from classes.txt")
     if turned := [n for n, x in enumerate(inspections) if x.is_turned]:

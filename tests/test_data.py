@@ -157,25 +157,41 @@ def replace_images(root):
         shutil.copy(file, root / "images")
 
 
+def blacken(root):
+    """Make an image and its label black: they have equal pixels, and nothing is wrong."""
+    for folder, mode in (("images", "RGB"), ("labels", "L")):
+        Image.new(mode, (12, 8)).save(root / folder / "1.png")
+
+
+def crop(root):
+    for file in root.glob("*/*.???"):
+        image = Image.open(file)
+        image.crop((0, 0, 8, 8)).save(file, exif=image.getexif())
+
+
 def random_palette(label):
     return indexed(label, *np.random.RandomState(0).randint(0, 256, 768))
 
 
-LABELS = [0, 0, 1, 2]
+LABELS = [0, 1, 0, 2]
 INSPECTED = {  # (arguments of write_labels, change of the folder or None, error or None, warning or None)
     "plain": (dict(values=LABELS), None, None, None),
     "a binary mask": (dict(values=[0, 0, 0, 255]), None, "only 0 and 255.*prepare.py import", None),
     "its palette": (dict(values=LABELS, change=lambda x: indexed(x, *layouts.voc_palette())), None, None, None),
     "a foreign palette": (dict(values=LABELS, change=random_palette), None, "palette.*import.*--kind index", None),
+    "a grey palette": (dict(values=LABELS, change=lambda x: indexed(x, 0, 0, 0, 90, 90, 90, 255, 255, 255)), None, None,
+                       None),
     "a palette of classes.txt": (dict(values=LABELS, classes="a 9 9 9\nb 90 9 9\nc 9 90 9\n", change=lambda x: indexed(
         x, 9, 9, 9, 90, 9, 9, 9, 90, 9)), None, None, None),
     "void has a grey value": (dict(values=LABELS, classes="a 1 1 1\nb 2 2 2\nc 9 9 9\nvoid 0 0 0"), None,
                               "value 0.*as void.*prepare.py import", None),
     "labels as images": (dict(values=LABELS), replace_images, "has the pixels of its image", None),
+    "a black image": (dict(values=LABELS), blacken, None, None),
     "EXIF, label as stored": (dict(values=LABELS, suffix="jpg", exif=orientation(6)), None, "EXIF.*exiftool", None),
     "EXIF, label upright": (dict(values=LABELS, suffix="jpg", exif=orientation(6), change=lambda x: x.transpose(
         Image.Transpose.ROTATE_270)), None, None, None),
     "EXIF, label unclear": (dict(values=LABELS, suffix="jpg", exif=orientation(3)), None, None, "EXIF orientation"),
+    "EXIF, square": (dict(values=LABELS, suffix="jpg", exif=orientation(6)), crop, None, "EXIF orientation"),
     "EXIF in PNG": (dict(values=LABELS, exif=orientation(3)), None, None, "EXIF orientation"),
     "objects": (dict(values=[*range(1, 12)], change=lambda x: x.resize((12, 8))), None, "instance mask", None),
     "16 bits": (dict(values=LABELS, change=lambda x: x.convert("I;16")), None, "instance", None),
