@@ -92,6 +92,14 @@ def cityscapes_ids():
     return table
 
 
+def inspect_labels(samples, dataset, workers):
+    """Return the number of pixels of each class, (K,) int64, in the labels of the Samples."""
+    pixels = np.zeros(256, np.int64)
+    for sample in samples:
+        pixels += np.bincount(read_label(sample.label, read_image(sample.image).size).ravel(), minlength=256)
+    return torch.from_numpy(pixels[:len(dataset.classes)])
+
+
 def resize(images, size):
     """Resize (N,3,H,W) uint8 images bilinearly to `size` (h,w), with antialiasing if they shrink."""
     if images.is_cuda:  # no uint8 there
