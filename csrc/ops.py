@@ -86,16 +86,21 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     size = checks.upsampling(logits, size, valid, confidence, target)
     checks.weights(weight, logits.shape[1], logits.device)
-    confidence_dtype = getattr(confidence, "dtype", logits.dtype)
-    if weight is not None or not _uses_kernel(logits, logits.dtype, confidence_dtype, size=size):
+    if not _uses_kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide, weight=weight)
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
     kept, num_not_ignored, num_invalid = counts.unbind()
-    total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, logits.requires_grad and torch.is_grad_enabled())
-    loss = total / (kept if divide == "kept" else num_not_ignored).clamp(min=1)
+    weight = weight if weight is None else weight.detach().contiguous()
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    total, _, divisor = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad, weight)
+    if weight is None:
+        divisor = kept if divide == "kept" else num_not_ignored
+    elif divide == "all":
+        divisor = sum_of_weights(_label_map(target, None, valid, 0, logits.shape[1], ignore)[0], weight)
+    loss = total / divisor.where(divisor != 0, 1)
     return (loss if _can_read_values(loss) else loss.where(num_invalid == 0, torch.nan)), kept
 
 
@@ -213,7 +218,7 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     if confidence is not None:
         selected = selected & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
     counted = selected if divide == "kept" else counted
-    weight = weight if weight is None else weight.to(upsampled.dtype)
+    weight = weight if weight is None else weight.detach().to(upsampled.dtype)
     divisor = counted.sum() if weight is None else weight[labels].where(counted, 0).sum()
     # where() and not a product: a NaN on a pixel that is not selected must reach neither the loss nor the gradient
     upsampled = upsampled.where(selected[:, None], 0)
