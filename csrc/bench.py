@@ -96,7 +96,7 @@ def cases(operator, case, dtype, device):
     name, arguments, eager = dict(zip(OPERATORS, [
         ("masked_cross_entropy", dict(target=target), lambda x: F.cross_entropy(up(x), long, ignore_index=255)),
         ("masked_cross_entropy", dict(target=target, weight=weight),
-         lambda x: F.cross_entropy(up(x), long, weight, ignore_index=255)),
+         lambda x: F.cross_entropy(up(x), long, weight.to(x.dtype), ignore_index=255)),
         ("masked_cross_entropy", dict(confidence=confidence, size=(size, size)), entropy_of_argmax),
         ("upsample_softmax", dict(size=(size, size)), lambda x: up(x).softmax(1)),
         ("pseudo_labels", dict(size=(size, size), confidence=0.9), pseudo_labels),

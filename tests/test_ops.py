@@ -94,11 +94,11 @@ def test_cross_entropy_is_its_definition(has_target, masked, divide):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_weights_are_those_of_cross_entropy(dtype):
-    """A mean with the weights of the labels; with divide="all" the divisor has those of unselected pixels too."""
+    """A mean, also if weights sum up to less than 1; with divide="all" the divisor has those of unselected pixels."""
     g = torch.Generator().manual_seed(0)
     logits, target = torch.randn(2, 4, 3, 4, generator=g, dtype=dtype), torch.randint(0, 4, (2, 9, 13), generator=g)
     target[0, :3] = 255
-    weight, valid = torch.tensor([0.5, 0, 1e-3, 30]), torch.rand(2, 9, 13, generator=g) < 0.8
+    weight, valid = torch.tensor([5e-5, 0, 1e-7, 3e-3]), torch.rand(2, 9, 13, generator=g) < 0.8
     confidence = torch.randn(2, 1, 9, 13, generator=g)
     pixels = F.interpolate(logits.double(), (9, 13), mode="bilinear", align_corners=True)
     given, selected = target.where(valid, 255), valid & (confidence[:, 0] > 0)
