@@ -15,7 +15,7 @@ from common import distributed
 from common.args import number
 from common.checkpoint import load_weights, read_checkpoint, read_initial_weights
 from common.console import InputError
-from common.layouts import voc_palette
+from common.layouts import read_lines, voc_palette
 from common.run import HealthyRange
 from csrc import ops
 
@@ -254,11 +254,57 @@ def set_poly_lr(step, iters, decay_every, *optimizers, power=0.9):
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - done / iters) ** power
 
 
+def class_weights(spec, pixels, classes, device="cpu"):
+    """Return the weights of the classes in the loss on labels, (K,) float32, or None. Raises InputError.
+
+    spec: the value of --class-weights. "none"; "balanced": 1 / ln(1.02 + p), with p a class's fraction of `pixels`,
+    from 1.4 to 50.5 (ENet, Paszke et al. 2016); else a file with a line `name weight` for each class.
+    pixels: (K,) int64, the labelled pixels of each class.
+    """
+    if spec == "none":
+        return None
+    if spec == "balanced":
+        weights = 1 / torch.log(1.02 + pixels.double() / pixels.sum().clamp(min=1))
+    else:
+        weights = torch.tensor(read_class_weights(spec, classes))
+    print("class weights:", ", ".join(f"{name} {w:.3g}" for name, w in zip(classes, weights.tolist())))
+    return weights.float().to(device)
+
+
+def read_class_weights(file, classes):
+    """Return the weight of each class from a file with a line `name weight` for each; a name may contain spaces."""
+    weights = {}
+    for line in read_lines(file):
+        *name, value = line.rsplit(maxsplit=1)
+        name = "".join(name)
+        try:
+            weight = float(value)
+        except ValueError:
+            weight = -1
+        if not name or not 0 <= weight <= 1e6:
+            raise InputError(f"{file}: the line {line!r} is not a class and its weight from 0 to 1e6; correct it")
+        if name not in classes or name in weights:
+            raise InputError(f"{file}: the class of the line {line!r} is " + (
+                "there twice; keep one" if name in weights else f"none of {', '.join(classes)}; correct it"))
+        weights[name] = weight
+    if missing := [name for name in classes if name not in weights]:
+        raise InputError(f"{file}: no weight of the class {missing[0]!r}; add a line {missing[0] + ' 1'!r}")
+    if not any(weights.values()):
+        raise InputError(f"{file}: all weights are 0; give at least one class a larger weight")
+    return [weights[name] for name in classes]
+
+
 # The losses are means over the pixels of all ranks; see distributed.global_mean.
 
-def cross_entropy(logits, target):
-    """Return the mean cross entropy of logits (N,K,h,w) over the pixels of target (N,H,W) uint8 that are not 255."""
-    return distributed.global_mean(*ops.masked_cross_entropy(logits, target))
+def cross_entropy(logits, target, weight=None):
+    """Return the mean cross entropy of logits (N,K,h,w) over the pixels of target (N,H,W) uint8 that are not 255.
+
+    weight: (K,) float32; then the mean is weighted, as in F.cross_entropy.
+    """
+    loss, count = ops.masked_cross_entropy(logits, target, weight=weight)
+    if weight is not None and distributed.WORLD_SIZE > 1:
+        count = ops.sum_of_weights(target, weight)
+    return distributed.global_mean(loss, count)
 
 
 def pseudo_label_loss(logits, pseudo, valid, divide="kept"):

@@ -24,7 +24,8 @@ def main(args):
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.init_format, model.DISC_PAPER, model.DISC_SMALL)
     run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
-    data.inspect_labels(labelled, dataset, args.workers)
+    pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
+    weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
@@ -46,7 +47,7 @@ def main(args):
         with model.autocast(disc_raw, args.amp):
             d_fake = disc(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
             d_real = disc(model.one_hot(target, len(dataset.classes)))  # (B,1,a,b)
-        loss_ce = model.cross_entropy(logits, target)
+        loss_ce = model.cross_entropy(logits, target, weight)
         loss_adv = model.bce(d_fake, 1, valid)
         loss_d = (model.bce(d_fake, 0, valid) + model.bce(d_real, 1 - args.d_smooth, valid)) / 2
         loss = loss_ce + args.lam_adv * loss_adv

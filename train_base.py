@@ -22,7 +22,8 @@ def main(args):
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
     resolve_args(args, dataset, model.init_format)
     run = Run(__file__, args, dataset, labelled, ops.describe)
-    data.inspect_labels(labelled, dataset, args.workers)
+    pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
+    weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
@@ -37,7 +38,7 @@ def main(args):
 
         with model.autocast(seg_raw, args.amp):
             logits = seg(image)  # (B,K,h,w)
-        loss_ce = model.cross_entropy(logits, target)
+        loss_ce = model.cross_entropy(logits, target, weight)
 
         opt_seg.zero_grad()
         loss_ce.backward()

@@ -43,7 +43,8 @@ def main(args):
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
     healthy = {"kept": HealthyRange(0.01, 0.99, "lower --confidence", "raise --confidence", args.u_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
-    data.inspect_labels(labelled, dataset, args.workers)
+    pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
+    weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
@@ -71,7 +72,7 @@ def main(args):
             image_s, pseudo, valid_u = data.cut_mix((image_s, pseudo, valid_u), args.cutmix, args.seed, step)
             with seg_raw.fixed_statistics():  # running statistics are those of labelled images
                 logits_s = seg(image_s)  # (B,K,h,w), of the strong view
-        loss_ce = model.cross_entropy(logits, target)
+        loss_ce = model.cross_entropy(logits, target, weight)
         loss_u, kept = model.pseudo_label_loss(logits_s, pseudo, valid_u, divide="all")
         loss = loss_ce + (args.lam_u if step > args.u_start else 0) * loss_u
 

@@ -58,7 +58,8 @@ def main(args):
     healthy = {"loss_d": model.healthy_loss_d(args.d_smooth),
                "kept": HealthyRange(0.01, 0.99, "lower --threshold", "raise --threshold", args.semi_start)}
     run = Run(__file__, args, dataset, labelled, ops.describe, healthy)
-    data.inspect_labels(labelled, dataset, args.workers)
+    pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
+    weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
@@ -90,7 +91,7 @@ def main(args):
             d_fake = disc(ops.upsample_softmax(logits, valid=valid))  # (B,1,a,b)
             d_fake_u = disc(ops.upsample_softmax(logits_u, valid=valid_u))  # (B,1,a,b)
             d_real = disc(model.one_hot(target, len(dataset.classes)))  # (B,1,a,b)
-        loss_ce = model.cross_entropy(logits, target)
+        loss_ce = model.cross_entropy(logits, target, weight)
         loss_adv = model.bce(d_fake, 1, valid)
         loss_adv_u = model.bce(d_fake_u if args.lam_adv_u else d_fake_u.detach(), 1, valid_u)  # weight 0: only logged
         loss_fake = model.bce(d_fake, 0, valid)

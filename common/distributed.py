@@ -63,10 +63,15 @@ def all_reduce_sum(x):
 def global_mean(value, count):
     """Return the mean over all ranks of `value`, itself a mean over `count` pixels (0-dim tensor) of this rank.
 
+    If pixels have weights, `count` is their sum.
+
     Each rank's value is scaled so that DDP's average of gradients equals the gradient of the global mean; the average
     of the returned values over the ranks is the global mean too.
     """
-    return value if WORLD_SIZE == 1 else value * (WORLD_SIZE * count / all_reduce_sum(count.clone()).clamp(min=1))
+    if WORLD_SIZE == 1:
+        return value
+    total = all_reduce_sum(count.clone())
+    return value * (WORLD_SIZE * count / total.where(total != 0, 1))
 
 
 def broadcast_buffers(model):

@@ -9,8 +9,10 @@ SCHEMAS = {  # ops.py says what they compute
     # threshold: a tensor on the CPU, because torch.compile makes a graph for each value of a float
     "label_map": "(Tensor target, Tensor? confidence, Tensor? valid, Tensor threshold, int K, int ignore) -> "
                  "(Tensor labels, Tensor counts)",
-    # total: sum over labels that are not 255; grad: (N,K,h,w) float32, empty unless with_grad
-    "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad) -> (Tensor total, Tensor grad)",
+    # total: sum over labels that are not 255; grad: (N,K,h,w) float32, empty unless with_grad; weight: (K,) float32;
+    # sum_of_weights: of these labels, empty without weight
+    "cross_entropy": "(Tensor logits, Tensor labels, bool with_grad, Tensor? weight=None) -> "
+                     "(Tensor total, Tensor grad, Tensor sum_of_weights)",
     # probabilities, and their gradient, are (N,H,W,K)
     "upsample_softmax": "(Tensor logits, Tensor? valid, SymInt height, SymInt width, ScalarType dtype) -> Tensor",
     "upsample_softmax_backward": "(Tensor grad, Tensor logits, Tensor? valid) -> Tensor",
@@ -30,18 +32,19 @@ def register(library="seg_ops"):
         return target.new_empty(target.shape, dtype=torch.uint8), target.new_empty(3, dtype=torch.int64)
 
     @torch.library.register_fake(f"{library}::cross_entropy")
-    def _(logits, labels, with_grad):
-        return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((), logits.shape if with_grad else 0))
+    def _(logits, labels, with_grad, weight=None):
+        shapes = (), logits.shape if with_grad else 0, 0 if weight is None else ()
+        return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
     def keep_gradient(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
+        ctx.mark_non_differentiable(*output[1:])
         ctx.dtype = inputs[0].dtype
         ctx.save_for_backward(output[1])
 
     @once_differentiable
-    def scale_gradient(ctx, upstream, _):
-        return upstream if upstream is None else (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None
+    def scale_gradient(ctx, upstream, *_):
+        return upstream if upstream is None else (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None, None
 
     torch.library.register_autograd(f"{library}::cross_entropy", scale_gradient, setup_context=keep_gradient)
 

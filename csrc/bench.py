@@ -24,7 +24,8 @@ from common.console import InputError, git_commit, launch  # noqa: E402
 from csrc import ops  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W
-OPERATORS = ["cross entropy, labels", "cross entropy, argmax", "upsample_softmax", "pseudo labels", "confusion matrix"]
+OPERATORS = ["cross entropy, labels", "cross entropy, weights", "cross entropy, argmax", "upsample_softmax",
+             "pseudo labels", "confusion matrix"]
 IDS = "confusion matrix of ids"
 
 
@@ -73,9 +74,10 @@ def cases(operator, case, dtype, device):
     target[:, ::20] = 255
     if operator != IDS:
         x = torch.randn(n, k, h, h, generator=g).mul(3).to(device, getattr(torch, dtype))
-    x.requires_grad_(operator in OPERATORS[:3])
+    x.requires_grad_(operator in OPERATORS[:4])
     grad = torch.rand(n, k, 1, 1, generator=g).to(x).expand(n, k, size, size)  # of the probabilities
     grad = grad.contiguous(memory_format=torch.channels_last)  # as the discriminator returns it
+    weight = (torch.rand(k, generator=g) + 0.5).to(device)  # of the classes
     long, confidence = target.long(), torch.randn(n, 1, size // 32, size // 32, generator=g).to(device)
     up = partial(F.interpolate, size=(size, size), mode="bilinear", align_corners=True)
 
@@ -93,6 +95,8 @@ def cases(operator, case, dtype, device):
 
     name, arguments, eager = dict(zip(OPERATORS, [
         ("masked_cross_entropy", dict(target=target), lambda x: F.cross_entropy(up(x), long, ignore_index=255)),
+        ("masked_cross_entropy", dict(target=target, weight=weight),
+         lambda x: F.cross_entropy(up(x), long, weight.to(x.dtype), ignore_index=255)),
         ("masked_cross_entropy", dict(confidence=confidence, size=(size, size)), entropy_of_argmax),
         ("upsample_softmax", dict(size=(size, size)), lambda x: up(x).softmax(1)),
         ("pseudo_labels", dict(size=(size, size), confidence=0.9), pseudo_labels),

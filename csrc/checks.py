@@ -19,6 +19,12 @@ def logits(x, name="logits"):
         raise ValueError(f"{name} must have at most 255 classes, got {x.shape[1]}")
 
 
+def weights(x, num_classes, device):
+    """Check weights of classes, (K,) float32; optional."""
+    if x is not None:
+        tensor(x, "weight", (num_classes,), (torch.float32,), device)
+
+
 def masks(n, size, device, valid, confidence=None):
     """Check valid (N,H,W) bool and confidence (N,1,a,b), each optional."""
     if valid is not None:

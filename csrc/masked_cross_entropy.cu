@@ -1,19 +1,21 @@
 // Masked cross entropy of bilinearly upsampled logits, with its gradient at the low resolution, on CUDA.
 //
-//   loss = sum over selected pixels of log(sum over j of exp(z_j)) - z_label
-//   gradient of z_k at a selected pixel = exp(z_k) / (sum over j of exp(z_j)) - (k == label)
+//   loss = sum over selected pixels of weight_label * (log(sum over j of exp(z_j)) - z_label)
+//   gradient of z_k at a selected pixel = weight_label * (exp(z_k) / (sum over j of exp(z_j)) - (k == label))
 //
-// z are the logits at the pixel. The gradient of a low-resolution logit sums gradient times weight over pixels.
+// z are the logits at the pixel, and weight_k, which is optional, is that of class k. The gradient of a low-resolution
+// logit is the sum over pixels of the gradient times the interpolation's coefficient.
 //
 // Shapes. label_map: target (N,H,W) uint8 or int64, confidence (N,1,a,b), valid (N,H,W) -> labels (N,H,W) uint8, NONE
 // if a pixel is not selected, and three counts. cross_entropy: logits (N,K,h,w) float32, float16 or bfloat16 with any
-// strides and those labels -> the loss, and its gradient (N,K,h,w) in float32.
+// strides, those labels and weights (K,) float32 or none -> the loss, its gradient (N,K,h,w) in float32, and the sum of
+// the weights of the labels.
 // Blocks and threads. label_map: a warp takes a row of pixels at a time. cross_entropy: a block, one warp, has 8 cells
 // side by side and 4 threads for each; a thread takes 8 pixels of a column at once and goes over the classes twice, for
 // the softmax's denominators and for the gradient. Never stored: anything of size (N,K,H,W).
-// Order of sums. A thread sums over classes, then pixels; shuffles sum over the threads of a cell, and for the loss
-// over a warp; gather_cell_gradients adds up to four cells. The order is fixed: the same bits from run to run. Counts
-// are integers; their order does not matter.
+// Order of sums. A thread sums over classes, then pixels; shuffles sum over the threads of a cell, and for the loss and
+// the weights over a warp; gather_cell_gradients adds up to four cells. The order is fixed: the same bits from run to
+// run. Counts are integers; their order does not matter.
 // A naive kernel is the loop body of that in masked_cross_entropy.cpp, with a thread for each pixel and atomicAdd for
 // `loss` and `grad`.
 #include "cells.cuh"
@@ -79,12 +81,12 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
   return {labels, counts};
 }
 
-template <bool WITH_GRAD>
-__global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, const uint8_t* labels, float4* sums,
-                                                              float* losses) {
+template <bool WITH_GRAD, bool WEIGHTED>
+__global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, const uint8_t* labels, const float* weight,
+                                                              float4* sums, float* losses, float* weight_sums) {
   Tile tile(grid);
   tile.prepare(grid);
-  float loss = 0;
+  float loss = 0, weight_sum = 0;
   auto visit = [&](auto column) {
     constexpr int ROWS = decltype(column)::ROWS;
     int label[ROWS];
@@ -98,15 +100,20 @@ __global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, con
     column.denominators(inv_denominator);  // inverted below
     for (int i = 0; i < ROWS; i++) {
       const bool selected = label[i] != NONE;
-      if (selected) loss -= LN2 * column.exponent(label[i], i), product *= inv_denominator[i];
-      inv_denominator[i] = selected ? fast_reciprocal(inv_denominator[i]) : 0;
-      if (i % 2 || ROWS == 1) loss += logf(product), product = 1;  // two share a logarithm: each is at least e^-40
+      const float w = WEIGHTED && selected ? weight[label[i]] : 1;
+      if (selected) loss -= w * (LN2 * column.exponent(label[i], i)), product *= inv_denominator[i];
+      inv_denominator[i] = selected ? w * fast_reciprocal(inv_denominator[i]) : 0;
+      if (WEIGHTED && selected) weight_sum += w;
+      // without weights two share a logarithm: each is at least e^-40
+      if (i % 2 || ROWS == 1 || WEIGHTED) loss += w * logf(product), product = 1;
     }
     for (int k = 0; k < tile.K && WITH_GRAD; k++) {
       column.exponentials(k, e);
+      const float w = WEIGHTED ? weight[k] : 1;
       float sum = 0, row_sum = 0;  // row_sum: of row times gradient, by repeated addition
       for (int i = ROWS - 1; i >= 0; i--) {
-        if (ROWS > 1 || label[i] != NONE) sum += inv_denominator[i] * e[i] - (label[i] == k);  // else e may be NaN
+        // if cells are not smooth, e of a pixel that is not selected may be NaN
+        if (ROWS > 1 || label[i] != NONE) sum += inv_denominator[i] * e[i] - (label[i] == k ? w : 0);
         if (i) row_sum += sum;
       }
       const float down = column.fy * sum + grid.y.step * row_sum;
@@ -118,19 +125,27 @@ __global__ void __launch_bounds__(32, 16) cells_cross_entropy(CellGrid grid, con
   else for_each_column<1>(grid, tile, visit);
   loss = sum_lanes<1, 32>(&loss);
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+  if (WEIGHTED) weight_sum = sum_lanes<1, 32>(&weight_sum);
+  if (WEIGHTED && threadIdx.x == 0) weight_sums[blockIdx.x] = weight_sum;
   if (WITH_GRAD) tile.write_sums(sums, grid);
 }
 
-std::tuple<Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad) {
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, bool with_grad,
+                                                 std::optional<Tensor> weight) {
   const Launcher launch(logits);
   logits = to_contiguous_float(logits);
   const CellGrid grid(logits, labels.size(1), labels.size(2));
   Tensor losses = torch::stable::new_empty(logits, {grid.blocks}, ScalarType::Float);
+  Tensor weight_sums = torch::stable::new_empty(logits, {weight ? grid.blocks : 0}, ScalarType::Float);
   Tensor empty = torch::stable::new_empty(logits, {0}, ScalarType::Float);
   Tensor sums = with_grad ? new_cell_sums(logits, grid) : empty;
-  launch(with_grad ? cells_cross_entropy<true> : cells_cross_entropy<false>, grid.blocks, 32, grid.shared, grid,
-         labels.const_data_ptr<uint8_t>(), static_cast<float4*>(sums.data_ptr()), losses.mutable_data_ptr<float>());
-  return {torch::stable::sum(losses), with_grad ? gather(launch, grid, logits, sums) : empty};
+  const auto kernel = weight ? (with_grad ? cells_cross_entropy<true, true> : cells_cross_entropy<false, true>)
+                             : (with_grad ? cells_cross_entropy<true, false> : cells_cross_entropy<false, false>);
+  launch(kernel, grid.blocks, 32, grid.shared, grid, labels.const_data_ptr<uint8_t>(),
+         weight ? weight->const_data_ptr<float>() : nullptr, static_cast<float4*>(sums.data_ptr()),
+         losses.mutable_data_ptr<float>(), weight_sums.mutable_data_ptr<float>());
+  return {torch::stable::sum(losses), with_grad ? gather(launch, grid, logits, sums) : empty,
+          weight ? torch::stable::sum(weight_sums) : weight_sums};
 }
 }  // namespace
 

@@ -65,7 +65,7 @@ def _call_kernel(kernel, *args, name="target"):
 
 
 def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None, ignore=255,
-                         divide="kept"):
+                         divide="kept", weight=None):
     """Return (loss, kept): the cross entropy of upsampled logits over the selected pixels, and how many these are.
 
     The loss is a float32 scalar (float64 for float64 logits), 0 with zero gradient if no pixel is selected; kept is an
@@ -79,19 +79,28 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
         valid: (N,H,W) bool, False on padding.
         size: (H,W); default: that of target, else that of valid.
         divide: "kept" divides by the number of selected pixels; "all" by that of valid pixels that are not `ignore`.
+        weight: (K,) float32, as in F.cross_entropy: a pixel's loss is multiplied by the weight of its label, and the
+            sum is divided by the sum of these weights instead of the number of pixels.
     """
     if divide not in ("kept", "all"):
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     size = checks.upsampling(logits, size, valid, confidence, target)
+    checks.weights(weight, logits.shape[1], logits.device)
     if not _uses_kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
-                                              ignore=ignore, divide=divide)
+                                              ignore=ignore, divide=divide, weight=weight)
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
     kept, num_not_ignored, num_invalid = counts.unbind()
-    total, _ = torch.ops.seg_ops.cross_entropy(logits, labels, logits.requires_grad and torch.is_grad_enabled())
-    loss = total / (kept if divide == "kept" else num_not_ignored).clamp(min=1)
+    weight = weight if weight is None else weight.detach().contiguous()
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    total, _, divisor = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad, weight)
+    if weight is None:
+        divisor = kept if divide == "kept" else num_not_ignored
+    elif divide == "all":
+        divisor = sum_of_weights(_label_map(target, None, valid, 0, logits.shape[1], ignore)[0], weight)
+    loss = total / divisor.where(divisor != 0, 1)
     return (loss if _can_read_values(loss) else loss.where(num_invalid == 0, torch.nan)), kept
 
 
@@ -113,6 +122,12 @@ def _label_map(target, confidence, valid, threshold, num_classes, ignore, name="
     target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
     limit = torch.ones(()) * threshold
     return _call_kernel(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore, name=name)
+
+
+def sum_of_weights(labels, weight):
+    """Return the sum (float32 scalar) of the weights (K,) float32 of labels (N,H,W) that are not 255."""
+    pixels = confusion_matrix(labels, labels, len(weight)).diagonal()  # (K,)
+    return (pixels * weight.double()).sum().float()
 
 
 def upsample_softmax(logits, size=None, dtype=None, valid=None):
@@ -189,8 +204,9 @@ def mean_iou(matrix, absent="exclude"):
 
 
 def masked_cross_entropy_reference(logits, target=None, confidence=None, *, valid=None, threshold=0.5, size=None,
-                                   ignore=255, divide="kept"):
+                                   ignore=255, divide="kept", weight=None):
     size = checks.upsampling(logits, size, valid, confidence, target)
+    checks.weights(weight, logits.shape[1], logits.device)
     upsampled = _upsample(logits, size)  # (N,K,H,W)
     if target is None:
         target, ignore = upsampled.argmax(1), -1  # (N,H,W)
@@ -198,16 +214,18 @@ def masked_cross_entropy_reference(logits, target=None, confidence=None, *, vali
     labels, wrong = _in_range(target, selected, logits.shape[1], "target")
     if valid is not None:
         selected = selected & valid
-    num_not_ignored = selected.sum()
+    counted = selected  # with divide="all"
     if confidence is not None:
         selected = selected & (_upsample(confidence.detach(), size)[:, 0].sigmoid() > threshold)
-    kept = selected.sum()
+    counted = selected if divide == "kept" else counted
+    weight = weight if weight is None else weight.detach().to(upsampled.dtype)
+    divisor = counted.sum() if weight is None else weight[labels].where(counted, 0).sum()
     # where() and not a product: a NaN on a pixel that is not selected must reach neither the loss nor the gradient
     upsampled = upsampled.where(selected[:, None], 0)
     labels = labels.where(selected, -100)  # the ignore_index below
-    loss = F.cross_entropy(upsampled, labels, ignore_index=-100, reduction="sum")
-    loss = loss / (kept if divide == "kept" else num_not_ignored).clamp(min=1)
-    return loss.where(~wrong, torch.nan), kept
+    loss = F.cross_entropy(upsampled, labels, weight, ignore_index=-100, reduction="sum")
+    loss = loss / divisor.where(divisor != 0, 1)
+    return loss.where(~wrong, torch.nan), selected.sum()
 
 
 def select_labels_reference(labels, confidence, *, valid=None, threshold=0.5):

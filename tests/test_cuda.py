@@ -43,7 +43,7 @@ def test_more_images_than_a_grid_has_in_z(operators=torch.ops.seg_ops, n=65_537)
     """Each of n equal images gives the same result."""
     logits, target, confidence, _ = (x[:1].expand(n, *x.shape[1:]) for x in k.inputs(1, 2, 2, 1, 3, 2))
     labels, counts = operators.label_map(target.contiguous(), confidence.contiguous(), None, torch.tensor(0.5), 2, 255)
-    total, grad = operators.cross_entropy(logits, labels, True)
+    total, grad, _ = operators.cross_entropy(logits, labels, True)
     probs = operators.upsample_softmax(logits, None, 3, 2, torch.float32)
     out = torch.zeros(2, 2, dtype=torch.int64, device=labels.device)
     operators.confusion_matrix(logits, labels, 255, out)

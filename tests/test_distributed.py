@@ -20,6 +20,7 @@ IDS = [f"train{n}" for n in range(7)]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 # train_semi.py does all that train_base.py and train_adv.py do; tests/stress/trainings.py tests these too
 STARTS = {"train_semi": ["--semi-start", 3, "--d-unlabelled"], "train_match": ["--u-start", 3, "--confidence", 0.2]}
+WEIGHTS = "grey 2e-6\nred 0\ngreen 1e-5\nblue 3e-6\n"
 
 
 @contextlib.contextmanager
@@ -54,8 +55,14 @@ def run_ranks(ranks, *words):
 
 @pytest.mark.parametrize("script", STARTS)
 def test_two_ranks_train_as_one(voc, train, tmp_path, script):
-    """Half the batch each, of images with different numbers of void pixels: the same losses."""
+    """Half the batch each, of images with different numbers of void pixels and of each class: the same losses.
+
+    train_semi.py has weights of the classes, whose sum over the pixels of a batch is below 1.
+    """
     words = *"--bn frozen --no-amp --iters 6 --batch-size 4 --eval-every 100".split(), *STARTS.get(script, [])
+    if script == "train_semi":
+        (tmp_path / "weights.txt").write_text(WEIGHTS)
+        words += "--class-weights", tmp_path / "weights.txt"
     printed = run_ranks(2, ROOT / f"{script}.py", "--data", voc, *SMALL, *words, "--out", tmp_path / "two")
     assert "2 ranks" in printed and printed.count("mIoU") == 1
     alone, both = log(train(script, *words, out="one")), log(tmp_path / "two")
@@ -75,6 +82,23 @@ def test_the_mean_over_ranks_is_over_all_pixels(monkeypatch):
     assert (one + two) / 2 == (1.0 * 6 + 5.0 * 2) / 8
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda count: count * 0)
     assert distributed.global_mean(torch.tensor(0.0), torch.tensor(0)) == 0  # no pixel on any rank
+
+
+@pytest.mark.quick
+def test_the_weighted_mean_over_ranks_divides_by_all_weights(monkeypatch):
+    """Ranks with different classes: the mean of what they return, and of its gradients, is that of one rank."""
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(4, 3, 5, 5, generator=g), torch.randint(0, 3, (4, 33, 33), generator=g)
+    target[:2][target[:2] == 2] = 255  # the last class is on the second rank only
+    logits, target, weight = logits.requires_grad_(), target.to(torch.uint8), torch.tensor([1e-6, 0, 5e-5])
+    expected = model.cross_entropy(logits, target, weight)
+    gradient, = torch.autograd.grad(expected, logits)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    total = sum(weight[c].double() * (target == c).sum() for c in range(3))
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda count: count * 0 + total.float())
+    parts = [model.cross_entropy(logits[i:i + 2], target[i:i + 2], weight) for i in (0, 2)]
+    torch.testing.assert_close(sum(parts) / 2, expected)
+    torch.testing.assert_close(torch.autograd.grad(sum(parts) / 2, logits)[0], gradient)
 
 
 def test_two_ranks_score_as_one(voc, trained, tmp_path):

@@ -30,8 +30,8 @@ PROTO = [  # (text of train_base.py, its replacement), for a second network
     opt_proto = torch.optim.Adam(proto.parameters(), 1e-3)
     run.resume(seg=seg_raw, opt_seg=opt_seg, proto=proto, opt_proto=opt_proto)
 """),
-    ("        loss_ce = model.cross_entropy(logits, target)\n", """\
-        loss_ce = model.cross_entropy(logits, target)
+    ("        loss_ce = model.cross_entropy(logits, target, weight)\n", """\
+        loss_ce = model.cross_entropy(logits, target, weight)
         loss_proto = proto(torch.nn.functional.dropout(logits.float())).square().mean()
 """),
     ("        opt_seg.zero_grad()\n        loss_ce.backward()\n        opt_seg.step()\n", """\

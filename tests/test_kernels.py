@@ -54,6 +54,13 @@ def in_float64(x):
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
+def class_weights(k):
+    """Return (K,) weights from 0.02 to 50, not contiguous; that of every third class is 0."""
+    weight = 50 ** noise(k, 2).clamp(-1, 1)
+    weight[1::3] = 0
+    return weight[:, 0]
+
+
 def compare(name, logits, *args, floor=1e-6, **kw):
     """Return with_gradient() of an operator after comparing it with the float64 reference.
 
@@ -68,7 +75,8 @@ def compare(name, logits, *args, floor=1e-6, **kw):
     if not logits.isfinite().all():
         torch.testing.assert_close(ours[0], eager[0], equal_nan=True)
         return ours
-    double = {key: torch.float64 if key == "dtype" else in_float64(value) for key, value in kw.items()}
+    double = {key: torch.float64 if key == "dtype" else value if key == "weight" else in_float64(value)
+              for key, value in kw.items()}
     exact = with_gradient(reference, logits.double(), *args, **double)
     if ours[2:] != exact[2:]:  # beside infinite confidences float32 may select other pixels of the last column
         exact, floor = eager, max(floor, torch.finfo(logits.dtype).eps)
@@ -85,6 +93,13 @@ def check_cross_entropy(logits, target, confidence, valid, threshold=0.3, floor=
                dict(target=target.long(), confidence=confidence, valid=valid, threshold=threshold, divide="all"),
                dict(size=size, confidence=confidence, valid=valid, threshold=threshold)):
         compare("masked_cross_entropy", logits, upstream=3, floor=floor, **kw)
+
+
+def check_weighted_cross_entropy(logits, target, confidence, valid, threshold=0.3, floor=1e-6):
+    size, weight = tuple(target.shape[1:]), class_weights(logits.shape[1])
+    for kw in (dict(target=target), dict(size=size, valid=valid),
+               dict(target=target.long(), confidence=confidence, valid=valid, threshold=threshold, divide="all")):
+        compare("masked_cross_entropy", logits, upstream=3, floor=floor, weight=weight, **kw)
 
 
 def check_upsample_softmax(logits, target, confidence, valid, floor=1e-6, **_):
@@ -141,7 +156,8 @@ def check_pseudo_labels(logits, target, confidence, valid, **_):
     assert (ops.pseudo_labels(logits, size, 1) == 255).all()
 
 
-CHECKS = check_cross_entropy, check_upsample_softmax, check_confusion_matrix, check_pseudo_labels
+CHECKS = (check_cross_entropy, check_weighted_cross_entropy, check_upsample_softmax, check_confusion_matrix,
+          check_pseudo_labels)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -280,6 +296,9 @@ def test_nonfinite_logits(bad, size):
         nonfinite[0, k, y, x] = bad
         compare("masked_cross_entropy", nonfinite, target)
         compare("masked_cross_entropy", nonfinite, size=size)
+        weight = class_weights(6)
+        weight[2], weight[k] = 1, 0
+        compare("masked_cross_entropy", nonfinite, target, weight=weight)
         compare("upsample_softmax", nonfinite, size)
         assert torch.equal(ops.confusion_matrix(nonfinite, target), ops.confusion_matrix_reference(nonfinite, target))
         nothing, ones = torch.zeros(1, *size, dtype=torch.bool, device=DEVICE), torch.ones(1, 6, *size, device=DEVICE)
@@ -297,7 +316,7 @@ def check_steep(logits, target, axis=2):
         logits, target = logits.transpose(2, 3).contiguous(), target.transpose(1, 2).contiguous()
     size = tuple(target.shape[1:])
     compare("upsample_softmax", logits, size, upstream=noise(*logits.shape[:2], *size), floor=4e-6)
-    for kw in (dict(target=target), dict(size=size)):
+    for kw in (dict(target=target), dict(size=size), dict(target=target, weight=class_weights(logits.shape[1]))):
         compare("masked_cross_entropy", logits, floor=4e-6, **kw)
 
 
@@ -334,6 +353,7 @@ def test_another_ignore_index(ignore):
     """One of the classes, or none; the argmax is never ignored."""
     logits, target, confidence, valid = inputs(1, 5, 4, 4, 25, 25, ignored=0)
     for kw in (dict(target=target), dict(target=target.long(), confidence=confidence, valid=valid, divide="all"),
+               dict(target=target, confidence=confidence, divide="all", weight=class_weights(5)),
                dict(size=(25, 25), divide="all")):
         compare("masked_cross_entropy", logits, ignore=ignore, floor=4e-6, **kw)
     for value in (44, 255) if ops._can_read_values(target) else ():  # as a byte 300 is 44
@@ -383,7 +403,7 @@ def test_empty_batch():
 def test_a_gradient_is_computed_only_if_required():
     logits, target, *_ = inputs(1, 5, 4, 4, 25, 25)
     cross_entropy = torch.ops.seg_ops.cross_entropy
-    total, grad = cross_entropy(logits.requires_grad_(), target, True)
+    total, grad, _ = cross_entropy(logits.requires_grad_(), target, True)
     assert total.requires_grad and not grad.requires_grad and grad.shape == logits.shape
     assert cross_entropy(logits.detach(), target, False)[0] == total
     with mock.patch.object(torch.ops.seg_ops, "cross_entropy", wraps=cross_entropy) as kernel:
@@ -396,11 +416,14 @@ def test_a_gradient_is_computed_only_if_required():
 
 def test_compiled_for_any_size():
     """torch.compile of all operators makes one graph for the first size and threshold, and one for all others."""
+    weight = class_weights(4)
+
     def step(logits, target, confidence, threshold):
         size = target.shape[1:]
         probabilities = ops.upsample_softmax(logits, size)
         loss, kept = ops.masked_cross_entropy(logits, None, confidence, size=size, threshold=threshold)
-        return (loss + probabilities.square().mean() + ops.masked_cross_entropy(logits, target)[0], kept,
+        weighted, _ = ops.masked_cross_entropy(logits, target, confidence, divide="all", weight=weight)
+        return (weighted + loss + probabilities.square().mean() + ops.masked_cross_entropy(logits, target)[0], kept,
                 ops.upsample_argmax(logits, size), ops.pseudo_labels(logits, size, threshold),
                 ops.confusion_matrix(logits.detach(), target))
     torch._dynamo.reset()
@@ -425,15 +448,15 @@ def test_the_naive_kernel(tmp_path):
     library.cross_entropy.restype = ctypes.c_double
     for shape in ((1, 5, 7, 9, 33, 50), (1, 3, 1, 1, 7, 5), (1, 7, 9, 9, 5, 3)):
         logits, target, *_ = inputs(*shape)
-        grad = torch.zeros_like(logits)
+        grad, weight = torch.zeros_like(logits), noise(shape[1]).abs()
         probs, matrix = torch.zeros(*shape[4:], shape[1]), torch.zeros(shape[1], shape[1], dtype=torch.int64)
 
         def naive(name, *tensors):
             return getattr(library, name)(*(ctypes.c_void_p(x.data_ptr()) for x in tensors), *shape[1:])
-        loss = naive("cross_entropy", logits, target, grad)
+        loss = naive("cross_entropy", logits, target, weight, grad)
         naive("upsample_softmax", logits, probs)
         naive("confusion_matrix", logits, target, matrix)
-        total, want = torch.ops.seg_ops.cross_entropy(logits, target, True)
+        total, want, _ = torch.ops.seg_ops.cross_entropy(logits, target, True, weight)
         assert loss == pytest.approx(total.item(), rel=1e-5)
         torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(probs.permute(2, 0, 1)[None], ops.upsample_softmax(logits, shape[4:]))
@@ -468,6 +491,7 @@ def large_results():
     logits, target, confidence, valid = inputs(3, 21, 17, 17, 129, 129)
     return [*with_gradient(ops.masked_cross_entropy, logits, target, confidence, valid=valid),
             *with_gradient(ops.masked_cross_entropy, logits, size=(129, 129)),
+            *with_gradient(ops.masked_cross_entropy, logits, target, weight=class_weights(21)),
             *with_gradient(ops.upsample_softmax, logits, (129, 129), upstream=noise(3, 21, 129, 129)),
             ops.confusion_matrix(logits, target), ops.pseudo_labels(logits, (129, 129), 0.5, valid)]
 
@@ -491,6 +515,7 @@ def test_opcheck():
     for op, *args in [(seg.label_map, target, None, None, half, 4, 255),
                       (seg.label_map, target.long(), confidence, valid, half, 4, 255),
                       (seg.cross_entropy, low, target, True), (seg.cross_entropy, logits, target, False),
+                      (seg.cross_entropy, low, target, True, torch.rand(4)),
                       (seg.upsample_softmax, low, valid, 9, 9, torch.float32), (seg.upsample_argmax, logits, 9, 9),
                       (seg.upsample_argmax, logits, 9, 9, torch.rand(4), valid),
                       (seg.confusion_matrix, target.clamp(max=3), target, 255, torch.zeros(4, 4).long()),

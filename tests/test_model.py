@@ -1,5 +1,7 @@
 """Networks, optimisers and losses, against torchvision and against their definitions in plain PyTorch."""
 import itertools
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -137,3 +139,30 @@ def test_class_confidence_is_its_definition():
     expected = means / means.max()
     expected[4] = 1
     torch.testing.assert_close(model.class_confidence(logits, valid), expected)
+
+
+def test_balanced_weights_are_bounded():
+    """From 1.4 for a class that has all pixels to 50.5 for one that has none; also of labels without a pixel."""
+    pixels = torch.tensor([999, 1, 0])
+    weights = model.class_weights("balanced", pixels, "abc")
+    torch.testing.assert_close(weights, torch.tensor([1.4234, 48.1173, 50.4983]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(model.class_weights("balanced", pixels * 0, "abc"), weights[[2, 2, 2]])
+    assert weights.dtype == torch.float32 and model.class_weights("none", pixels, "abc") is None
+
+
+@pytest.mark.parametrize("text, named", [
+    ("road 1\nold car\t0\n\n", None), ("old car 2e1\nroad 0.5", None), ("road 1\nold car", "'old car'"),
+    ("road 1\nold car -1", "'old car -1'"), ("road nan\nold car 1", "'road nan'"),
+    ("road inf\nold car 1", "'road inf'"),
+    ("road 1", "old car 1"), ("road 1\nroad 2\nold car 1", "twice"), ("road 1\ncar 1\nold car 1", "road, old car"),
+    ("road 0\nold car 0", "all weights are 0"), ("1\nroad 1\nold car 1", "'1'"), ("", "road 1")])
+def test_weights_from_a_file(tmp_path, text, named):
+    """In any order; each class has one finite weight that is not negative, or an error names file, line and remedy."""
+    (tmp_path / "w.txt").write_text(text)
+    read = partial(model.class_weights, str(tmp_path / "w.txt"), None, ["road", "old car"])
+    if named:
+        with pytest.raises(InputError, match=re.escape(named)) as error:
+            read()
+        assert str(tmp_path / "w.txt") in str(error.value) and "; " in str(error.value)
+    else:
+        assert read().tolist() == ([1, 0] if "road 1" in text else [0.5, 20])

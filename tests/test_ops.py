@@ -92,6 +92,30 @@ def test_cross_entropy_is_its_definition(has_target, masked, divide):
     assert 0 < count < 2 * 9 * 13 or not (has_target or masked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_are_those_of_cross_entropy(dtype):
+    """A mean, also if weights sum up to less than 1; with divide="all" the divisor has those of unselected pixels."""
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 4, 3, 4, generator=g, dtype=dtype), torch.randint(0, 4, (2, 9, 13), generator=g)
+    target[0, :3] = 255
+    weight, valid = torch.tensor([5e-5, 0, 1e-7, 3e-3]), torch.rand(2, 9, 13, generator=g) < 0.8
+    confidence = torch.randn(2, 1, 9, 13, generator=g)
+    pixels = F.interpolate(logits.double(), (9, 13), mode="bilinear", align_corners=True)
+    given, selected = target.where(valid, 255), valid & (confidence[:, 0] > 0)
+    loss, kept = ops.masked_cross_entropy(logits, target.to(torch.uint8), valid=valid, weight=weight)
+    expected = F.cross_entropy(pixels, given, weight.double(), ignore_index=255)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6) and kept == (given < 255).sum()
+    total = F.cross_entropy(pixels, given.where(selected, 255), weight.double(), ignore_index=255, reduction="sum")
+    for divide, counted in (("kept", selected), ("all", valid)):
+        loss, _ = ops.masked_cross_entropy(logits, target, confidence, valid=valid, weight=weight, divide=divide)
+        sum_of_weights = weight[given[counted & (given < 255)]].double().sum()
+        assert loss.item() == pytest.approx((total / sum_of_weights).item(), rel=1e-6)
+    logits.requires_grad_()
+    loss, kept = ops.masked_cross_entropy(logits, target * 0 + 1, weight=weight)  # all weights are 0
+    loss.backward()
+    assert loss == 0 and kept == target.numel() and not logits.grad.any()
+
+
 def test_gradients():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 3, 3, dtype=torch.float64, requires_grad=True)
@@ -101,6 +125,7 @@ def test_gradients():
     for f in (lambda x: ops.masked_cross_entropy(x, target, confidence.detach())[0],
               lambda x: ops.masked_cross_entropy(x, target, confidence.detach(), valid=valid, threshold=0.3)[0],
               lambda x: ops.masked_cross_entropy(x, size=(7, 5))[0],
+              lambda x: ops.masked_cross_entropy(x, target, weight=torch.tensor([0.1, 0, 20]))[0],
               lambda x: ops.upsample_softmax(x, (5, 4)), lambda x: ops.upsample_softmax(x, valid=valid)):
         assert torch.autograd.gradcheck(f, logits)
     ops.masked_cross_entropy(logits, target, confidence)[0].backward()
@@ -222,6 +247,9 @@ def test_a_float64_confidence_is_compared_in_float64(above):
     ("valid", lambda: ops.masked_cross_entropy(Z, T, valid=T)),
     ("valid", lambda: ops.masked_cross_entropy(Z, T, valid=V[:, 1:])),
     ("valid", lambda: ops.upsample_softmax(Z, (7, 9), valid=V)),
+    ("weight", lambda: ops.masked_cross_entropy(Z, T, weight=torch.ones(4))),
+    ("weight", lambda: ops.masked_cross_entropy(Z, T, weight=torch.ones(3).double())),
+    ("weight .*meta", lambda: ops.masked_cross_entropy(Z, T, weight=torch.ones(3, device="meta"))),
     ("divide", lambda: ops.masked_cross_entropy(Z, T, divide="some")),
     ("size", lambda: ops.masked_cross_entropy(Z, None, C)), ("size", lambda: ops.upsample_softmax(Z)),
     ("num_classes", lambda: ops.confusion_matrix(T, T)),

@@ -229,6 +229,22 @@ def test_the_student_of_train_match_learns_what_its_teacher_predicts(voc, train)
     assert all(torch.equal(checkpoint[part][name], base[name]) for name in statistics for part in ("seg", "student"))
 
 
+@QUICK
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_balanced_weights_are_in_the_loss_on_labels_only(voc, train, trained, script):
+    """The first step in plain PyTorch, with ENet's weights of the labelled images."""
+    pixels = np.zeros(256)
+    for i in (trained[script] / "labelled.txt").read_text().split():
+        pixels += np.bincount(np.asarray(Image.open(voc / f"SegmentationClassAug/{i}.png")).ravel(), minlength=256)
+    weight = 1 / np.log(1.02 + pixels[:4] / pixels[:4].sum())
+    _, seg, (image, target), _ = first_step(voc, script)
+    expected = F.cross_entropy(upsample(seg(image)), target.long(), torch.from_numpy(weight), ignore_index=255)
+    row, before = log(train(script, "--class-weights", "balanced", "--iters", 1))[0], log(trained[script])[0]
+    assert row["loss_ce"] == pytest.approx(expected.item(), rel=1e-5) != before["loss_ce"]
+    names = LOSSES[script][1:]
+    assert [row[name] for name in names] == [before[name] for name in names]
+
+
 def test_killed_and_resumed_is_straight(train, capsys, fails, voc):
     """Killed after step 3 with a checkpoint of step 2: log and checkpoint end as those of a run without the kill."""
     words = "--iters", 4, "--eval-every", 9, "--save-every", 2
@@ -250,6 +266,7 @@ def test_killed_and_resumed_is_straight(train, capsys, fails, voc):
 
     command = "--data", voc, *SMALL, *words, "--out", killed, "--resume"
     assert "--lr was 0.002" in fails("train_semi", *command, "--lr", 0.5)
+    assert "--class-weights was none" in fails("train_semi", *command, "--class-weights", "balanced")
     assert "--iters 2" in fails("train_semi", *command, "--iters", 2, "--semi-start", 1)
     assert "disc" in fails("train_base", *command)
     before = {file.name: file.read_bytes() for file in killed.iterdir()}
