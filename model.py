@@ -257,14 +257,14 @@ def set_poly_lr(step, iters, decay_every, *optimizers, power=0.9):
 def class_weights(spec, pixels, classes, device="cpu"):
     """Return the weights of the classes in the loss on labels, (K,) float32, or None. Raises InputError.
 
-    spec: the value of --class-weights. "none"; "balanced": 1 / ln(1.02 + p), with p a class's fraction of `pixels`,
-    from 1.4 to 50.5 (ENet, Paszke et al. 2016); else a file with a line `name weight` for each class.
+    spec: the value of --class-weights. "none"; "balanced": 1 / sqrt(p), with p a class's fraction of `pixels`, at least
+    0.001 (SalsaNext, Cortinhal et al. 2020); else a file with a line `name weight` for each class.
     pixels: (K,) int64, the labelled pixels of each class.
     """
     if spec == "none":
         return None
     if spec == "balanced":
-        weights = 1 / torch.log(1.02 + pixels.double() / pixels.sum().clamp(min=1))
+        weights = (pixels.double() / pixels.sum().clamp(min=1)).clamp(min=1e-3).rsqrt()
     else:
         weights = torch.tensor(read_class_weights(spec, classes))
     print("class weights:", ", ".join(f"{name} {w:.3g}" for name, w in zip(classes, weights.tolist())))

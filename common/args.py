@@ -108,8 +108,8 @@ def shared_flags(description, out):
         "learning rate; 0 keeps it constant (default 1)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
     add("--class-weights", default="none", metavar="{none,balanced,FILE}", help="weights of the classes in loss_ce: "
-        "balanced (1 / ln(1.02 + the class's fraction of the labelled pixels), for rare classes), or a file with a "
-        "line `name weight` for each class (default none)")
+        "balanced (1 / sqrt of the class's fraction of the labelled pixels, for rare classes), or a file with a line "
+        "`name weight` for each class (default none)")
     add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: yes on CUDA devices that "
