@@ -142,12 +142,12 @@ def test_class_confidence_is_its_definition():
 
 
 def test_balanced_weights_are_bounded():
-    """From 1.4 for a class that has all pixels to 50.5 for one that has none; also of labels without a pixel."""
-    pixels = torch.tensor([999, 1, 0])
-    weights = model.class_weights("balanced", pixels, "abc")
-    torch.testing.assert_close(weights, torch.tensor([1.4234, 48.1173, 50.4983]), rtol=1e-4, atol=0)
-    torch.testing.assert_close(model.class_weights("balanced", pixels * 0, "abc"), weights[[2, 2, 2]])
-    assert weights.dtype == torch.float32 and model.class_weights("none", pixels, "abc") is None
+    """1 / sqrt(frequency), at most that of a frequency of 0.001; also of labels without a pixel."""
+    pixels = torch.tensor([8091, 900, 9, 0])
+    weights = model.class_weights("balanced", pixels, "abcd")
+    torch.testing.assert_close(weights, torch.tensor([1.0546, 3.1623, 31.6228, 31.6228]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(model.class_weights("balanced", pixels * 0, "abcd"), weights[[3, 3, 3, 3]])
+    assert weights.dtype == torch.float32 and model.class_weights("none", pixels, "abcd") is None
 
 
 @pytest.mark.parametrize("text, named", [
