@@ -301,10 +301,9 @@ def test_a_polygon_covers_the_pixels_whose_centres_are_in_it():
         angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
         points = np.stack([x + radius * np.cos(angles), y + radius * np.sin(angles)], 1)
         inside = (columns - x) ** 2 + (rows - y) ** 2 < radius ** 2
-        for limit in (2**24, 1000):
-            label = np.zeros((60, 80), np.uint8)
-            label_formats.draw_polygon(label, points, 3, limit=limit)
-            assert ((label == 3) != inside).sum() < 0.04 * inside.sum() + 2 and set(np.unique(label)) == {0, 3}
+        label = np.zeros((60, 80), np.uint8)
+        label_formats.draw_polygon(label, points, 3)
+        assert ((label == 3) != inside).sum() < 0.04 * inside.sum() + 2 and set(np.unique(label)) == {0, 3}
     label_formats.draw_polygon(label, [(1, 1), (5, 5)], 7)
     label_formats.draw_polygon(label, [(-9, -9), (-5, -5), (-9, -5)], 7)
     assert 7 not in label
@@ -527,20 +526,19 @@ REFUSED = {
     "a second mask": (and_file(lambda root: masks(root, label="images/a{n}_mask.png"), "images/a1_mask_1.png",
                                ids_of(0)), "several"),
     "a folder that may be labels": (lambda root: [masks(root), masks(root, label="manual/a{n}_manual.png")], "manual"),
-    "levels in 16 bits": (lambda root: masks(root, encode=lambda ids: ids.astype(np.uint16) * 100), "instance"),
     "three levels of two classes": (lambda root: masks(root, classes="a\nb", encode=LEVELS.__getitem__), "0, 127, 254"),
     "noise beside three levels": (lambda root: masks(root, encode=lambda ids: np.where(
         PIXELS % 100, LEVELS[ids], 30 + PIXELS // 20).astype(np.uint8)), "3 classes"),
     "255 may be class 1 in some": (and_file(lambda root: masks(root, encode=lambda ids: ids > 0, classes="a\nb"),
                                             "masks/a1.png", 255 * (ids_of(1) > 0).astype(np.uint8)), "--kind index"),
     "a line of a list that begins with a name": (and_file(masks, "train.txt", "a1 left.png\n"), "a1 left"),
-    "pairs against the names": (and_file(masks, "train.txt", "images/a0.png masks/a1.png\n"), "a0.png masks/a1.png"),
+    "one image for training": (and_file(masks, "train.txt", "images/a0.png masks/a0.png\n"), "lists name 1"),
     "a folder per image": (lambda root: [masks(root, "s/{n}/images/{n}.png", f"s/{{n}}/masks/{x}.png") for x in "ab"],
                            "folder per image"),
     "one labelled image": (lambda root: masks(root, count=1), "at least"),
-    "no labels": (photos, "5 images/\\*.png"),
+    "no labels": (photos, "5 like images/a0.png"),
     "an empty folder": (lambda root: root.mkdir(), "no files"),
-    "two images of one name": (and_file(masks, "images/a1.jpg", picture(1)), "a1.jpg.*a1.png"),
+    "two images of one name": (and_file(masks, "images/a1.jpg", picture(1)), "a1.png.*a1.jpg"),
     "another size": (and_file(masks, "masks/a1.png", ids_of(1)[:20]), "a1.png.*40x20"),
     "a broken label": (and_file(masks, "masks/a1.png", b"\x89PNG"), "a1.png: cannot be read"),
     "a broken image": (and_file(masks, "images/a1.png", b"\x89PNG"), "a1.png: cannot be read"),
