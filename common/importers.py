@@ -142,7 +142,8 @@ def unpack_zip(source, folder):
             if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or entry.external_attr >> 28 == 0o12:
                 raise InputError(f"{source}: {entry.filename!r} leads outside the folder or is a link; do not trust "
                                  "this file, or unpack it yourself")
-        archive.extractall(folder)
+        with catch_write_errors(folder):
+            archive.extractall(folder)
     return folder
 
 
@@ -610,13 +611,14 @@ def write_pair(new, table, palette, link, job):
     path, source, name = job
     (size, is_turned), counts = upright_size(path), np.zeros(256, int)
     if source:
-        is_mask = isinstance(source, Mask)
-        ids = table[label_formats.read_mask_ids(source) if is_mask else label_formats.draw_shapes(source, size)]
-        if ids.shape != size[::-1]:
+        ids = label_formats.read_mask_ids(source) if isinstance(source, Mask) else None
+        found = ids.shape[::-1] if ids is not None else source.size or size
+        if found != size:
             remedy = ("the image's is after its EXIF orientation: if the labels lie on it as it is stored, remove it "
                       "with exiftool -Orientation= FILE") if is_turned else "make them equal"
-            raise InputError(f"{source.path}: the label's size {ids.shape[1]}x{ids.shape[0]} is not its image's "
+            raise InputError(f"{source.path}: the label's size {found[0]}x{found[1]} is not its image's "
                              f"{size[0]}x{size[1]}; {remedy}")
+        ids = table[label_formats.draw_shapes(source, size) if ids is None else ids]
         counts = np.bincount(ids.ravel(), minlength=256)
         label = Image.fromarray(ids).convert("P")
         label.putpalette(palette)

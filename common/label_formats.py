@@ -151,9 +151,10 @@ def choose_encoding(scans, ids, colours, names, source, kind=None):
     colour_file = next((p for p, scan in scans.items() if scan.is_colour), None)
     if colour_file and kind in ("index", "levels"):
         raise InputError(f"{colour_file}: is a colour image, not {kind}; leave --kind out")
-    voc = palette_codes(range(IGNORE))
+    voc, own = palette_codes(range(IGNORE)), {class_id: code for code, class_id in colours.items()}
     foreign = next((p for p, scan in scans.items() if scan.has_palette and any(
-        code != voc[value] for value, code in scan.codes.items() if value != IGNORE)), None)
+        value != IGNORE and code not in (voc[value], own.get(ids.get(value))) for value, code in scan.codes.items())),
+        None)
     if colour_file or kind == "colour" or foreign and colours and not kind:
         if not is_colour:
             raise InputError(explain_colours(colour_file or foreign or path, codes, colours, names, source))
@@ -324,8 +325,7 @@ def read_yolo(path, names, size):
 
 
 def draw_shapes(drawing, size):
-    """Return the label map (H,W) uint8 of a Drawing, of its own size or `size` (W,H); later shapes lie on earlier."""
-    size = drawing.size or size
+    """Return the label map (H,W) uint8 of a Drawing for an image of `size` (W,H); later shapes lie on earlier ones."""
     label = np.zeros(size[::-1], np.uint8)
     with catch_label_errors(drawing.path):
         for class_id, form, content in drawing.shapes:
