@@ -380,7 +380,8 @@ def test_names_that_end_in_the_part(tmp_path, fails):
         write(tmp_path / f"source/{part}/1st_manual/{n}_manual1.gif", ids_of(n))
         write(tmp_path / f"source/{part}/mask/{n}_{part}_mask.gif", np.ones((30, 40), np.uint8))
     write(tmp_path / "source/classes.txt", "\n".join(NAMES))
-    assert "--labels 1st_manual or --labels mask" in fails("prepare", "import", tmp_path / "source", "--out", tmp_path / "x")
+    error = fails("prepare", "import", tmp_path / "source", "--out", tmp_path / "x")
+    assert "--labels 1st_manual or --labels mask" in error
     dataset = run(tmp_path / "source", tmp_path, "--labels", "1st_manual")
     assert all(np.array_equal(ids, ids_of(int(name[0]))) for name, ids in label_maps(dataset).items())
     assert dataset.ids("test") == ["3_test"]
