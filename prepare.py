@@ -11,6 +11,7 @@ import filecmp
 import hashlib
 import os
 import shutil
+import signal
 import sys
 import tarfile
 import zlib
@@ -129,7 +130,11 @@ def write_lists(root, lists, classes):
 def map_in_parallel(function, items, what):
     """Return [function(item)] in order, computed on all cores, with a progress bar."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return data.map_in_parallel(function, items, what, cores)
+    try:
+        return data.map_in_parallel(function, items, what, cores)
+    except BaseException:
+        data.kill_workers()  # they would go on writing
+        raise
 
 
 def convert_sbd(job):
@@ -193,6 +198,7 @@ def convert_camvid(job):
 
 def import_(args):
     """Bring the labels of annotation tools and folders of masks to images/, labels/, classes.txt and lists/."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, it leaves no files behind
     importers.import_labels(args, map_in_parallel)
 
 

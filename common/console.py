@@ -24,6 +24,9 @@ def launch(main, flags):
         # an exception from a loader's worker arrives with its traceback as text; the message follows the class name
         print(f"{name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as e:
         if "WORLD_SIZE" not in os.environ or not re.search("gloo|NCCL", str(e)):
             raise

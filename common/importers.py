@@ -12,6 +12,7 @@ import tempfile
 import unicodedata
 import zipfile
 from collections import Counter
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -20,35 +21,34 @@ from PIL import Image, ImageOps
 
 from common import label_formats, layouts
 from common.console import InputError, catch_read_errors, catch_write_errors, write_atomically
-from common.label_formats import SHOWN, Mask, Refused, catch_label_errors, rgb_code, shorten
+from common.label_formats import Mask, Refused, catch_label_errors, rgb_code, shorten
 from common.layouts import IGNORE
 
 MASK_KINDS, SHAPE_KINDS = ("index", "levels", "colour"), ("coco", "labelme", "yolo")
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")
-CLASS_FILES = ("classes.txt", "class_names.txt", "labels.txt", "_classes.csv", "classes.csv", "class_dict.csv",
-               "labelmap.txt", "label_colors.txt", "obj.names", "data.yaml", "dataset.yaml")
+CLASS_FILE = re.compile(r"(_?classes|class_names|labels|labelmap|label_colors)\.txt|_?classes\.csv|obj\.names|"
+                        r"\w*class_dict\w*\.csv|.*\.ya?ml", re.I)
 PARTS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test", testing="test")
 IMAGE_WORDS = set("image images img imgs input inputs frame frames photo photos picture pictures rgb img8bit sat "
                   "original originals unlabelled unlabeled".split())
 LABEL_WORDS = set("label labels mask masks annotation annotations annot gt groundtruth truth segmentation "
-                  "segmentations seg cls target targets labelids labeltrainids".split())
+                  "segmentations semantic seg cls target targets labelids labeltrainids".split())
 UNUSED_FOLDER = re.compile("segmentationobject|instance|visuali[sz]|overlay|preview", re.I)
 SEPARATOR = r"[\s_.\-]"
 
 
 class File(NamedTuple):
-    """A file of the source and what the names of its folders say.
+    """A file of the source, and what the names of its folders say.
 
-    group: the folders down to the deepest one that says "images" or "labels", without those that only name a part;
-    above: the group without that folder; below: the folders below it; stem: its name in NFC without image suffixes.
+    The group is the path of folders down to the deepest one that says "images" or "labels", the context all folders
+    but this one. Both leave out what names a part.
     """
     path: Path
     role: str  # "image", "label", "unused" or ""
     part: str  # "train", "val", "test" or ""
-    group: tuple
-    above: tuple
-    below: tuple
-    stem: str
+    group: str
+    context: tuple
+    stem: str  # in NFC, without suffixes of images
 
 
 class Found(NamedTuple):
@@ -57,7 +57,6 @@ class Found(NamedTuple):
     images: list  # of File, with a label and without
     labels: dict  # {path of an image: Mask or Drawing}
     classes: list  # of (name, (R, G, B) or None), by class id
-    parts: dict  # {path of an image: part that its label file names}
 
 
 def import_labels(args, map_in_parallel):
@@ -76,54 +75,56 @@ def import_labels(args, map_in_parallel):
         beside = next(folder for folder in out.absolute().parents if folder.is_dir())
         work = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=beside, ignore_cleanup_errors=True)
     with work as folder:
-        files = find_files(args.source, args.labels, Path(folder) / "unpacked", args.link)
+        files = find_files(args, Path(folder) / "unpacked")
         found = recognise(files, args, where, map_in_parallel)
         classes, table = choose_classes(found, args)
         if dataset:
             classes, table = match_classes(classes, table, dataset)
-        ids = name_images(found)
+        ids, new = name_images(found.images), Path(folder) / "new"
         parts = read_parts(files, found, ids)
-        new = Path(folder) / "new"
-        counts, turned = write_pairs(found, ids, table, make_palette(classes), new, args, map_in_parallel)
-        lists = make_lists(parts, counts, dataset)
+        jobs = [(f.path, found.labels.get(f.path), ids[f.path]) for f in found.images]
+        write = partial(write_pair, new, table, make_palette(classes), args.link)
+        results = run_all(map_in_parallel, write, jobs, "writing")
+        counts = {name: pixels for (_, source, name), (pixels, _) in zip(jobs, results) if source}
+        turned = [name for (_, source, name), (_, is_turned) in zip(jobs, results) if source and is_turned]
+        lists = make_lists(parts, counts, where, dataset)
         if dataset:
             add_to_dataset(dataset, new, lists)
         else:
             write_dataset(out, new, lists, classes)
-        print_report(args, out, found, files, classes, counts, lists, turned)
+        print_report(out, found, files, classes, counts, lists, turned)
 
 
 # Files and names
 
-def find_files(sources, label_folder, unpacked, link):
+def find_files(args, unpacked):
     """Return the Files of all sources: folders, .zip files (unpacked to the folder `unpacked`) and .json files."""
-    files, sources = [], list(map(Path, sources))
+    files, sources, label_folder = [], list(map(Path, args.source)), args.labels
     if label_folder and Path(label_folder).is_dir() and not any(
             Path(label_folder).resolve().is_relative_to(source.resolve()) for source in sources):
         sources.append(Path(label_folder))
     for n, source in enumerate(sources):
         if not source.exists():
             raise InputError(f"{source}: no such file or folder; correct its name")
-        name = source.stem if source.is_file() else source.resolve().name
-        outer = [(name, source)] if len(sources) > 1 else []
-        if source.suffix.lower() == ".zip" and source.is_file():
-            if link:
+        root, suffix = source, source.suffix.lower() if source.is_file() else ""
+        if suffix == ".json":
+            files.append(File(source, *describe_folder([], label_folder), image_stem(source.name)))
+            continue
+        if suffix == ".zip":
+            if args.link:
                 raise InputError(f"--link {source}: its files cannot be linked to; unpack it, or leave --link out")
             root = unpack_zip(source, unpacked / str(n))
-        elif source.suffix.lower() == ".json" and source.is_file():
-            files.append(describe_file(source, [], label_folder))
-            continue
-        elif source.is_dir():
-            root = source
-        else:
+        elif not source.is_dir():
             raise InputError(f"{source}: neither a folder nor a .zip or .json file; name one")
+        outer = [(source.stem if suffix else source.resolve().name, source)] if len(sources) > 1 else []
         with catch_read_errors(source):
-            for at, folders, found in os.walk(root, followlinks=True, onerror=raise_error):
+            for at, folders, names in os.walk(root, followlinks=True, onerror=raise_error):
                 folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
                 inner = Path(at).relative_to(root)
                 parents = outer + [(p.name, root / p) for p in [*reversed(inner.parents), inner] if p.name]
-                names_here = sorted(name for name in found if name[0] != ".")
-                files += [describe_file(Path(at, name), parents, label_folder) for name in names_here]
+                described = describe_folder(parents, label_folder)
+                files += [File(Path(at, name), *described, image_stem(name)) for name in sorted(names)
+                          if name[0] != "."]
     if label_folder and not any(f.role == "label" for f in files):
         raise InputError(f"--labels {label_folder}: no such folder in {', '.join(map(str, sources))}; correct its name")
     return files
@@ -141,7 +142,8 @@ def unpack_zip(source, folder):
             if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or entry.external_attr >> 28 == 0o12:
                 raise InputError(f"{source}: {entry.filename!r} leads outside the folder or is a link; do not trust "
                                  "this file, or unpack it yourself")
-        archive.extractall(folder)
+        with catch_write_errors(folder):
+            archive.extractall(folder)
     return folder
 
 
@@ -151,29 +153,38 @@ def split_words(name):
     return [word.rstrip("0123456789") or word for word in re.split(r"[\W_]+", name.lower()) if word]
 
 
-def describe_file(path, parents, label_folder):
-    """Return the File of `path`. parents: [(name, path)] of its folders, outermost first; label_folder: of --labels."""
-    role, part, group, below, is_chosen = "", "", [], [], False
-    for n, (name, folder) in enumerate(parents):
+def describe_folder(parents, label_folder):
+    """Return (role, part, group, context) of the files in a folder, see File.
+
+    parents: [(name, path)] of the folders down to it, outermost first; label_folder: of --labels.
+    """
+    role, part, names, end, is_chosen = "", "", [], 0, False
+    for n, (name, path) in enumerate(parents):
         words = split_words(name)  # "train_masks" names a part and says "labels"
+        says = ("unused" if UNUSED_FOLDER.search(name) else "label" if LABEL_WORDS & {*words} else
+                "image" if IMAGE_WORDS & {*words} else "")
         part = next((PARTS[word] for word in words if word in PARTS), part)
-        rest = name if not PARTS.keys() & set(words) else "_".join(word for word in words if word not in PARTS)
-        chosen = label_folder and (folder.resolve() == Path(label_folder).resolve() or label_folder.strip("/").lower()
-                                   in (name.lower(), "/".join(p[0] for p in parents[:n + 1]).lower()))
-        says = ("label" if chosen else "" if is_chosen else "unused" if UNUSED_FOLDER.search(name) else
-                "label" if LABEL_WORDS & set(words) else "image" if IMAGE_WORDS & set(words) else "")
-        below += [rest] if rest or says else []
-        is_chosen = is_chosen or bool(chosen)
-        if says == "label" and label_folder and not chosen:
-            says = "unused"
+        rest = "_".join(word for word in words if word not in PARTS) if PARTS.keys() & {*words} else name
+        names += [rest] if rest else []
+        if label_folder and not is_chosen:
+            paths = "/".join(name for name, _ in parents[:n + 1]), "/".join(names)
+            is_chosen = path.resolve() == Path(label_folder).resolve() or any(
+                f"/{p}".lower().endswith(f"/{label_folder.strip('/')}".lower()) for p in paths)
+            says = "label" if is_chosen else "unused" if says == "label" else says
+        elif is_chosen:
+            says = ""
         if says:
-            role, group, below = says, group + below, []
-    stem = unicodedata.normalize("NFC", path.stem)
-    while PurePosixPath(stem).suffix.lower() in READABLE:
-        stem = PurePosixPath(stem).stem
-    if role:
-        return File(path, role, part, tuple(group), tuple(group[:-1]), tuple(below), stem)
-    return File(path, role, part, tuple(below), tuple(below), (), stem)
+            role, end = says, len(names)
+    return role, part, "/".join(names[:end] if role else names) or ".", (*names[:max(0, end - 1)], *names[end:])
+
+
+def image_stem(name):
+    """Return a file's name in NFC without suffixes of images."""
+    path = PurePosixPath(unicodedata.normalize("NFC", name))
+    path = path if path.suffix.lower() in READABLE else path.with_suffix("")
+    while path.suffix.lower() in READABLE:
+        path = path.with_suffix("")
+    return path.name
 
 
 def is_image_file(file):
@@ -181,20 +192,20 @@ def is_image_file(file):
 
 
 def core_name(stem):
-    """Return (name without the words that say image or label, whether it says label): 001_mask -> 001, True."""
+    """Return (name without the words that say image, label or part, whether it says label): 001_mask -> 001, True."""
     words = re.split(SEPARATOR, stem)
     says_label = [word.lower() in LABEL_WORDS or word == "L" and n for n, word in enumerate(words)]
-    core = [word for word, says in zip(words, says_label) if not says and word.lower() not in IMAGE_WORDS]
-    return "_".join(core).lower(), any(says_label)
+    core = [word.lower() for word, says in zip(words, says_label) if not says]
+    return "_".join(word for word in core if word not in IMAGE_WORDS and word not in PARTS), any(says_label)
 
 
 def split_roles(files):
     """Return (images, label candidates) among the image files.
 
-    A file whose name is that of another file of its folder and a word such as "mask" is a label. If a folder says
-    "images", files in folders that say nothing may be labels as well.
+    A file whose name is that of another file of its folder and a word such as "mask" is a label. If there are such,
+    the rest are images; or else, if a folder says "images", files in folders that say nothing may be labels as well.
     """
-    folders, image_files = {}, []
+    folders, image_files, others = {}, [], ""
     for f in files:
         if is_image_file(f) and f.role != "unused":
             folders.setdefault(f.path.parent, []).append(f)
@@ -203,37 +214,37 @@ def split_roles(files):
         plain = {core for _, core, says_label in named if not says_label}
         labels = {core for _, core, says_label in named
                   if says_label and plain & {"", *(core[:m.start()] for m in re.finditer("_|$", core))}}
+        others = "image" if labels else others
         for f, core, says_label in named:
             role = "label" if says_label and core in labels else "image" if core in labels else f.role
             image_files.append(f._replace(role=role))
+    image_files = [f._replace(role=f.role or ("" if core_name(f.stem)[1] else others)) for f in image_files]
     image_role = "image" if any(f.role == "image" for f in image_files) else ""
     return [f for f in image_files if f.role == image_role], [f for f in image_files if f.role != image_role]
 
 
 def match_names(images, labels):
-    """Return ({index of an image: [labels]}, labels that are left) by folders and names.
+    """Return ({index of an image: [labels]}, labels that are left) by folders and names, without regard to case.
 
-    Tried are equal names, then without regard to case, without words such as "mask", and without what all names of a
-    side begin or end with; with the folders below images/ and labels/, with the part alone, and without both. The
-    attempt that finds the most images wins, and of equals the strictest.
+    Tried are equal names, then without words such as "mask", then without what all names of a side begin or end with;
+    in the same context and part, in the same part, and anywhere. The attempt that finds the most images wins, and of
+    equals the strictest.
     """
     def trim(files):
-        names = [f.stem.lower() for f in files]
-        start = re.match(rf"(.*{SEPARATOR})?", os.path.commonprefix(names))[0]
-        end = re.match(rf"(.*{SEPARATOR})?", os.path.commonprefix([name[::-1] for name in names]))[0]
+        names = [core_name(f.stem)[0] for f in files]
+        start = re.match("(.*_)?", os.path.commonprefix(names))[0]
+        end = re.match("(.*_)?", os.path.commonprefix([name[::-1] for name in names]))[0]
         return [name[len(start):len(name) - len(end)] if len(names) > 1 else name for name in names]
 
-    is_shared = bool({f.above for f in images} & {f.above for f in labels})
     best, left = {}, labels
-    for names in (lambda files: [f.stem for f in files], lambda files: [f.stem.lower() for f in files],
-                  lambda files: [core_name(f.stem)[0] for f in files], trim):
-        for key in (lambda f: (f.part, f.below), lambda f: f.part, lambda f: ""):
-            keys, of_labels = ([(f.above if is_shared else (), key(f), name) for f, name in zip(side, names(side))]
-                               for side in (images, labels))
-            index = {k: n for n, k in enumerate(keys)}
+    for names in (lambda files: [f.stem.lower() for f in files], lambda files: [core_name(f.stem)[0] for f in files],
+                  trim):
+        for place in (lambda f: (f.part, f.context), lambda f: f.part, lambda f: ""):
+            keys, of_labels = ([(place(f), name) for f, name in zip(side, names(side))] for side in (images, labels))
+            index = {key: n for n, key in enumerate(keys)}
             found, rest = {}, []
-            for label, k in zip(labels, of_labels):
-                found.setdefault(index[k], []).append(label) if k in index else rest.append(label)
+            for label, key in zip(labels, of_labels):
+                found.setdefault(index[key], []).append(label) if key in index else rest.append(label)
             if len(index) == len(images) and len(found) > len(best):
                 best, left = found, rest
     return best, left
@@ -242,64 +253,58 @@ def match_names(images, labels):
 def pair_masks(images, candidates, where):
     """Return {path of an image: path of its label map}, {} if there is none.
 
-    Raises InputError if an image has several label maps, or if none has the name of an image.
+    Raises InputError if an image has several label maps.
     """
-    first = {}
-    for f in images:
-        if (other := first.setdefault((f.above, f.part, f.below, f.stem), f)) is not f:
-            raise InputError(f"{where}: two images of one name, {other.path} and {f.path}; rename one")
+    name_images(images)
     labels = [f for f in candidates if f.role == "label"]
-    alone, maps = (Counter(f.above for f in side) for side in (images, labels))
-    if len(alone) > 1 and max(alone.values()) == 1 and any(maps[folder] > 1 for folder in alone):
-        folder = max(alone, key=lambda folder: maps[folder])
-        image = next(f.path for f in images if f.above == folder)
-        raise InputError(f"{where}: a folder per image: {image} is alone, with {maps[folder]} label maps; join them to "
-                         "one map of class ids per image, in images/ and labels/")
+    alone, maps = (Counter(f.context for f in side) for side in (images, labels))
+    if len(alone) > 1 and max(alone.values()) == 1 and any(maps[context] > 1 for context in alone):
+        image = max(images, key=lambda f: maps[f.context])
+        raise InputError(f"{where}: a folder per image: {image.path} is alone, with {maps[image.context]} label maps; "
+                         "join them to one map of class ids per image, in images/ and labels/")
     groups, owners = {}, {}
-    stems = {f.stem: f.path for f in images}
+    stems = {f.stem: n for n, f in enumerate(images)}
     for f in candidates:
-        groups.setdefault("/".join(f.group) or ".", []).append(f)
+        groups.setdefault(f.group, []).append(f)
     for group, members in groups.items():
         found, rest = match_names(images, members)
         if members[0].role != "label" and len(found) < len(members) / 2:
             continue
-        maps = {images[n].path: owned for n, owned in found.items()}
+        several = {n: list(owned) for n, owned in found.items()}
         for f in rest:  # 1000_circle_1 and 1000_circle_2 are of the image 1000
             starts = [f.stem[:m.start()] for m in re.finditer(SEPARATOR, f.stem)]
-            if owner := next((stems[start] for start in reversed(starts) if start in stems), None):
-                maps[owner] = [*maps.get(owner, []), f]
-        for image, owned in maps.items():
+            if owner := next((start for start in reversed(starts) if start in stems), None):
+                several.setdefault(stems[owner], []).append(f)
+        for n, owned in several.items():
             if len(owned) > 1:
-                raise InputError(f"{where}: {image.name} has several label maps, such as {owned[0].path.name} and "
-                                 f"{owned[1].path.name}; join them to one map of class ids per image")
-        for n, owned in found.items():
-            owners.setdefault(images[n].path, {})[group] = owned[0].path
+                raise InputError(f"{where}: {images[n].path.name} has several label maps, such as {owned[0].path.name} "
+                                 f"and {owned[1].path.name}; join them to one map of class ids per image")
+        for n, (label,) in found.items():
+            owners.setdefault(images[n].path, {})[group] = label.path
     for image, maps in owners.items():
         if len(maps) > 1:
             raise InputError(f"{where}: {' and '.join(maps)} both hold a label map of {image.name}; choose with "
                              + " or ".join(f"--labels {group}" for group in maps))
-    if labels and images and not owners:
-        raise InputError(f"{where}: no label map has the name of its image: {len(images)} images such as "
-                         f"{images[0].path.name}, {len(labels)} label maps such as {labels[0].path.name}; rename them")
-    return {image: next(iter(maps.values())) for image, maps in owners.items()}
+    return {image: path for image, maps in owners.items() for path in maps.values()}
 
 
-def find_image(named, f, index):
-    """Return the File of the image that the label file `f` names; an InputError if it is not there or not clear.
+def find_named(named, index, beside):
+    """Return the Files that a label file or list `beside` can mean by a file name: one if that is clear.
 
-    index: {file name in NFC and lower case: [File]}. Of several the one whose folders are named too wins, then the one
-    beside `f`, then one of its part.
+    index: {stem in lower case: [File]}. Of several, those win that are no label, whose folders are named too, that have
+    the same suffix, that lie beside it, and that are of its part.
     """
-    parts = [p for p in re.split(r"[\\/]", unicodedata.normalize("NFC", str(named))) if p not in ("", ".", "..")]
-    found = index.get(parts[-1].lower(), []) if parts else []
-    for is_near in (lambda x: x.role != "label", lambda x: list(x.path.parts[-len(parts):]) == parts,
-                    lambda x: x.path.parent == f.path.parent, lambda x: x.part == f.part):
-        found = [x for x in found if len(found) > 1 and is_near(x)] or found
-    if len(found) != 1:
-        why = (f"but {found[0].path} and {found[1].path} have this name; rename one" if found else
-               "which is not there; add it, or remove it from the file")
-        raise InputError(f"{f.path}: names the image {named}, {why}")
-    return found[0]
+    *folders, name = [p for p in re.split(r"[\\/]", unicodedata.normalize("NFC", named)) if p not in ("", ".", "..")
+                      ] or [""]
+    def count_folders(f):
+        return len(os.path.commonprefix([list(f.path.parent.parts[::-1]), folders[::-1]]))
+
+    found = index.get(image_stem(name).lower(), [])
+    most = max(map(count_folders, found), default=0)
+    for is_near in (lambda f: f.role != "label", lambda f: count_folders(f) == most, lambda f: f.path.name == name,
+                    lambda f: f.path.parent == beside.path.parent, lambda f: f.part == beside.part):
+        found = [f for f in found if len(found) > 1 and is_near(f)] or found
+    return found
 
 
 # Recognisers
@@ -307,8 +312,9 @@ def find_image(named, f, index):
 def recognise(files, args, where, map_in_parallel):
     """Return the Found of the one kind of labels in the source; an InputError if there is none, or several."""
     images, candidates = split_roles(files)
+    candidates = [f for f in candidates if f.role == "label" or not args.labels]
     jsons = read_jsons(files) if args.kind not in MASK_KINDS + ("yolo",) else {}
-    texts = [f for f in files if f.path.suffix.lower() == ".txt" and f.path.name.lower() not in CLASS_FILES]
+    texts = [f for f in files if f.path.suffix.lower() == ".txt" and not CLASS_FILE.fullmatch(f.path.name)]
     texts = {images[n].path: [f.path for f in found] for n, found in match_names(images, texts)[0].items()}
     kinds = {kind: shorten(f.path.name for f, _ in found) for kind, found in jsons.items() if found}
     if args.kind == "yolo" or any(is_numeric(path) for paths in texts.values() for path in paths):
@@ -318,22 +324,23 @@ def recognise(files, args, where, map_in_parallel):
     elif args.kind:
         kinds = {"masks": ""}
     elif not kinds or match_names(images, candidates)[0]:
-        kinds["masks"] = shorten(sorted({"/".join(f.group) or "." for f in candidates}))
+        kinds["masks"] = shorten(sorted({f.group for f in candidates}))
     if len(kinds) > 1:
         held = ", ".join(f"{kind} ({names})" for kind, names in kinds.items())
         raise InputError(f"{where}: holds labels of several kinds: {held}; choose with --kind (of masks: index, "
                          "levels or colour)")
-    kind = next(iter(kinds), None)
-    found = None
+    kind, found = next(iter(kinds), None), None
     if kind == "masks":
         found = recognise_masks(files, images, candidates, args, where, map_in_parallel)
     elif kind:
         found = recognise_shapes(kind, files, images, jsons.get(kind), texts, args, where)
     if not found or not found.labels:
-        endings = Counter(f"{'/'.join(f.group + f.below) or '.'}/*{f.path.suffix.lower()}" for f in files)
-        held = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(SHOWN))
-        raise InputError(f"{where}: no labels that are recognised; it holds {held or 'no files'}; name the folder of "
-                         "the label maps with --labels DIR")
+        alike = {}
+        for f in files:
+            alike.setdefault((f.group, f.path.suffix.lower()), []).append(f"{f.group}/{f.path.name}")
+        held = shorten(f"{len(names)} like {names[0]}" for names in sorted(alike.values(), key=len, reverse=True))
+        raise InputError(f"{where}: no labels of its images are recognised; it holds {held or 'no files'}; export "
+                         "masks, COCO, LabelMe or YOLO; a mask needs its image's name; --labels DIR names the masks")
     if len(found.labels) < 2 and not args.add:
         raise InputError(f"{where}: {len(found.labels)} of {len(found.images)} images has a label; it takes 2 at "
                          "least, one for training and one for validation; label another")
@@ -364,12 +371,11 @@ def recognise_masks(files, images, candidates, args, where, map_in_parallel):
     colours = {rgb_code(line.colour): number.get(line.name, IGNORE) for line in lines if line.colour}
     if len(colours) < sum(line.colour is not None for line in lines) or not all(line.colour for line in classes):
         colours = {}
-    names = [line.name for line in classes]
-    kind, values = label_formats.choose_encoding(scans, ids, colours, names, source, args.kind)
+    kind, values = label_formats.choose_encoding(scans, ids, colours, list(number), source, args.kind)
     table = [(background if line.name == layouts.LABELME_BACKGROUND else line.name, line.colour) for line in classes]
     held = {"index": "class ids", "levels": f"grey levels {shorten(v for v, _ in values)}", "colour": "colours"}[kind]
     labels = {image: Mask(path, kind, values) for image, path in pairs.items()}
-    return Found(f"label maps with {held}, class names from {source}", images, labels, table, {})
+    return Found(f"label maps with {held}, class names from {source}", images, labels, table)
 
 
 def read_jsons(files):
@@ -402,31 +408,38 @@ def recognise_shapes(kind, files, images, jsons, texts, args, where):
     images that nobody has annotated yet.
     """
     lines, source = find_class_lines(files, args, where) if kind != "coco" or args.classes else ([], "")
-    labels, parts, names, images_by_path = {}, {}, [], {f.path: f for f in images}
+    labels, names, images = {}, [], {f.path: f for f in images}
     if kind == "yolo":
         if not lines:
             raise InputError(f"{where}: no class names for YOLO's polygons; add data.yaml or classes.txt, or name the "
                              "file with --classes FILE")
-        if two := next((paths for paths in texts.values() if len(paths) > 1), None):
-            raise InputError(f"{two[0]}: {two[1]} is of the same image; remove one")
         numbers = {n if line.value is None else line.value: line.name for n, line in enumerate(lines)}
-        for image, (path,) in texts.items():
-            labels[image] = label_formats.read_yolo(path, numbers, upright_size(image)[0])
-    index = {}
-    for f in files:
-        if is_image_file(f):
-            index.setdefault(unicodedata.normalize("NFC", f.path.name).lower(), []).append(f)
+        for image, paths in texts.items():
+            if len(paths) > 1:
+                raise InputError(f"{paths[0]}: {paths[1]} is of the same image; remove one")
+            labels[image] = label_formats.read_yolo(paths[0], numbers, upright_size(image)[0])
+    index = index_stems(f for f in files if is_image_file(f))
     for f, content in jsons or []:
-        part = f.part or next((PARTS[word] for word in split_words(f.stem) if word in PARTS), "")
+        def find_image(named):
+            found = find_named(str(named), index, f)
+            if len(found) != 1:
+                why = (f"but {found[0].path} and {found[1].path} have this name; rename one" if found else
+                       "which is not there; add it, or remove it from the file")
+                raise InputError(f"{f.path}: names the image {named}, {why}")
+            if kind == "labelme" and any(other.path.parent == f.path.parent for other in index.get(
+                    f.stem.lower(), [])) and f.stem.lower() != found[0].stem.lower():
+                raise InputError(f"{f.path}: names the image {named}, not the one of its own name; correct imagePath")
+            return found[0]
+
         read = label_formats.read_coco if kind == "coco" else label_formats.read_labelme
-        drawings, here = read(content, f.path, lambda named, f=f: find_image(named, f, index))
+        drawings, here = read(content, f.path, find_image)
+        part = f.part or next((PARTS[word] for word in split_words(f.stem) if word in PARTS), "")
         names += here
         for image, drawing in drawings.items():
             if image.path in labels:
                 raise InputError(f"{f.path}: {image.path.name} is also labelled by {labels[image.path].path}; remove "
                                  "one of them")
-            labels[image.path], parts[image.path] = drawing, image.part or part
-            images_by_path.setdefault(image.path, image)
+            labels[image.path], images[image.path] = drawing, image._replace(part=image.part or part)
     names = list(dict.fromkeys(names if kind == "coco" else sorted(names)))
     known = [line.name for line in lines] or names
     if missing := [name for name in names if name not in known]:
@@ -443,35 +456,43 @@ def recognise_shapes(kind, files, images, jsons, texts, args, where):
     colours = {line.name: line.colour for line in lines}
     zero = next((colours.get(name) for name in known if not ids[name]), None)
     table = [(background, zero)] + [(name, colours.get(name)) for name in classes]
-    return Found(f"{kind}, class names from {source or 'it'}", [*images_by_path.values()], labels, table, parts)
+    return Found(f"{kind}, class names from {source or 'it'}", list(images.values()), labels, table)
+
+
+def index_stems(files):
+    """Return {stem in lower case, also without words such as "image": [File]}."""
+    index = {}
+    for f in files:
+        for name in {f.stem.lower(), core_name(f.stem)[0]}:
+            index.setdefault(name, []).append(f)
+    return index
 
 
 def find_class_lines(files, args, where):
     """Return (ClassLines, name of their file) from --classes or the source; an InputError if files disagree."""
+    named = [f.path for f in files if CLASS_FILE.fullmatch(f.path.name)]
     if args.classes:
         named = [Path(args.classes)] if Path(args.classes).is_file() else [
             f.path for f in files if f.path.name.lower() == args.classes.lower()]
         if not named:
             raise InputError(f"--classes {args.classes}: no such file; correct its name")
-    else:
-        named = [f.path for f in files if f.path.name.lower() in CLASS_FILES]
     tables = {}
     for path in named:
         if lines := layouts.read_class_lines(path):
-            key = tuple(x for x in lines if x.colour or x.value is not None or x.name != "__ignore__")
-            tables.setdefault(tuple(x.name.lower() for x in key), {})[key] = path
-    if len(tables) > 1:
-        paths = [str(path) for table in tables.values() for path in table.values()]
-        raise InputError(f"{where}: {' and '.join(paths[:3])} name different classes; choose with --classes FILE")
-    for names, table in tables.items():
-        if len(table) > 1 and len({key for key in table if key[0].colour or key[0].value is not None}) > 1:
-            raise InputError(f"{where}: {' and '.join(map(str, table.values()))} give the classes different colours or "
-                             "values; choose with --classes FILE")
-        if any(names.count(name) > 1 for name in set(names) - {*layouts.VOID}):
-            raise InputError(f"{next(iter(table.values()))}: names a class twice; correct it")
-        key = max(table, key=lambda key: (key[0].colour is not None, key[0].value is not None))
-        return list(key), table[key].name
-    return [], ""
+            lines = [x for x in lines if x.colour or x.value is not None or x.name != "__ignore__"]
+            tables.setdefault(tuple(lines), path)
+    if not tables:
+        return [], ""
+    best = max(tables, key=lambda lines: sum(x is not None for line in lines for x in line))
+    for lines, path in tables.items():
+        if len(lines) != len(best) or any(a.name.lower() != b.name.lower() or a.colour not in (None, b.colour)
+                                          or a.value not in (None, b.value) for a, b in zip(lines, best)):
+            raise InputError(f"{where}: {tables[best]} and {path} name different classes, colours or values; choose "
+                             "with --classes FILE")
+    names = [line.name for line in best if line.name not in layouts.VOID]
+    if len(set(names)) < len(names):
+        raise InputError(f"{tables[best]}: names a class twice; correct it")
+    return list(best), tables[best].name
 
 
 # From Found to a data set
@@ -517,7 +538,7 @@ def make_palette(classes):
 
 
 def match_classes(classes, table, dataset):
-    """Return (the classes of a data set that is added to, table with its ids); an InputError if it lacks a class."""
+    """Return choose_classes' result for a data set that is added to; an InputError if it lacks a class."""
     for name, _ in classes:
         if name not in dataset.classes:
             raise InputError(f"--add {dataset.root}: has no class {name}, only {', '.join(dataset.classes)}; leave it "
@@ -526,64 +547,46 @@ def match_classes(classes, table, dataset):
     return [(name, tuple(dataset.palette[3 * n:3 * n + 3])) for n, name in enumerate(dataset.classes)], ids[table]
 
 
-def name_images(found):
-    """Return {path of an image: id}: its stem, after its part and folders if two have the same."""
-    ids = {f.path: f.stem for f in found.images}
-    for folders in (lambda f: [f.part], lambda f: [*f.above, f.part, *f.below]):
+def name_images(images):
+    """Return {path of an image: id}: its stem, after its part and its folders if two have the same."""
+    ids, first = {f.path: f.stem for f in images}, {}
+    for folders in (lambda f: [f.part], lambda f: [*f.context, f.part]):
         counts = Counter(name.lower() for name in ids.values())
-        ids |= {f.path: "_".join(filter(None, [*folders(f), f.stem])) for f in found.images
+        ids |= {f.path: "_".join(filter(None, [*folders(f), f.stem])) for f in images
                 if counts[ids[f.path].lower()] > 1}
-    first = {}
     for path, name in ids.items():
         if first.setdefault(name.lower(), path) != path:
-            raise InputError(f"{path}: has the same name as {first[name.lower()]}; rename one")
+            raise InputError(f"{path}: has the name of {first[name.lower()]}; rename one, or move label maps to a "
+                             "folder of their own, masks/")
     return ids
 
 
 def read_parts(files, found, ids):
-    """Return {id: "train", "val" or "test"} from the source's lists, or else from folders; {} if it names no two parts.
+    """Return {id: "train", "val", "test" or ""} from the source's lists, or else from folders.
 
-    A line of a list is an image, with its folder and suffix or without, or a pair of image and label map.
+    A line of a list is an image, with its folder and suffix or without, a pair of image and label map, or a name and
+    numbers.
     """
-    sources = {source.path for source in found.labels.values()}
-    named, listed = {}, {}
-    for f in found.images:
-        for name in {f.stem, core_name(f.stem)[0]}:
-            named.setdefault(name, []).append(f)
-    for f in files:
-        if not (part := list_part(f)) or f.path in sources:
-            continue
+    index, listed = index_stems(found.images), {}
+    lists = [f for f in files if list_part(f) and f.path not in {label.path for label in found.labels.values()}]
+    for f in [f for f in lists if f.path.parent.name == "Segmentation"] or lists:  # VOC's others are of boxes
+        part = list_part(f)
         for line in layouts.read_lines(f.path):
-            first, *_, last = line.split() * 2
-            is_pair = last != first and PurePosixPath(first).suffix.lower() in READABLE
-            image = None if is_pair else find_listed(named, line, part)
-            if is_pair or re.fullmatch(r"\S+( -?[0-9]+)+", line):  # VOC's lists of a class have 1 or -1 after the name
-                image = image or find_listed(named, first, part)
-            if not image:
-                raise InputError(f"{f.path}: lists {line}, which is not there; add it, or remove the line")
-            label = found.labels.get(image.path)
-            if is_pair and label and PurePosixPath(last.replace("\\", "/")).name != label.path.name:
-                raise InputError(f"{f.path}: the line {line!r} names another label map than {label.path.name}, which "
-                                 "has the image's name; rename the label maps after their images")
-            if listed.setdefault(ids[image.path], part) != part:
-                raise InputError(f"{f.path}: {line} is also in the list of {listed[ids[image.path]]}; remove one")
-    parts = listed or {ids[f.path]: found.parts.get(f.path) or f.part for f in found.images}
-    parts = {name: part for name, part in parts.items() if part}
-    return parts if "train" in parts.values() and len(set(parts.values())) > 1 else {}
+            first, _, more = line.partition(" ")
+            is_pair = PurePosixPath(first).suffix.lower() in READABLE
+            names = [first] if is_pair else [line, first] if re.fullmatch("[-0-9 ]+", more) else [line]
+            image = next((i for i in (find_named(name, index, f._replace(part=part)) for name in names) if i), [])
+            if len(image) != 1:
+                raise InputError(f"{f.path}: lists {line}, which is {'not clear' if image else 'not there'}; correct "
+                                 "or remove the line")
+            if listed.setdefault(ids[image[0].path], part) != part:
+                raise InputError(f"{f.path}: {line} is also in the list of {listed[ids[image[0].path]]}; remove one")
+    return listed or {ids[f.path]: f.part for f in found.images}
 
 
 def list_part(f):
     """Return the part that a File lists, or None: train.txt, Validation.txt, test2017.txt."""
     return PARTS.get(f.stem.lower().rstrip("0123456789")) if f.path.suffix.lower() == ".txt" else None
-
-
-def find_listed(named, name, part):
-    """Return the File that a line of a list of `part` names, or None. named: {stem: [File]}."""
-    path = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
-    stem = path.stem if path.suffix.lower() in READABLE else path.name
-    found = named.get(stem, [])
-    found = [f for f in found if f.part == part] if len(found) > 1 else found
-    return found[0] if len(found) == 1 else None
 
 
 def upright_size(path):
@@ -599,75 +602,71 @@ def upright_size(path):
         return image.size[::-1] if orientation in range(5, 9) else image.size, orientation in range(2, 9)
 
 
-def write_pair(job):
-    """Write an image and its label map; return ((pixels of each value (256,), whether EXIF turns it), error or "").
+def write_pair(new, table, palette, link, job):
+    """Write an image and its label map to images/ and labels/ of the folder `new`, or an image to unlabelled/.
 
-    job: (image, Mask or Drawing or None, table (256,) uint8 from found to written ids, palette, image target without
-    suffix, label target, whether to link).
+    table: (256,) uint8, from found to written ids; link: to the image, instead of a copy; job: (image, Mask or Drawing
+    or None, id). Returns (pixels of each value (256,), whether EXIF turns the image).
     """
-    path, source, table, palette, target, label_target, link = job
+    path, source, name = job
+    (size, is_turned), counts = upright_size(path), np.zeros(256, int)
+    if source:
+        ids = label_formats.read_mask_ids(source) if isinstance(source, Mask) else None
+        found = ids.shape[::-1] if ids is not None else source.size or size
+        if found != size:
+            remedy = ("the image's is after its EXIF orientation: if the labels lie on it as it is stored, remove it "
+                      "with exiftool -Orientation= FILE") if is_turned else "make them equal"
+            raise InputError(f"{source.path}: the label's size {found[0]}x{found[1]} is not its image's "
+                             f"{size[0]}x{size[1]}; {remedy}")
+        ids = table[label_formats.draw_shapes(source, size) if ids is None else ids]
+        counts = np.bincount(ids.ravel(), minlength=256)
+        label = Image.fromarray(ids).convert("P")
+        label.putpalette(palette)
+        write_atomically(new / f"labels/{name}.png", lambda f: label.save(f, "PNG"))
+    folder, suffix = new / ("images" if source else "unlabelled"), path.suffix.lower()
+    if suffix in layouts.IMAGE_SUFFIXES:
+        write_atomically(folder / f"{name}{suffix}",
+                         lambda f: f.symlink_to(path.resolve()) if link else shutil.copyfile(path, f))
+    else:
+        with catch_read_errors(path), Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+        write_atomically(folder / f"{name}.png", lambda f: image.save(f, "PNG"))
+    return counts, is_turned
+
+
+def run_all(map_in_parallel, function, items, what):
+    """Return the results of function(item); raises the first InputError, with the number of them."""
+    attempt_one = partial(attempt, function)
+    results = map_in_parallel(attempt_one, items, what) if len(items) > 20 else list(map(attempt_one, items))
+    errors = [error for _, error in results if error]
+    if errors:
+        raise InputError(errors[0] + (f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""))
+    return [result for result, _ in results]
+
+
+def attempt(function, item):
+    """Return (function(item), "") or (None, text of its InputError)."""
     try:
-        (size, is_turned), counts = upright_size(path), np.zeros(256, int)
-        if source:
-            ids = table[label_formats.read_label_map(source, size)]
-            counts = np.bincount(ids.ravel(), minlength=256)
-            label = Image.fromarray(ids).convert("P")
-            label.putpalette(palette)
-            write_atomically(label_target, lambda f: label.save(f, "PNG"))
-        write_image(path, target, link)
-        return (counts, is_turned), ""
-    except label_formats.WrongSize as e:
-        remedy = ("the image's is after its EXIF orientation: if the labels lie on it as it is stored, remove it with "
-                  "exiftool -Orientation= FILE") if is_turned else "make them equal"
-        return None, f"{e}; {remedy}"
+        return function(item), ""
     except InputError as e:
         return None, str(e)
 
 
-def write_image(path, target, link):
-    """Copy or link an image to `target` plus its suffix, or write it anew as PNG if training cannot read its kind."""
-    suffix = path.suffix.lower()
-    if suffix in layouts.IMAGE_SUFFIXES:
-        target = target.with_name(target.name + suffix)
-        write_atomically(target, lambda f: f.symlink_to(path.resolve()) if link else shutil.copyfile(path, f))
-        return
-    with catch_read_errors(path), Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    write_atomically(target.with_name(target.name + ".png"), lambda f: image.save(f, "PNG"))
-
-
-def run_all(map_in_parallel, function, items, what):
-    """Return the results of function(item) -> (result, error); raises the first error as an InputError."""
-    results = map_in_parallel(function, items, what) if len(items) > 20 else [function(item) for item in items]
-    errors = [error for _, error in results if error]
-    if errors:
-        more = f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""
-        raise InputError(errors[0] + more)
-    return [result for result, _ in results]
-
-
-def write_pairs(found, ids, table, palette, new, args, map_in_parallel):
-    """Write images/, labels/ and unlabelled/ to the folder `new`; return ({id: pixels of each value}, turned ids)."""
-    jobs = []
-    for f in found.images:
-        source, name = found.labels.get(f.path), ids[f.path]
-        folder = "images" if source else "unlabelled"
-        jobs.append((f.path, source, table, palette, new / folder / name, new / f"labels/{name}.png", args.link))
-    results = run_all(map_in_parallel, write_pair, jobs, "writing")
-    counts = {ids[f.path]: r[0] for f, r in zip(found.images, results) if f.path in found.labels}
-    return counts, [ids[f.path] for f, r in zip(found.images, results) if f.path in found.labels and r[1]]
-
-
-def make_lists(parts, counts, dataset):
+def make_lists(parts, counts, where, dataset):
     """Return {name: ids} of the labelled images: the source's parts, or a fifth for validation.
 
-    Without a val part the fifth is drawn from what is for training, by the hash of the id as layouts does, but so that
-    every class keeps a training image. What is added to a data set without parts is for training.
+    If no part is for training, all images without a part are, or else all images. Without a val part the fifth is
+    drawn from what is for training, by the hash of the id as layouts does, but so that every class keeps a training
+    image. What is added to a data set without parts is for training.
     """
     lists = {part: [i for i in counts if parts.get(i) == part] for part in ("train", "val", "test")}
-    if not parts or not lists["train"]:
-        lists["train"] = list(counts)
+    lists["train"] = lists["train"] or [i for i in counts if not parts.get(i)]
+    if not lists["train"]:
+        lists = {"train": list(counts), "val": [], "test": []}
     if not lists["val"] and not dataset:
+        if len(lists["train"]) < 2:
+            raise InputError(f"{where}: its lists name {len(lists['train'])} labelled image for training and none for "
+                             "validation; add more, or remove the lists")
         remaining = Counter(value for i in lists["train"] for value in np.flatnonzero(counts[i]))
         for i in layouts.rank_for_val(lists["train"]):
             if len(lists["val"]) < math.ceil(len(lists["train"]) / 5) and all(
@@ -679,12 +678,17 @@ def make_lists(parts, counts, dataset):
     return {name: sorted(members) for name, members in lists.items() if members}
 
 
+def write_lines(file, lines):
+    write_atomically(file, lambda f: f.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8"))
+
+
 def write_dataset(out, new, lists, classes):
     """Write classes.txt and lists/ to `new` and move it to `out`."""
     palette = make_palette(classes)
-    lines = [f"{name} {' '.join(map(str, palette[3 * n:3 * n + 3]))}" for n, (name, _) in enumerate(classes)]
-    for file, content in [("classes.txt", lines)] + [(f"lists/{name}.txt", ids) for name, ids in lists.items()]:
-        write_atomically(new / file, lambda f: f.write_text("".join(f"{line}\n" for line in content), encoding="utf-8"))
+    write_lines(new / "classes.txt", (f"{name} {' '.join(map(str, palette[3 * n:3 * n + 3]))}"
+                                      for n, (name, _) in enumerate(classes)))
+    for name, ids in lists.items():
+        write_lines(new / f"lists/{name}.txt", ids)
     if layouts.read_classes(new / "classes.txt")[0] != [name for name, _ in classes]:
         raise InputError(f"class names {', '.join(name for name, _ in classes)}: one is empty, there twice, or no "
                          "name; rename it")
@@ -695,41 +699,32 @@ def write_dataset(out, new, lists, classes):
 
 def add_to_dataset(dataset, new, lists):
     """Move what is in `new` into a data set and extend its lists; an InputError if an id is there."""
-    known = dataset.images.keys() | dataset.labels.keys()
-    files = [f for f in new.rglob("*") if not f.is_dir()]
-    for f in files:
-        if f.stem in known:
-            raise InputError(f"--add {dataset.root}: {f.stem} is there already; rename the new one, or leave it out")
     folders = {"images": dataset.image_dir, "labels": dataset.label_dir, "unlabelled": dataset.root / "unlabelled"}
-    written = {}
+    moves = {f: folders[f.parent.name] / f.name for f in new.rglob("*") if not f.is_dir()}
+    for f, target in moves.items():
+        if f.stem in dataset.images or f.stem in dataset.labels or os.path.lexists(target):
+            raise InputError(f"--add {dataset.root}: {f.stem} is there already; rename the new one, or leave it out")
     for name in {"train", "val", *lists}:
         names = layouts.TRAIN_LISTS if name == "train" else [name]
         files_there = filter(None, (layouts.find_list(dataset.root, n) for n in names))
         file = next(files_there, dataset.root / f"lists/{name}.txt")
         there = dataset.ids(*names) if file.is_file() or name != "test" else []
-        written[file] = there + lists.get(name, [])
-    before = {file: file.read_bytes() if file.is_file() else None for file in written}
-    moved = []
+        write_lines(new / "lists" / file.name, there + lists.get(name, []))
+        moves[new / "lists" / file.name] = file
+    moved = {}
     try:
-        for f in files:
-            target = folders[f.parent.name] / f.name
-            if os.path.lexists(target):
-                raise InputError(f"--add {dataset.root}: {target.name} is there already; rename the new one")
+        for f, target in moves.items():
             with catch_write_errors(target):
                 target.parent.mkdir(exist_ok=True)
-                os.rename(f, target)
-            moved.append(target)
-        for file, content in written.items():
-            write_atomically(file, lambda f: f.write_text("".join(f"{i}\n" for i in content), encoding="utf-8"))
+                os.replace(f, target)
+            moved[f] = target
     except BaseException:
-        for target in moved:
-            target.unlink()
-        for file, content in before.items():
-            file.unlink(missing_ok=True) if content is None else file.write_bytes(content)
+        for f, target in moved.items():
+            os.replace(target, f)
         raise
 
 
-def print_report(args, out, found, files, classes, counts, lists, turned):
+def print_report(out, found, files, classes, counts, lists, turned):
     """Print what was recognised, the pairs, the share of each class, what was left out, and how to train."""
     unlabelled = len(found.images) - len(counts)
     image, source = next(iter(found.labels.items()))
@@ -753,10 +748,10 @@ def print_report(args, out, found, files, classes, counts, lists, turned):
     used = {f.path for f in found.images} | {source.path for source in found.labels.values()}
     left = Counter()
     for f in files:
-        if f.path not in used and not list_part(f) and f.path.name.lower() not in CLASS_FILES:
+        if f.path not in used and not list_part(f) and not CLASS_FILE.fullmatch(f.path.name):
             why = (" (instances, previews, or not in --labels)" if f.role == "unused" else
                    " (no image of this name)" if f.role == "label" and is_image_file(f) else "")
-            left["/".join([*f.group, *f.below, f"*{f.path.suffix}"]) + why] += 1
+            left[f"{f.group}/*{f.path.suffix}{why}"] += 1
     print(f"not used: {shorten(f'{n:,} {name}' for name, n in left.items()) or 'nothing'}")
     script = "train_semi.py" if unlabelled else "train_base.py"
     print(f"to train: python {script} --data {out} --split 1")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from common import layouts
 from common.console import InputError, catch_read_errors
@@ -29,9 +29,9 @@ class Mask(NamedTuple):
 class Scan(NamedTuple):
     """What a label map holds."""
     counts: dict  # {value: pixels}
+    codes: dict  # {value: colour code}
     is_colour: bool  # the values are colour codes
-    palette: np.ndarray | None  # (256,) colour code of each value
-    is_wide: bool  # more than 8 bits
+    has_palette: bool  # the values are indices into a palette that is not grey
 
 
 class Drawing(NamedTuple):
@@ -48,10 +48,6 @@ class Shape(NamedTuple):
     data: object
 
 
-class WrongSize(InputError):
-    """A label and its image differ in size. The message has no remedy: it depends on the image."""
-
-
 class Refused(Exception):
     """A file that is read but not taken: why, and the remedy."""
 
@@ -66,31 +62,28 @@ def catch_label_errors(path):
             raise InputError(f"{path}: {e}") from None
 
 
-def read_label_map(source, size):
-    """Return the class ids (H,W) uint8 of a Mask or Drawing for an image of `size` (W,H).
+def rgb_code(colour):
+    """Return 65536 R + 256 G + B."""
+    return colour[0] << 16 | colour[1] << 8 | colour[2]
 
-    Raises WrongSize if the label has another size.
-    """
-    if isinstance(source, Mask):
-        ids = read_mask_ids(source)
-        found = ids.shape[::-1]
-    else:
-        found = source.size or size
-        ids = draw_shapes(source, size) if found == size else None
-    if found != size:
-        sizes = [f"{width}x{height}" for width, height in (found, size)]
-        raise WrongSize(f"{source.path}: the label's size {sizes[0]} is not its image's {sizes[1]}")
-    return ids
+
+def rgb_channels(code):
+    return code >> 16, code >> 8 & 255, code & 255
+
+
+def shorten(items):
+    """Return up to SHOWN items as text."""
+    items = list(items)
+    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 # Label maps in image files
 
 def read_mask(path):
-    """Return (values (H,W), whether they are colours, colour codes of the palette or None).
+    """Return (values (H,W), whether they are colours, colour codes of the palette (256,) or None).
 
-    Values are class ids, grey levels (of a palette of greys, too) or palette indices. A colour code is 65536 R + 256 G
-    + B. Raises an InputError for what is no label map: several pages, float or multi-band pixels, information in the
-    alpha channel only.
+    Values are class ids, grey levels (of a palette of greys, too) or palette indices. Raises an InputError for what is
+    no label map: several pages, float or multi-band pixels, information in the alpha channel only.
     """
     with catch_label_errors(path), Image.open(path) as image:
         if getattr(image, "n_frames", 1) > 1:
@@ -99,10 +92,10 @@ def read_mask(path):
             palette = np.array(image.getpalette("RGB")).reshape(-1, 3) @ [65536, 256, 1]
             palette, values = np.pad(palette, (0, 256 - len(palette)), constant_values=-1), np.array(image)
             used = np.unique(values)
-            codes = palette[used]
-            if (codes < 0).any() or (codes % 0x010101).any() or codes.tolist() == palette_codes(used.tolist()):
-                return values, False, palette
-            return (palette & 255).astype(np.uint8)[values], False, None  # GIF numbers the greys of each file anew
+            is_grey = (palette[used] >= 0).all() and not (palette[used] % 0x010101).any()
+            if is_grey and (not used.any() or palette[used].tolist() != palette_codes(used.tolist())):
+                return (palette & 255).astype(np.uint8)[values], False, None  # GIF numbers the greys of each file anew
+            return values, False, palette
         if image.mode in ("1", "L", "I", "I;16", "I;16B"):
             return np.array(image), False, None
         if image.mode not in ("LA", "RGB", "RGBA"):
@@ -116,14 +109,12 @@ def read_mask(path):
 
 
 def scan_mask(path):
-    """Return (Scan of a label map or None, error or "")."""
-    try:
-        values, is_colour, palette = read_mask(path)
-    except InputError as e:
-        return None, str(e)
+    """Return the Scan of a label map."""
+    values, is_colour, palette = read_mask(path)
     found, counts = np.unique(values, return_counts=True)
-    is_wide = not is_colour and values.itemsize > 1
-    return Scan(dict(zip(found.astype(int).tolist(), counts.tolist())), is_colour, palette, is_wide), ""
+    found = found.astype(int)
+    codes = found if is_colour else palette[found] if palette is not None else found * 0x010101
+    return Scan(*(dict(zip(found.tolist(), x.tolist())) for x in (counts, codes)), is_colour, palette is not None)
 
 
 def read_mask_ids(mask):
@@ -137,14 +128,10 @@ def read_mask_ids(mask):
     return ids.astype(np.uint8)[np.searchsorted(keys, values)]
 
 
-def rgb_code(colour):
-    return colour[0] << 16 | colour[1] << 8 | colour[2]
-
-
-def value_codes(scan):
-    """Return {value: colour code} of a Scan."""
-    return {value: value if scan.is_colour else int(scan.palette[value]) if scan.palette is not None else
-            value * 0x010101 for value in scan.counts}
+def palette_codes(values):
+    """Return the colour codes of values in VOC's palette."""
+    palette = layouts.voc_palette()
+    return [rgb_code(palette[3 * value:3 * value + 3]) for value in values]
 
 
 def choose_encoding(scans, ids, colours, names, source, kind=None):
@@ -153,87 +140,70 @@ def choose_encoding(scans, ids, colours, names, source, kind=None):
     scans: {path: Scan}; ids: {value: class id}; colours: {colour code: class id}, or {}; names: of the classes; source:
     their file. Raises an InputError if the labels are not clear or, with `kind`, not of this kind.
     """
-    totals, codes, colour_file = Counter(), Counter(), None
-    for path, scan in scans.items():
+    path, totals, codes = next(iter(scans)), Counter(), Counter()
+    for scan in scans.values():
         totals.update({} if scan.is_colour else scan.counts)
-        colour_file = colour_file or (path if scan.is_colour else None)
-        for value, code in value_codes(scan).items():
-            codes[code] += scan.counts[value]
-    path, used = colour_file or next(iter(scans)), set(totals)
+        for value, n in scan.counts.items():
+            codes[scan.codes[value]] += n
+    used, as_colour = set(totals), ("colour", tuple(colours.items()))
+    is_colour = codes.keys() <= colours.keys()
+
+    colour_file = next((p for p, scan in scans.items() if scan.is_colour), None)
     if colour_file and kind in ("index", "levels"):
-        raise InputError(f"{path}: is a colour image, not {kind}; leave --kind out")
-    as_colours = colours if codes.keys() <= colours.keys() else {}
-    as_index = {IGNORE: IGNORE} | ids if used - {IGNORE} <= ids.keys() else {}
-    if not kind and used - {0} == {IGNORE} and IGNORE not in ids:
-        as_index = {}  # 0 and 255 are two classes, not one class and void
-    foreign = {path: scan for path, scan in scans.items() if not has_palette(scan, layouts.voc_palette())}
-    pairs = {pair for scan in foreign.values() for pair in value_codes(scan).items()}
-    if not kind and foreign and (as_colours or len(pairs) > len(dict(pairs))):
-        as_index = {}  # the palette has the classes' colours, or each file has its own
-    if kind == "colour" or colour_file:
-        if not as_colours:
-            raise InputError(explain_colours(path, codes, colours, names, source))
-        return "colour", tuple(colours.items())
-    if foreign and not kind and not as_colours:
-        path = next(iter(foreign))
-        if colours:
-            raise InputError(explain_colours(path, codes, colours, names, source))
-        raise InputError(f"{path}: its palette is neither VOC's nor grey, so its values may be those of a paint "
+        raise InputError(f"{colour_file}: is a colour image, not {kind}; leave --kind out")
+    voc, own = palette_codes(range(IGNORE)), {class_id: code for code, class_id in colours.items()}
+    foreign = next((p for p, scan in scans.items() if scan.has_palette and any(
+        value != IGNORE and code not in (voc[value], own.get(ids.get(value))) for value, code in scan.codes.items())),
+        None)
+    if colour_file or kind == "colour" or foreign and colours and not kind:
+        if not is_colour:
+            raise InputError(explain_colours(colour_file or foreign or path, codes, colours, names, source))
+        return as_colour
+    if foreign and not kind:
+        raise InputError(f"{foreign}: its palette is neither VOC's nor grey, so its values may be those of a paint "
                          f"program: --kind index if they are class ids, else give each class its R G B in {source}")
-    pairs = {pair for scan in scans.values() for pair in value_codes(scan).items()}
-    if not kind and as_colours and as_index and any(as_colours[code] != as_index[value] for value, code in pairs):
+
+    is_index = used - {IGNORE} <= ids.keys() and kind != "levels"
+    if is_index and not kind and IGNORE in used - ids.keys():
+        held = {frozenset(scan.counts): p for p, scan in scans.items()}
+        if used <= {0, IGNORE}:
+            is_index = False  # two classes, not one class and void
+        elif (p := held.get(frozenset({0, IGNORE}))) and not any(IGNORE in h and len(h | {0}) > 2 for h in held):
+            raise InputError(f"{p}: holds 0 and 255, others hold class ids and no 255, so 255 may be a class or void; "
+                             "--kind index if it is void, else save all alike")
+    if is_index and is_colour and not kind and any(
+            colours[code] != ids.get(value, IGNORE) for scan in scans.values() for value, code in scan.codes.items()):
         raise InputError(f"{path}: its values and its colours name different classes of {source}; choose with --kind "
                          "index or --kind colour")
-    held = [scan.counts.keys() for scan in scans.values()]
-    if as_index and not kind and IGNORE in used - ids.keys() and {0, IGNORE} in held and not any(
-            IGNORE in values and values - {0, IGNORE} for values in held):
-        path = next(p for p, scan in scans.items() if scan.counts.keys() == {0, IGNORE})
-        raise InputError(f"{path}: holds 0 and 255, others hold class ids and no 255, so 255 may be a class or void; "
-                         "--kind index if it is void, else save all alike")
-    if as_index and kind != "levels":
-        if jpeg := next((p for p in scans if p.suffix.lower() in JPEG), None):
-            raise InputError(f"{jpeg}: JPEG changes class ids to those of their neighbours; export label maps as PNG")
-        return "index", tuple(as_index.items())
-    if as_colours and not kind:
-        return "colour", tuple(colours.items())
-    is_jpeg = path.suffix.lower() in JPEG
-    levels = sorted(find_levels(totals, len(names), is_jpeg, kind is None)) if kind != "index" else []
-    if not levels or not kind and not all(has_palette(scan) and not scan.is_wide for scan in scans.values()):
+    jpeg = next((p for p in scans if p.suffix.lower() in JPEG), None)
+    if is_index and jpeg:
+        raise InputError(f"{jpeg}: JPEG changes class ids to those of their neighbours; export label maps as PNG")
+    if is_index:
+        return "index", tuple(({IGNORE: IGNORE} | ids).items())
+    if is_colour and not kind:
+        return as_colour
+
+    levels = sorted(find_levels(totals, len(names), kind == "levels")) if kind != "index" else []
+    if not levels or not kind and any(scan.has_palette for scan in scans.values()):
         raise InputError(explain_values(scans, used, ids, len(names), source))
-    if colours and all(code % 0x010101 == 0 for code in colours):  # the table says which grey level is which class
+    if colours and not any(code % 0x010101 for code in colours):  # the table says which grey level is which class
         return "levels", tuple((level, colours[code]) for level, code in zip(levels, sorted(colours)))
     of_classes = sorted(colours, key=colours.get) or palette_codes(range(len(names)))
-    greys = [(299 * (code >> 16) + 587 * (code >> 8 & 255) + 114 * (code & 255)) // 1000 for code in of_classes]
+    greys = [(299 * r + 587 * g + 114 * b) // 1000 for r, g, b in map(rgb_channels, of_classes)]
     if not kind and levels == sorted(greys) != greys:
         raise InputError(f"{path}: its grey levels {shorten(levels)} are those of colours that were turned to grey, "
                          "whose order is not that of the classes; export the label maps in colour or as class ids")
     return "levels", tuple((level, n) for n, level in enumerate(levels))
 
 
-def palette_codes(values, palette=None):
-    """Return the colour codes of values in a palette of 768 numbers (default VOC's)."""
-    palette = palette or layouts.voc_palette()
-    return [rgb_code(palette[3 * value:3 * value + 3]) for value in values]
-
-
-def has_palette(scan, expected=None):
-    """Whether the used colours of a Scan's palette, if any, are those of `expected`, or greys that rise by value."""
-    if scan.palette is None:
-        return True
-    used = [value for value in sorted(scan.counts) if value != IGNORE or not expected]
-    here = [int(scan.palette[value]) for value in used]
-    is_grey = here == sorted(set(here)) and all(code >= 0 and code % 0x010101 == 0 for code in here)
-    return is_grey or bool(expected) and here == palette_codes(used, expected)
-
-
-def find_levels(totals, num_classes, is_jpeg, is_strict):
+def find_levels(totals, num_classes, is_given):
     """Return the num_classes grey levels in {value: pixels}, or [] if there are not just so many separated ones.
 
     The most frequent values, more than NEAR apart, are levels. With two classes the rest is noise at edges if it is up
-    to 2 % of the pixels and no single value or, in JPEG, no bump stands out. With more classes no noise is allowed: an
-    edge between two levels would be a third class. is_strict=False (--kind levels) allows any rest.
+    to 2 % of the pixels and no further level, spread by JPEG, stands out. With more classes no noise is allowed: an
+    edge between two levels would be a third class. is_given (--kind levels) allows any rest.
     """
-    if not is_strict and len(totals) == num_classes:
+    if is_given and len(totals) == num_classes:
         return list(totals)
     rest, levels = dict(totals), []
     while rest and len(levels) < num_classes:
@@ -241,20 +211,19 @@ def find_levels(totals, num_classes, is_jpeg, is_strict):
         rest = {value: n for value, n in rest.items() if abs(value - levels[-1]) > NEAR}
     if len(levels) < num_classes or max(levels) > 255:
         return []
-    bumps = rest
-    if is_jpeg:  # noise is thick near a level, and a further level spreads over several values
-        bumps = {value for value in rest if min(abs(value - level) for level in levels) > 2 * NEAR}
-        bumps = {value: sum(rest[v] for v in bumps if abs(v - value) <= NEAR) for value in bumps}
+    # noise is thick near a level
+    far = [value for value in rest if min(abs(value - level) for level in levels) > 2 * NEAR]
+    highest = max((sum(rest[v] for v in far if abs(v - value) <= NEAR) for value in far), default=0)
     pixels, noise = sum(totals.values()), sum(rest.values())
-    is_noise = noise <= 0.02 * pixels and max(bumps.values(), default=0) <= max(noise / 3, 1e-5 * pixels)
-    return levels if not rest or not is_strict or num_classes == 2 and is_noise else []
+    is_noise = noise <= 0.02 * pixels and highest <= max(noise / 3, 1e-5 * pixels)
+    return levels if not rest or is_given or num_classes == 2 and is_noise else []
 
 
 def explain_values(scans, used, ids, num_classes, source):
     """Return the error for grey values that are neither class ids nor levels."""
     path = next((p for p, scan in scans.items() if scan.counts.keys() - ids.keys()), next(iter(scans)))
     text = f"{path}: holds the values {shorten(sorted(scans[path].counts))}, but {source} names {num_classes} classes"
-    if max(used) > 255 or scans[path].is_wide or len(used - {IGNORE}) > max(num_classes + 1, 8):
+    if max(used) > 255 or len(used - {IGNORE}) > max(num_classes + 1, 8):
         return f"{text}: looks like an instance mask, one number per object; export semantic masks, one per class"
     return (f"{text}; add the missing classes, or --kind levels if the grey levels in order are the classes, or --kind "
             "index if 255 is ignored and the rest are class ids")
@@ -264,25 +233,16 @@ def explain_colours(path, codes, colours, names, source):
     """Return the error for colours that are no class's."""
     if path.suffix.lower() in JPEG:
         return f"{path}: JPEG changes colours, so that they are no longer those of {source}; export label maps as PNG"
-    def channels(code):
-        return code >> 16, code >> 8 & 255, code & 255
-
     wrong, shown = [code for code, _ in codes.most_common() if code not in colours], []
     for code in wrong[:SHOWN]:
-        near = min(colours, default=None, key=lambda c: sum(abs(a - b) for a, b in zip(channels(c), channels(code))))
+        near = min(colours, default=None, key=lambda c: math.dist(rgb_channels(c), rgb_channels(code)))
         name = f", nearest {'void' if colours[near] == IGNORE else names[colours[near]]}" if colours else ""
         share = 100 * codes[code] / sum(codes.values())
-        shown.append(f"{' '.join(map(str, channels(code)))} ({share:.2g} % of the pixels{name})")
+        shown.append(f"{' '.join(map(str, rgb_channels(code)))} ({share:.2g} % of the pixels{name})")
     more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     advice = (f"add them to {source} as NAME R G B, or as void R G B to ignore them" if colours else
               f"give each class in {source} its own colour: NAME R G B")
     return f"{path}: colours that are no class's: {', '.join(shown)}{more}; {advice}"
-
-
-def shorten(items):
-    """Return up to SHOWN items as text."""
-    items = list(items)
-    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 # Shapes
@@ -327,7 +287,7 @@ def read_labelme(content, path, find_image):
 
 
 def labelme_shape(shape):
-    """Return the Shape of an entry of a LabelMe file; a ValueError if it has no area."""
+    """Return the Shape of an entry of a LabelMe file. Raises Refused if it has no area."""
     points, form = [tuple(point) for point in shape["points"]], shape.get("shape_type") or "polygon"
     if form == "mask":
         left, top = map(round, points[0])
@@ -350,14 +310,15 @@ def read_yolo(path, names, size):
     A line is `number x1 y1 x2 y2 ...` in fractions of the upright image's sides.
     """
     shapes = []
-    for line in layouts.read_lines(path):
-        with catch_label_errors(path):
+    with catch_label_errors(path):
+        for line in layouts.read_lines(path):
             number, *fractions = map(float, line.split())
             if len(fractions) == 4:
                 raise Refused("holds boxes, class x y w h; export polygons (YOLO segmentation)")
-            if len(fractions) < 6 or len(fractions) % 2 or number not in names:
-                raise Refused(f"the line {line[:30]!r} is not a class in 0..{max(names)} and x y of 3 points or more; "
-                              "correct it")
+            if (len(fractions) < 6 or len(fractions) % 2 or number not in names or
+                    min(fractions) < -0.5 or max(fractions) > 1.5):
+                raise Refused(f"the line {line[:30]!r} is not a class in 0..{max(names)} and x y of 3 points or more, "
+                              "in fractions of the image's sides; export polygons (YOLO segmentation)")
             points = [(x * size[0], y * size[1]) for x, y in zip(fractions[::2], fractions[1::2])]
             shapes.append(Shape(names[number], "polygon", points))
     return Drawing(path, None, shapes)
@@ -374,31 +335,35 @@ def draw_shapes(drawing, size):
                 label[decode_rle(*content, size)] = class_id
             else:
                 (left, top), png = content
-                mask = np.array(Image.open(io.BytesIO(png)).convert("L"))[max(0, -top):, max(0, -left):] > 0
-                part = label[max(0, top):, max(0, left):][:len(mask), :mask.shape[1]]
-                part[mask[:part.shape[0], :part.shape[1]]] = class_id
+                mask = np.array(Image.open(io.BytesIO(png)).convert("L")) > 0
+                part = label[max(0, top):top + mask.shape[0], max(0, left):left + mask.shape[1]]
+                if part.shape != mask.shape:
+                    raise Refused("a mask reaches beyond the image; draw it again")
+                part[mask] = class_id
     return label
 
 
-def draw_polygon(label, points, class_id, scale=5, limit=2**24):
+def draw_polygon(label, points, class_id):
     """Set the pixels of a label map (H,W) whose centres are in a polygon [(x, y), ...] of pixel coordinates.
 
-    PIL draws the outline as well, half a pixel outside. So the polygon is drawn `scale` times as large, in strips of at
-    most `limit` pixels, and every pixel's centre is read from that.
+    In each row, the pixels right of an edge change between outside and inside (even-odd rule). PIL would draw the
+    outline as well, half a pixel outside.
     """
     points = np.array(points, float)
     if points.ndim != 2 or not np.isfinite(points).all():
         raise Refused("a polygon has points that are not two numbers; correct it")
-    height, width = label.shape
-    left, top = np.clip(np.floor(points.min(0)), 0, (width, height)).astype(int)
-    right, bottom = np.clip(np.ceil(points.max(0)), 0, (width, height)).astype(int)
-    if len(points) < 3 or right == left:
-        return
-    rows = max(1, limit // (scale * scale * (right - left)))
-    for y in range(top, bottom, rows):
-        strip = Image.new("L", ((right - left) * scale, min(rows, bottom - y) * scale))
-        ImageDraw.Draw(strip).polygon([tuple(point) for point in (points - (left, y)) * scale - 0.5], fill=1)
-        label[y:min(y + rows, bottom), left:right][np.array(strip)[scale // 2::scale, scale // 2::scale] > 0] = class_id
+    left, top = np.clip(np.floor(points.min(0)), 0, label.shape[::-1]).astype(int)
+    right, bottom = np.clip(np.ceil(points.max(0)), 0, label.shape[::-1]).astype(int)
+    box = label[top:bottom, left:right]
+    changes = np.zeros((box.shape[0], box.shape[1] + 1), np.uint8)
+    corners = points - (left + 0.5, top + 0.5)  # centres of pixels are whole numbers
+    for start, end in zip(corners, np.roll(corners, 1, 0)):
+        (x0, y0), (x1, y1) = sorted((start, end), key=lambda corner: corner[1])
+        rows = np.arange(max(0, math.ceil(y0)), min(len(box), math.ceil(y1)))
+        if len(rows):
+            columns = np.ceil(x0 + (rows - y0) * (x1 - x0) / (y1 - y0)).clip(0, box.shape[1]).astype(int)
+            changes[rows, columns] ^= 1
+    box[np.bitwise_xor.accumulate(changes, 1)[:, :-1] > 0] = class_id
 
 
 def decode_rle(counts, shape, size):
@@ -406,9 +371,23 @@ def decode_rle(counts, shape, size):
     if tuple(shape) != size[::-1]:
         raise Refused(f"a mask of {shape[1]}x{shape[0]} pixels is on an image of {size[0]}x{size[1]}; export it again")
     if isinstance(counts, str):
-        try:
-            from pycocotools import mask
-        except ImportError:
-            raise Refused("holds compressed run lengths; pip install pycocotools, which reads them") from None
-        return mask.decode({"counts": counts.encode(), "size": list(shape)}).astype(bool)
+        counts = decompress_counts(counts)
+    if sum(counts) != size[0] * size[1]:
+        raise Refused(f"run lengths of {sum(counts)} pixels are on an image of {size[0]}x{size[1]}; export it again")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape[::-1]).T
+
+
+def decompress_counts(text):
+    """Return the run lengths in COCO's compressed form: 5 bits a character, the lowest first, and 32 if more follow.
+
+    From the fourth on, a number is the difference to the last but one.
+    """
+    counts, number, bits = [], 0, 0
+    for character in text.encode():
+        number |= (character - 48 & 31) << bits
+        bits += 5
+        if not character - 48 & 32:
+            number -= (number >> bits - 1) << bits  # the highest bit is the sign
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+            number, bits = 0, 0
+    return counts

@@ -262,7 +262,7 @@ def read_class_lines(file):
             name, colour = m[1], bytes.fromhex(m[2])
         colours.append(tuple(map(int, colour)) if colour else None)
         names.append(name)
-        if colour and max(colours[-1]) > 255 or re.fullmatch(r"[0-9]+([\s,;:]+[0-9]+)+", name):
+        if colour and max(colours[-1]) > 255 or re.fullmatch(r"[0-9]+([\s,;:]+[0-9]+)+|.*\t.*\t.*", name):
             raise InputError(f"{file}: the line {line!r} is not a name or a name and R G B in 0..255; correct it")
     values = [None] * len(names)
     numbered = [NUMBERED.fullmatch(name) for name in names]

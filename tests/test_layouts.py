@@ -124,6 +124,13 @@ def test_forms_of_class_names(tmp_path, content):
         assert bool(colours) == ("255" in content or "#00" in content)
 
 
+def test_a_table_is_no_list_of_names(tmp_path):
+    """Such as ADE20K's objectInfo150.txt."""
+    (tmp_path / "classes.txt").write_text("Idx\tRatio\tName\n1\t0.16\twall\n2\t0.11\tbuilding\n")
+    with pytest.raises(console.InputError, match="Ratio"):
+        layouts.read_classes(tmp_path / "classes.txt")
+
+
 @pytest.mark.parametrize("content", [
     "names: ['a b', \"c\"]\nnc: 2", "nc: 2\nnames:\n  0: a b  # first\n  1: c\ntrain: x", "names: {0: a b, 1: c}\n",
     "names:\n- a b\n- c\nval: y\n", "names: [\n'a b',\n'c'\n]"])
