@@ -12,11 +12,11 @@ from common.layouts import read_lines
 
 # The paper's settings, and those for its other data set.
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],
-             input_scale=1)
+             input_scale=1, class_weights="none")
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
 # Small settings, for the generated data set and for a custom data set on the CPU.
 SHAPES = PAPER | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3, eval_every=160)
-CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3)
+CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3, class_weights="balanced")
 
 EPILOG = """@FILE reads more flags from a file (see recipes/README.md); later flags override earlier ones.
 A value marked "paper" is the default, except for small data: `shapes`, and on the CPU a data set with classes.txt.
@@ -107,9 +107,9 @@ def shared_flags(description, out):
     add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps between updates of the poly "
         "learning rate; 0 keeps it constant (default 1)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
-    add("--class-weights", default="none", metavar="{none,balanced,FILE}", help="weights of the classes in loss_ce: "
-        "balanced (1 / sqrt of the class's fraction of the labelled pixels, for rare classes), or a file with a line "
-        "`name weight` for each class (default none)")
+    add("--class-weights", metavar="{none,balanced,FILE}", help="weights of the classes in loss_ce: balanced (1 / sqrt "
+        "of the class's fraction of the labelled pixels, for rare classes), or a file with a line `name weight` for "
+        "each class (paper, shapes: none; other small data: balanced)")
     add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: yes on CUDA devices that "

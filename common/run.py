@@ -210,7 +210,7 @@ class Run:
         self.has_scored = True
         if zero and 2 * step >= self.args.iters:
             print(f"warning: IoU 0 after half of the steps: {', '.join(zero)}; label more images that show the class, "
-                  "raise --iters, or try --class-weights balanced")
+                  "or raise --iters" + ", or try --class-weights balanced" * (self.args.class_weights == "none"))
         print("IoU", ", ".join(f"{name} {iou:.1f}" for iou, name in ranked[:WORST]), f"and {more} better" * (more > 0))
         extra = "".join(f", {name} {value:.1f}" for name, value in result.scores.items() if name != "miou")
         print(f"data {self.dataset.name}, list val, step {step}{extra}\nmIoU {miou:.2f}", flush=True)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = "train_base", "train_adv", "train_semi", "train_match"
 COLOURS = np.array([(40, 40, 40), (220, 60, 60), (60, 200, 60), (60, 60, 220)], np.uint8)  # of the classes
 SMALL = ("--backbone efficientnet_lite0 --init imagenet --crop 65 --batch-size 2 --iters 3 --log-every 1 --workers 0 "
-         "--gpu -1").split()
+         "--gpu -1 --class-weights none").split()
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from common.args import resolve_args
 RECIPES = sorted((ROOT / "recipes").glob("*.txt"))
 PAPER = dict(split=0.125, init="imagenet", backbone="resnet101", crop=321, bn="train", batch_size=10, iters=20000,
              lr=2.5e-4, nesterov=True, weight_decay=1e-4, lam_adv=0.01, d_optim="adam", d_lr=1e-4,
-             d_betas=[0.9, 0.999], d_smooth=0, lam_adv_u=0, lam_semi=0.1, threshold=0.2, semi_start=5000)
+             d_betas=[0.9, 0.999], d_smooth=0, lam_adv_u=0, lam_semi=0.1, threshold=0.2, semi_start=5000,
+             class_weights="none")
 CITYSCAPES = PAPER | dict(crop=513, scale=[1, 1], input_scale=0.5, batch_size=2, iters=40000)
 VALUES = {"paper_voc_base": PAPER, "paper_voc_adv": PAPER, "paper_voc_semi": PAPER, "paper_cityscapes_semi": CITYSCAPES,
           "base101": dict(norm="none", decay_every=10, init="coco", split=1, bn="no-grad"),

@@ -350,14 +350,15 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         args, dataset = train_semi.flags().parse_args(words), open_dataset(str(tmp_path))
         resolve_args(args, dataset, model.init_format, {"lam_semi": 0.1}, {"lam_semi": 0.5})
-        return [args.backbone, args.crop, args.input_scale, args.iters, args.lam_semi], dataset.note
+        values = [args.backbone, args.crop, args.input_scale, args.iters, args.class_weights, args.lam_semi]
+        return values, dataset.note
     found, note = resolve()
-    assert found == ["efficientnet_lite0", crop, scale, 1000, 0.5] and f"--crop {crop}" in note
+    assert found == ["efficientnet_lite0", crop, scale, 1000, "balanced", 0.5] and f"--crop {crop}" in note
     found, note = resolve("--crop", "97", "--iters", "7", "--backbone", "resnet18")
-    assert found == ["resnet18", 97, scale, 7, 0.5] and "--crop" not in note and "--backbone" not in note
-    assert resolve("@recipes/paper_voc_semi.txt")[0] == ["resnet101", 321, scale, 20000, 0.1]
+    assert found == ["resnet18", 97, scale, 7, "balanced", 0.5] and "--crop" not in note and "--backbone" not in note
+    assert resolve("@recipes/paper_voc_semi.txt")[0] == ["resnet101", 321, scale, 20000, "none", 0.1]
     found, note = resolve(cuda=True)
-    assert found == ["resnet101", 321, 1, 20000, 0.1] and "small" not in note
+    assert found == ["resnet101", 321, 1, 20000, "none", 0.1] and "small" not in note
 
 
 @pytest.mark.parametrize("script, flags, named", [
