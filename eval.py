@@ -129,7 +129,8 @@ def main(args):
     for name, row in [*zip(seg.classes, torch.stack([*scores.values()], 1)), ("mean", means)]:
         print(f"{name:20}" + ("  absent" if row.isnan().any() else "{:8.2f}{:11.2f}{:8.2f}{:11.2f}".format(*row)))
     constant, miou = result.best_constant()
-    print(f"pixel accuracy {accuracy:.2f}; predicting {seg.classes[constant]} everywhere scores mIoU {miou:.2f}")
+    print(f"pixel accuracy {accuracy:.2f}\n"
+          f"predicting {seg.classes[constant]} everywhere scores a mean IoU of {miou:.2f}")
     if args.json and distributed.RANK == 0:
         by_name = {name: {c: None if math.isnan(x) else x for c, x in zip(seg.classes, values.tolist())}
                    for name, values in scores.items()}

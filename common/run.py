@@ -206,7 +206,7 @@ class Run:
         zero, more = [name for iou, name in ranked if iou == 0], len(ranked) - WORST
         if not self.has_scored:
             constant, constant_miou = result.best_constant()
-            print(f"predicting {self.dataset.classes[constant]} everywhere scores mIoU {constant_miou:.2f}")
+            print(f"predicting {self.dataset.classes[constant]} everywhere scores a mean IoU of {constant_miou:.2f}")
         self.has_scored = True
         if zero and 2 * step >= self.args.iters:
             print(f"warning: IoU 0 after half of the steps: {', '.join(zero)}; label more images that show the class, "

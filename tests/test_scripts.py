@@ -89,7 +89,7 @@ def test_eval_scores_as_the_devkit_does(train, voc, tmp_path, capsys):
         assert next(line for line in lines if line.startswith(name)).split()[1:] == [f"{x:.2f}" for x in want]
     assert scores["pixel_accuracy"] == pytest.approx(100 * np.trace(matrix) / matrix.sum())
     constant = 100 * matrix.sum(1).max() / matrix.sum() / 4
-    assert any(line.endswith(f"everywhere scores mIoU {constant:.2f}") for line in lines)
+    assert any(line.endswith(f"everywhere scores a mean IoU of {constant:.2f}") for line in lines)
 
 
 @QUICK
@@ -116,7 +116,7 @@ def test_an_evaluation_says_what_it_scores(train, voc, capsys):
     out = train("train_base", "--iters", 4, "--eval-every", 1)
     printed = capsys.readouterr().out
     assert "shows black" in printed  # before the first step
-    assert printed.count("everywhere scores mIoU") == 1
+    assert printed.count("everywhere scores a mean IoU of") == 1
     before_scores = printed.split("\nIoU ")[:-1]
     assert ["warning: IoU 0 after" in text for text in before_scores] == [False, True, True, True]
     for row in log(out):
