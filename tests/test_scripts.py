@@ -1,6 +1,7 @@
 """The training scripts and eval.py as a user runs them: files, losses, resuming, warnings, defaults, wrong input."""
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,6 +105,19 @@ def test_scores_of_classes_that_are_absent_or_missed():
     constant = torch.zeros(4, 4, dtype=torch.int64)
     constant[:, best[0]] = matrix.sum(1)
     assert best == (0, pytest.approx(100 * ops.mean_iou(constant)[0]))
+
+
+def test_scribbles_are_labels(voc, train, capsys):
+    """Two lines of pixels an image, the rest 255: the loss is the mean over them, and a warning says what was found."""
+    for file in (voc / "SegmentationClassAug").glob("train*"):
+        label = np.array(Image.open(file))
+        label[[n for n in range(len(label)) if n not in (40, 70)]] = 255
+        Image.fromarray(label).save(file)
+    _, seg, (image, target), _ = first_step(voc, "train_base")
+    assert 0 < (target != 255).float().mean() < 0.1
+    expected = F.cross_entropy(upsample(seg(image)), target.long(), ignore_index=255)
+    assert log(train("train_base", "--iters", 1))[0]["loss_ce"] == pytest.approx(expected.item(), rel=1e-5)
+    assert re.search("^warning: 255.*scribbles", capsys.readouterr().out, re.M)
 
 
 def test_an_evaluation_says_what_it_scores(train, voc, capsys):
