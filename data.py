@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from common import distributed, layouts
 from common.console import InputError, catch_read_errors, progress
-from common.label_formats import shorten
+from common.label_formats import shorten, upright_size
 from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisation
@@ -42,7 +42,7 @@ def read_label(label, size):
 
     Raises an InputError if the file cannot be read, has another size, or holds values that are not classes.
     """
-    convert = f"python prepare.py import {Path(label.path).parents[1]} --out NEW"
+    convert = f"python prepare.py import {Path(label.path).absolute().parent.parent} --out NEW"
     with catch_read_errors(label.path):
         image = Image.open(label.path)
         if image.size != size:
@@ -68,9 +68,9 @@ def read_label(label, size):
                              f"classes.txt gives each class its own colour; this one is {image.mode}; {why}")
     if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # true for ids k .. 254: subtraction wraps
         value, count = ids[(ids >= k) & (ids != IGNORE)][0], len(np.unique(ids))
-        remedy = ("it looks like an instance mask, one number per object: export semantic masks, one value per class"
-                  if count > max(k + 1, 8) else "correct it, add the class to classes.txt, or, if the values are grey "
-                  f"levels, {convert}")
+        remedy = ("so many values are those of an instance mask, one number per object (export semantic masks, one "
+                  f"value per class), or of grey levels with soft edges ({convert})" if count > max(k + 1, 8) else
+                  f"correct it, add the class to classes.txt, or, if the values are grey levels, {convert}")
         raise InputError(f"{label.path}: label value {value} is outside the {k} classes (0..{k - 1}; 255 is ignored); "
                          f"{remedy}")
     return ids
@@ -116,22 +116,14 @@ def inspect_label(sample):
     """Return the Inspection of a Sample's label."""
     counts, foreign, is_turned = np.zeros(256, int), {}, False
     try:
-        with catch_read_errors(sample.image), Image.open(sample.image) as stored:
-            is_jpeg, size = stored.format in ("JPEG", "MPO"), stored.size
-            orientation = stored.getexif().get(0x0112, 1)
-        if is_jpeg:  # not decoded: it cannot have the pixels of a label map
-            size = size[::-1] if orientation in range(5, 9) else size
-        else:
-            image = read_image(sample.image)
-            size = image.size
+        size, orientation = upright_size(sample.image)
         counts = np.bincount(read_label(sample.label, size).ravel(), minlength=256)
         foreign = foreign_colours(sample.label)
         is_turned = orientation in (range(2, 9) if size[0] == size[1] else range(2, 5))
-        if not is_jpeg and (counts > 0).sum() > 1:
-            with Image.open(sample.label.path) as label:
-                if label.convert("RGB").tobytes() == image.tobytes():
-                    raise InputError(f"{sample.label.path}: has the pixels of its image {sample.image}; one of them is "
-                                     "in the wrong folder, replace it")
+        with catch_read_errors(sample.image), Image.open(sample.image) as image, Image.open(sample.label.path) as label:
+            if image.mode == label.mode and (counts > 0).sum() > 1 and image.tobytes() == label.tobytes():
+                raise InputError(f"{sample.label.path}: has the pixels of its image {sample.image}; one of them is in "
+                                 "the wrong folder, replace it")
         return Inspection(counts, foreign, is_turned, "")
     except InputError as e:
         return Inspection(counts, foreign, is_turned, str(e))
@@ -142,22 +134,22 @@ def find_problems(samples, inspections, dataset):
     errors, warnings = [x.error for x in inspections if x.error], []
     total = sum((x.counts for x in inspections), np.zeros(256, int))
     convert = f"python prepare.py import {dataset.root} --out NEW"
-    if total[IGNORE] and not total[1:IGNORE].any():
-        errors.append(f"{dataset.label_dir}: the labels of these {len(samples):,} images hold only 0 and 255, and 255 "
-                      f"is ignored, so that there is no class but {dataset.classes[0]}; if 255 is a class: {convert}")
+    is_empty = total[IGNORE] and not total[1:IGNORE].any() and not any_other_class(dataset)
+    if is_empty:
+        errors.append(f"{dataset.label_dir}: the labels hold only 0 and 255, and 255 is ignored, so that there is no "
+                      f"class but {dataset.classes[0]}; if 255 is a class: {convert}")
     if foreign := [n for n, x in enumerate(inspections) if x.foreign]:
         colours = {pair for n in foreign for pair in inspections[n].foreign.items()}
         text = (f"{samples[foreign[0]].label.path}: its palette is neither grey, nor VOC's, nor that of classes.txt, "
-                f"so that its values may be a paint program's: {convert} --kind index if they are class ids, else "
-                "give each class its R G B in classes.txt")
+                f"so that its values may be a paint program's; if they are class ids, run {convert} --kind index; if "
+                "the colours are the classes, give each class its R G B in classes.txt")
         is_error = dataset.label_dir.name == "labels" or len(colours) > len(dict(colours))  # differs between files
         (errors if is_error else warnings).append(text)
     if total[IGNORE] > total.sum() / 2:
-        warnings.append(f"255, which is ignored, is on {total[IGNORE] / total.sum():.0%} of the labels' pixels, as if "
-                        f"they were scribbles; if 255 is a class: {convert}")
-    if absent := [name for k, name in enumerate(dataset.classes) if not total[k]]:
-        warnings.append(f"no label of these {len(samples):,} images shows {shorten(absent)}; label an image that does, "
-                        "or remove the class from classes.txt")
+        warnings.append(f"{total[IGNORE] / total.sum():.0%} of the labels' pixels are 255 (ignored); that is normal "
+                        f"for scribbles; if 255 is a class: {convert}")
+    if samples and not is_empty and (absent := [name for k, name in enumerate(dataset.classes) if not total[k]]):
+        warnings.append(f"none of these {len(samples):,} labels shows {shorten(absent)}; label an image that does")
     if turned := [n for n, x in enumerate(inspections) if x.is_turned]:
         warnings.append(f"{len(turned):,} images, such as {samples[turned[0]].image}, have an EXIF orientation; their "
                         "labels are taken to lie on the upright image, as annotation tools show it")
@@ -170,8 +162,15 @@ def find_problems(samples, inspections, dataset):
     return errors, warnings
 
 
+def any_other_class(dataset):
+    """Return whether a class other than the first is in about 50 labels of a data set that can be read."""
+    ids = sorted(dataset.labels.keys() & dataset.images.keys())
+    samples = dataset.samples(ids[::max(1, len(ids) // 50)])
+    return any(inspect_label(sample).counts[1:IGNORE].any() for sample in samples)
+
+
 def inspect_labels(samples, dataset, workers=2):
-    """Check the labels of Samples, of about 2,000 if there are more, and print warnings.
+    """Check the labels of Samples, or of 1,000 to 2,000 of them if there are more, and print warnings; on every rank.
 
     Returns the number of pixels of each class (K,) int64. Raises an InputError if the labels cannot mean what the user
     thinks; see find_problems.

@@ -1,5 +1,6 @@
 """Networks and what belongs to them: DeepLabv2, the discriminator, optimisers, losses, pseudo-labels, loading."""
 import contextlib
+import os
 import pickle
 import textwrap
 from collections import OrderedDict
@@ -265,8 +266,10 @@ def class_weights(spec, pixels, classes, device="cpu"):
         return None
     if spec == "balanced":
         weights = (pixels.double() / pixels.sum().clamp(min=1)).clamp(min=1e-3).rsqrt()
-    else:
+    elif os.path.isfile(spec):
         weights = torch.tensor(read_class_weights(spec, classes))
+    else:
+        raise InputError(f"--class-weights {spec}: neither none nor balanced nor a file; correct it")
     print("class weights:", ", ".join(f"{name} {w:.3g}" for name, w in zip(classes, weights.tolist())))
     return weights.float().to(device)
 
@@ -275,8 +278,7 @@ def read_class_weights(file, classes):
     """Return the weight of each class from a file with a line `name weight` for each; a name may contain spaces."""
     weights = {}
     for line in read_lines(file):
-        *name, value = line.rsplit(maxsplit=1)
-        name = "".join(name)
+        name, _, value = " ".join(line.split()).rpartition(" ")
         try:
             weight = float(value)
         except ValueError:

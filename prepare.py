@@ -226,9 +226,12 @@ def check(args):
     sizes, digests, inspections, bad = zip(*map_in_parallel(inspect, list(samples.values()), "reading"))
     sizes, digests = Counter(filter(None, sizes)), dict(zip(ids, digests))
     inspections = {i: inspection for i, inspection in zip(ids, inspections) if inspection}
-    known = [i for i in train if i in inspections]
-    bad_labels, warnings = data.find_problems([samples[i] for i in known], [inspections[i] for i in known], dataset)
-    bad_labels += [x.error for x in inspections.values() if x.error and x.error not in bad_labels]
+    bad_labels, warnings = [x.error for x in inspections.values() if x.error], []
+    for part in (train, val):
+        known = [i for i in part if i in inspections]
+        found = data.find_problems([samples[i] for i in known], [inspections[i] for i in known], dataset)
+        bad_labels, warnings = bad_labels + found[0], warnings + found[1]
+    bad_labels, warnings = dict.fromkeys(bad_labels), dict.fromkeys(warnings)
     first = {digests[i]: i for i in reversed(train) if digests.get(i)}
     problems = {
         "bad files": [*bad_lists, *filter(None, bad), *bad_labels],
@@ -295,10 +298,10 @@ def flags():
     flag("source", nargs="+", metavar="SOURCE", help="folders, .zip files or COCO .json files of images and labels")
     flag("--out", metavar="DIR", help="new folder for the data set")
     flag("--add", metavar="DIR", help="data set to add to, instead of --out; its classes are matched by name")
-    flag("--labels", metavar="DIR", help="folder of the labels, if several or none could be it")
+    flag("--labels", metavar="DIR", help="folder of the label maps, if it is not found, or several could be it")
     flag("--classes", metavar="FILE", help="file of the class names (default: found in SOURCE)")
-    flag("--background", metavar="NAME", help="class of what is not annotated, class 0 (default background). If given, "
-         "images without any annotation in a COCO file are labelled as this class instead of left unlabelled")
+    flag("--background", metavar="NAME", help="name of class 0, the pixels without annotation (default background). If "
+         "given, images that a COCO file lists without annotations are this class; else they stay unlabelled")
     flag("--kind", choices=importers.MASK_KINDS + importers.SHAPE_KINDS, help="kind of labels (default: recognised)."
          " levels: grey levels in order are the classes; colour: the colours in the file of class names")
     flag("--only", metavar="A,B", help="classes to keep (default all); the others become background")

@@ -109,7 +109,7 @@ def shared_flags(description, out):
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
     add("--class-weights", metavar="{none,balanced,FILE}", help="weights of the classes in loss_ce: balanced (1 / sqrt "
         "of the class's fraction of the labelled pixels, for rare classes), or a file with a line `name weight` for "
-        "each class (paper, shapes: none; other small data: balanced)")
+        "each class (default none; on the CPU, for a data set with classes.txt: balanced)")
     add("--weight-decay", type=number(), default=1e-4, help="weight decay (default 1e-4, paper)")
     add("--compile", action="store_true", help="torch.compile the networks: slow start, faster steps")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 (default: yes on CUDA devices that "

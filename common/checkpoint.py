@@ -12,7 +12,8 @@ from common.layouts import VOC_CLASSES, voc_palette
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 # Args that are assumed for files which do not record them.
-OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "input_scale": 1, "palette": voc_palette()}
+OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "input_scale": 1, "palette": voc_palette(),
+              "class_weights": "none"}
 # Entries of a checkpoint other than the registered parts.
 METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from common import label_formats, layouts
 from common.console import InputError, catch_read_errors, catch_write_errors, write_atomically
-from common.label_formats import Mask, Refused, catch_label_errors, rgb_code, shorten
+from common.label_formats import Mask, rgb_code, shorten
 from common.layouts import IGNORE
 
 MASK_KINDS, SHAPE_KINDS = ("index", "levels", "colour"), ("coco", "labelme", "yolo")
@@ -108,7 +108,7 @@ def find_files(args, unpacked):
             raise InputError(f"{source}: no such file or folder; correct its name")
         root, suffix = source, source.suffix.lower() if source.is_file() else ""
         if suffix == ".json":
-            files.append(File(source, *describe_folder([], label_folder), image_stem(source.name)))
+            files.append(File(source, *describe_role([], label_folder), image_stem(source.name)))
             continue
         if suffix == ".zip":
             if args.link:
@@ -122,7 +122,7 @@ def find_files(args, unpacked):
                 folders[:] = sorted(name for name in folders if name[0] != "." and name != "__MACOSX")
                 inner = Path(at).relative_to(root)
                 parents = outer + [(p.name, root / p) for p in [*reversed(inner.parents), inner] if p.name]
-                described = describe_folder(parents, label_folder)
+                described = describe_role(parents, label_folder)
                 files += [File(Path(at, name), *described, image_stem(name)) for name in sorted(names)
                           if name[0] != "."]
     if label_folder and not any(f.role == "label" for f in files):
@@ -153,7 +153,7 @@ def split_words(name):
     return [word.rstrip("0123456789") or word for word in re.split(r"[\W_]+", name.lower()) if word]
 
 
-def describe_folder(parents, label_folder):
+def describe_role(parents, label_folder):
     """Return (role, part, group, context) of the files in a folder, see File.
 
     parents: [(name, path)] of the folders down to it, outermost first; label_folder: of --labels.
@@ -417,7 +417,7 @@ def recognise_shapes(kind, files, images, jsons, texts, args, where):
         for image, paths in texts.items():
             if len(paths) > 1:
                 raise InputError(f"{paths[0]}: {paths[1]} is of the same image; remove one")
-            labels[image] = label_formats.read_yolo(paths[0], numbers, upright_size(image)[0])
+            labels[image] = label_formats.read_yolo(paths[0], numbers, label_formats.upright_size(image)[0])
     index = index_stems(f for f in files if is_image_file(f))
     for f, content in jsons or []:
         def find_image(named):
@@ -589,19 +589,6 @@ def list_part(f):
     return PARTS.get(f.stem.lower().rstrip("0123456789")) if f.path.suffix.lower() == ".txt" else None
 
 
-def upright_size(path):
-    """Return ((W,H) of an image after its EXIF orientation, whether it has one); an InputError for float or 16 bits."""
-    with catch_label_errors(path), Image.open(path) as image:
-        if image.mode[0] in "IF" or image.mode in ("RGBX", "La"):
-            raise Refused(f"pixels of mode {image.mode}; convert it to 8 bits a channel, grey or RGB")
-        if image.format in ("TIFF", "GIF") and getattr(image, "n_frames", 1) > 1:
-            raise Refused(f"holds {image.n_frames} pages; save them as images of their own")
-        orientation = image.getexif().get(0x0112, 1)
-        if image.format == "TIFF":  # whether PIL gives the upright size before it loads the file depends on its version
-            return ImageOps.exif_transpose(image).size, orientation in range(2, 9)
-        return image.size[::-1] if orientation in range(5, 9) else image.size, orientation in range(2, 9)
-
-
 def write_pair(new, table, palette, link, job):
     """Write an image and its label map to images/ and labels/ of the folder `new`, or an image to unlabelled/.
 
@@ -609,7 +596,8 @@ def write_pair(new, table, palette, link, job):
     or None, id). Returns (pixels of each value (256,), whether EXIF turns the image).
     """
     path, source, name = job
-    (size, is_turned), counts = upright_size(path), np.zeros(256, int)
+    (size, orientation), counts = label_formats.upright_size(path), np.zeros(256, int)
+    is_turned = orientation in range(2, 9)
     if source:
         ids = label_formats.read_mask_ids(source) if isinstance(source, Mask) else None
         found = ids.shape[::-1] if ids is not None else source.size or size

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import layouts
 from common.console import InputError, catch_read_errors
@@ -60,6 +60,19 @@ def catch_label_errors(path):
             yield
         except Refused as e:
             raise InputError(f"{path}: {e}") from None
+
+
+def upright_size(path):
+    """Return ((W,H) of an image after its EXIF orientation, the orientation); an InputError for float or 16 bits."""
+    with catch_label_errors(path), Image.open(path) as image:
+        if image.mode[0] in "IF" or image.mode in ("RGBX", "La"):
+            raise Refused(f"pixels of mode {image.mode}; convert it to 8 bits a channel, grey or RGB")
+        if image.format in ("TIFF", "GIF") and getattr(image, "n_frames", 1) > 1:
+            raise Refused(f"holds {image.n_frames} pages; save them as images of their own")
+        orientation = image.getexif().get(0x0112, 1)
+        if image.format == "TIFF":  # whether PIL gives the upright size before it loads the file depends on its version
+            return ImageOps.exif_transpose(image).size, orientation
+        return image.size[::-1] if orientation in range(5, 9) else image.size, orientation
 
 
 def rgb_code(colour):

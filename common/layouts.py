@@ -70,7 +70,7 @@ class Dataset:
             if (file := find_list(self.root, name) or Path(name)).is_file():
                 return read_ids(file)
         advice = (f"run python prepare.py cityscapes --root {self.root}" if self.kind == "cityscapes" else
-                  "add it (a folder of your own also needs classes.txt); for exports of annotation tools run python "
+                  "add the list; a folder without lists needs classes.txt; for exports of annotation tools run python "
                   f"prepare.py import {self.root} --out NEW")
         raise InputError(f"{self.root / LIST_DIRS[0]}: no {' or '.join(f'{n}.txt' for n in names)}; {advice}")
 
@@ -127,6 +127,10 @@ def open_dataset(root=None):
     if name == "shapes":
         with catch_write_errors(root):
             shapes.make(root)
+    if not root.is_dir():
+        what = f"is a file; run python prepare.py import {root} --out NEW" if root.is_file() else (
+            "no such folder; correct its name, or use --data shapes")
+        raise InputError(f"--data {root}: {what}")
     has_classes = (root / "classes.txt").is_file()
     if is_cityscapes := (root / "leftImg8bit").is_dir():
         image_dir, label_dir = root / "leftImg8bit", root / "gtFine"
@@ -145,8 +149,8 @@ def open_dataset(root=None):
     if has_classes and not any(find_list(root, name) for name in ("val", *TRAIN_LISTS)):
         pairs = [i for i in images if i in labels]
         if len(pairs) < 2:
-            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of their name; it takes "
-                             "2, one for training and one for validation; label another")
+            raise InputError(f"{label_dir}: {len(pairs)} of {len(images)} images have a label of the same name; it "
+                             "takes 2, one for training and one for validation; label another")
         val = set(rank_for_val(pairs)[:math.ceil(len(pairs) / 5)])
         default_lists = {"train": [i for i in pairs if i not in val], "val": [i for i in pairs if i in val]}
         note = (f"{root} has no lists: {len(default_lists['train'])} of its labelled images are for training, "
@@ -161,8 +165,7 @@ def describe_folder(root):
     found = Counter(f.parent / f"*{f.suffix}" if len(f.parts) > 1 or f.suffix.lower() in IMAGE_SUFFIXES else f
                     for f in files)
     held = [f"{n:,} {name}" if "*" in name.name else name.name for name, n in found.most_common(SHOWN)]
-    return ", ".join(held + ["more"] * (len(found) > SHOWN)) or (
-        "no files" if root.is_dir() else "nothing, because there is no such folder")
+    return ", ".join(held + ["more"] * (len(found) > SHOWN)) or "no files"
 
 
 def rank_for_val(ids):
@@ -294,7 +297,7 @@ def read_classes(file):
     if not file.is_file():
         return VOC_CLASSES, palette, ()
     lines = read_class_lines(file)
-    values = sorted(line.value for line in lines if line.value is not None)
+    values = sorted(line.value for line in lines if line.value is not None and line.name not in VOID)
     if values:
         lines = sorted(lines, key=lambda line: line.value)
     if values != [*range(len(values))]:

@@ -209,9 +209,11 @@ class Run:
             print(f"predicting {self.dataset.classes[constant]} everywhere scores a mean IoU of {constant_miou:.2f}")
         self.has_scored = True
         if zero and 2 * step >= self.args.iters:
-            print(f"warning: IoU 0 after half of the steps: {', '.join(zero)}; label more images that show the class, "
-                  "or raise --iters" + ", or try --class-weights balanced" * (self.args.class_weights == "none"))
-        print("IoU", ", ".join(f"{name} {iou:.1f}" for iou, name in ranked[:WORST]), f"and {more} better" * (more > 0))
+            print(f"warning: IoU is still 0 at step {step} of {self.args.iters}: {', '.join(zero)}; label more images "
+                  "that show it, or raise --iters"
+                  + ", or try --class-weights balanced" * (self.args.class_weights == "none"))
+        lowest = ", ".join(f"{name} {iou:.1f}" for iou, name in ranked[:WORST])
+        print(f"lowest IoU: {lowest}" + f" (and {more} better)" * (more > 0))
         extra = "".join(f", {name} {value:.1f}" for name, value in result.scores.items() if name != "miou")
         print(f"data {self.dataset.name}, list val, step {step}{extra}\nmIoU {miou:.2f}", flush=True)
 

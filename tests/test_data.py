@@ -177,6 +177,8 @@ LABELS = [0, 1, 0, 2]
 INSPECTED = {  # (arguments of write_labels, change of the folder or None, error or None, warning or None)
     "plain": (dict(values=LABELS), None, None, None),
     "a binary mask": (dict(values=[0, 0, 0, 255]), None, "only 0 and 255.*prepare.py import", None),
+    "soft edges": (dict(values=[*range(0, 255, 25), 255], change=lambda x: x.resize((12, 8))), None,
+                   "soft edges.*prepare.py import", None),
     "its palette": (dict(values=LABELS, change=lambda x: indexed(x, *layouts.voc_palette())), None, None, None),
     "a foreign palette": (dict(values=LABELS, change=random_palette), None, "palette.*import.*--kind index", None),
     "a grey palette": (dict(values=LABELS, change=lambda x: indexed(x, 0, 0, 0, 90, 90, 90, 255, 255, 255)), None, None,
@@ -238,6 +240,14 @@ def test_a_palette_that_differs_between_files_is_an_error(voc):
         inspections = [data.inspect_label(sample) for sample in dataset.samples(sorted(dataset.images))]
         problems = data.find_problems(dataset.samples(sorted(dataset.images)), inspections, dataset)
         assert [any("palette" in text for text in texts) for texts in problems] == [n == 1, n == 0]
+
+
+def test_a_list_of_background_and_void_is_no_binary_mask(tmp_path):
+    """If other labels of the data set show classes, 0 and 255 are what they seem."""
+    write_labels(tmp_path, [0, 0, 0, 255])
+    Image.fromarray(np.full((8, 12), 1, np.uint8)).save(tmp_path / "labels/3.png")
+    dataset = layouts.open_dataset(str(tmp_path))
+    assert data.inspect_labels(dataset.samples(["0", "1"]), dataset, 0).tolist() == [144, 0, 0]
 
 
 def test_many_labels_are_sampled(tmp_path, monkeypatch, capsys):
