@@ -141,7 +141,8 @@ def test_class_names_in_yaml(tmp_path, content):
 
 def test_class_names_that_are_refused(tmp_path):
     file = tmp_path / "classes.txt"
-    for content, named in ((b"0 a\n2 b", "0, 2"), (b"0 __ignore__\n1 a\n2 b", "1, 2"), (b"a 1 2 300\nb 1 2 3", "a 1 2 300"), (b"1 2 3\n4 5 6", "1 2 3"),
+    for content, named in ((b"0 a\n2 b", "0, 2"), (b"0 __ignore__\n1 a\n2 b", "1, 2"),
+                           (b"a 1 2 300\nb 1 2 3", "a 1 2 300"), (b"1 2 3\n4 5 6", "1 2 3"),
                            (b"\x89PNG\r\n\x1a\n\x00\x00", "not text")):
         file.write_bytes(content)
         with pytest.raises(console.InputError, match=f"classes.txt: .*{named}"):
