@@ -9,15 +9,15 @@ import multiprocessing
 import random
 import signal
 
+from common import distributed
+from common.console import InputError, catch_read_errors
+from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
-
-from common import distributed
-from common.console import InputError, catch_read_errors
-from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisation
 

@@ -5,18 +5,19 @@ import textwrap
 from collections import OrderedDict
 from functools import partial
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
-from torchvision.ops import Conv2dNormActivation
-
 from common import distributed
 from common.args import number
 from common.checkpoint import load_weights, read_checkpoint, read_initial_weights
 from common.console import InputError
 from common.layouts import voc_palette
 from common.run import HealthyRange
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.ops import Conv2dNormActivation
+
 from csrc import ops
 
 # Mean and standard deviation of R, G, B in 0..1. Caffe networks expect BGR; "inception" maps pixels to -1..1.

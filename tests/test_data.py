@@ -1,6 +1,8 @@
 """Reading images and labels, augmentation, the training and evaluation data sets, batches."""
 import random
 
+from common import console, layouts
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from PIL import Image
 from stress import survive
 
 import data
-from common import console, layouts
 
 pytestmark = pytest.mark.quick
 

@@ -1,13 +1,14 @@
 """Networks, optimisers and losses, against torchvision and against their definitions in plain PyTorch."""
 import itertools
 
+from common.console import InputError
+
 import pytest
 import torch
 import torchvision
 from test_checkpoint import Payload
 
 import model
-from common.console import InputError
 
 pytestmark = pytest.mark.quick
 
