@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from common import distributed, layouts
+from common.console import InputError, catch_read_errors, progress
+from common.label_formats import shorten, upright_size
+from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as TF
-
-from common import distributed, layouts
-from common.console import InputError, catch_read_errors, progress
-from common.label_formats import shorten, upright_size
-from common.layouts import IGNORE, Label  # noqa: F401  (read_label takes a Label)
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisation
 INSPECTED = 2000  # labels that are inspected before training, at most

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from PIL import Image
-
-import data
-import model
-import predict
 from common import distributed
 from common.args import NON_NEGATIVE_INT
 from common.checkpoint import read_checkpoint
 from common.console import launch, output_folder, progress, write_atomically
 from common.layouts import open_dataset
 from common.run import announce
+
+import torch
+from PIL import Image
+
+import data
+import model
+import predict
 from csrc import ops
 
 EXAMPLES = 8  # images drawn beside label and prediction

@@ -6,13 +6,14 @@ import io
 import json
 from pathlib import Path
 
+from common.args import Parser
+from common.console import InputError, launch, write_atomically
+
 import torch
 import torch.nn.functional as F
 
 import data
 import model
-from common.args import Parser
-from common.console import InputError, launch, write_atomically
 
 
 def flags():

@@ -6,18 +6,19 @@ import textwrap
 from collections import OrderedDict
 from functools import partial
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torchvision
-from torchvision.ops import Conv2dNormActivation
-
 from common import distributed
 from common.args import number
 from common.checkpoint import load_weights, read_checkpoint, read_initial_weights
 from common.console import InputError
 from common.layouts import read_lines, voc_palette
 from common.run import HealthyRange
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.ops import Conv2dNormActivation
+
 from csrc import ops
 
 # Mean and standard deviation of R, G, B in 0..1. Caffe networks expect BGR; "inception" maps pixels to -1..1.
@@ -55,7 +56,7 @@ class DeepLabV2(nn.Module):
         self.classes, self.palette = [f"class {n}" for n in range(num_classes)], voc_palette()
         self.backbone = nn.Sequential(*blocks)
         rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # same extent in pixels as at stride 8
-        self.head = nn.ModuleList(nn.Conv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
+        self.head = nn.ModuleList(DilatedConv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
@@ -167,6 +168,47 @@ def efficientnet_lite0(pretrained):
     return blocks
 
 
+class DilatedConv(torch.autograd.Function):
+    """F.conv2d with stride 1 and an odd kernel, and gradients for which oneDNN has fast kernels.
+
+    Both gradients of a depthwise convolution are depthwise convolutions: that of x has the flipped weight; that of the
+    weight has a group for each image and channel, the upstream gradient as kernel, and the dilation as stride. Those of
+    other convolutions are matrix products with the patches of the upstream gradient, cheap for few output channels.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding, dilation, groups):
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.dilation, ctx.groups = padding, dilation, groups
+        return F.conv2d(x, weight, bias, 1, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx, upstream):  # (N,K,h,w)
+        x, weight = ctx.saved_tensors  # (N,C,h,w), (K,C/groups,a,b)
+        (n, c, h, w), (k, _, a, b) = x.shape, weight.shape
+        if ctx.groups > 1:
+            grad_x = F.conv2d(upstream, weight.flip(2, 3), None, 1, ctx.padding, ctx.dilation, c)
+            maps, kernels = x.reshape(1, n * c, h, w), upstream.reshape(n * c, 1, h, w)
+            grad_weights = F.conv2d(maps, kernels, None, ctx.dilation, ctx.padding, 1, n * c)  # of each image
+            return grad_x, grad_weights.view(n, c, 1, a, b).sum(0), None, None, None, None
+        patches = F.unfold(upstream, (a, b), ctx.dilation, ctx.padding)  # (N,K*a*b,h*w)
+        patches = patches.transpose(0, 1).reshape(k * a * b, n * h * w)
+        rows = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(k * a * b, c)
+        grad_x = (patches.t() @ rows).view(n, h, w, c).permute(0, 3, 1, 2)
+        grad_rows = patches @ x.permute(0, 2, 3, 1).reshape(n * h * w, c)
+        grad_weight = grad_rows.view(k, a, b, c).permute(0, 3, 1, 2).flip(2, 3)
+        return grad_x, grad_weight, upstream.sum((0, 2, 3)), None, None, None
+
+
+class DilatedConv2d(nn.Conv2d):
+    """nn.Conv2d that is trained by DilatedConv in float32 on the CPU: depthwise, or with few output channels."""
+
+    def forward(self, x):
+        if not self.training or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return DilatedConv.apply(x, self.weight, self.bias, self.padding, self.dilation, self.groups)
+
+
 def dilate(blocks, reached, stride):
     """Replace strides of `blocks` that would exceed the output stride by dilation. reached: stride of their input."""
     rate = 1
@@ -179,6 +221,8 @@ def dilate(blocks, reached, stride):
             r = before if conv.stride[0] > 1 else rate  # as in torchvision: the new rate begins after this one
             conv.dilation, conv.padding = (r, r), tuple(r * (k // 2) for k in conv.kernel_size)
             conv.stride = (1, 1) if loses_stride else conv.stride
+            if r > 1 and conv.groups > 1:
+                conv.__class__ = DilatedConv2d  # as fast as nn.Conv2d if r is 1
 
 
 def autocast(network, amp=None):

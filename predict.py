@@ -7,6 +7,13 @@ import itertools
 from collections import Counter
 from pathlib import Path
 
+from common import distributed
+from common.args import Parser, number
+from common.checkpoint import read_checkpoint
+from common.console import InputError, launch, output_folder, progress, write_atomically
+from common.layouts import IMAGE_SUFFIXES
+from common.run import announce
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,12 +21,6 @@ from PIL import Image, ImageDraw
 
 import data
 import model
-from common import distributed
-from common.args import Parser, number
-from common.checkpoint import read_checkpoint
-from common.console import InputError, launch, output_folder, progress, write_atomically
-from common.layouts import IMAGE_SUFFIXES
-from common.run import announce
 from csrc import ops
 
 SCALES = 1, 0.75, 1.25  # of test-time augmentation, each also mirrored

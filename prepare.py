@@ -19,13 +19,14 @@ from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 
+from common import importers, layouts
+from common.args import Parser
+from common.console import InputError, catch_read_errors, launch, output_folder, write_atomically
+
 import numpy as np
 from PIL import Image
 
 import data
-from common import importers, layouts
-from common.args import Parser
-from common.console import InputError, catch_read_errors, launch, output_folder, write_atomically
 
 VOC_COUNTS = {"train": 1464, "val": 1449, "train_aug": 10582, "images": 17125}  # published
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500}

@@ -9,6 +9,12 @@ import itertools
 import json
 from pathlib import Path
 
+from common.args import NON_NEGATIVE_INT, Parser
+from common.checkpoint import read_checkpoint
+from common.console import InputError, launch, write_atomically
+from common.layouts import IGNORE, open_dataset
+from common.run import announce
+
 import jinja2
 import matplotlib.style
 import numpy as np
@@ -18,11 +24,6 @@ from matplotlib.figure import Figure
 import data
 import model
 import predict
-from common.args import NON_NEGATIVE_INT, Parser
-from common.checkpoint import read_checkpoint
-from common.console import InputError, launch, write_atomically
-from common.layouts import IGNORE, open_dataset
-from common.run import announce
 from csrc import ops
 from eval import class_scores, evaluate
 

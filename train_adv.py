@@ -2,13 +2,14 @@
 
     python train_adv.py --data shapes --split 0.125
 """
-import data
-import model
 from common import distributed
 from common.args import number, resolve_args, shared_flags
 from common.console import launch
 from common.layouts import IGNORE, open_dataset
 from common.run import Run
+
+import data
+import model
 from csrc import ops
 from eval import evaluate
 

@@ -4,16 +4,17 @@
 """
 import copy
 
-import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-import data
-import model
 from common import distributed
 from common.args import PROBABILITY, check_multiple, number, resolve_args, shared_flags
 from common.console import launch
 from common.layouts import open_dataset
 from common.run import HealthyRange, Run
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import data
+import model
 from csrc import ops
 from eval import evaluate
 

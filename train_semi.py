@@ -2,15 +2,16 @@
 
     python train_semi.py --data shapes --split 0.125
 """
-import torch.nn.functional as F
-
-import data
-import model
 from common import distributed
 from common.args import PROBABILITY, number, resolve_args, shared_flags
 from common.console import launch
 from common.layouts import IGNORE, open_dataset
 from common.run import HealthyRange, Run
+
+import torch.nn.functional as F
+
+import data
+import model
 from csrc import ops
 from eval import evaluate
 

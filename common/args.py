@@ -4,11 +4,11 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 from common import distributed
 from common.console import InputError
 from common.layouts import read_lines
+
+import torch
 
 # The paper's settings, and those for its other data set.
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],

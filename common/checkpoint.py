@@ -4,11 +4,11 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from common.console import InputError
 from common.layouts import VOC_CLASSES, voc_palette
+
+import numpy as np
+import torch
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 # Args that are assumed for files which do not record them.

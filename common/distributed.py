@@ -4,11 +4,11 @@ import os
 import signal
 import sys
 
+from common.console import InputError
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-
-from common.console import InputError
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 stop_reason = None  # name of the signal that asked this process to stop

@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from common import label_formats, layouts
 from common.console import InputError, catch_read_errors, catch_write_errors, write_atomically
 from common.label_formats import Mask, rgb_code, shorten
 from common.layouts import IGNORE
+
+import numpy as np
+from PIL import Image, ImageOps
 
 MASK_KINDS, SHAPE_KINDS = ("index", "levels", "colour"), ("coco", "labelme", "yolo")
 READABLE = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".gif")

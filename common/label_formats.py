@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
-
 from common import layouts
 from common.console import InputError, catch_read_errors
 from common.layouts import IGNORE
+
+import numpy as np
+from PIL import Image, ImageOps
 
 NEAR = 16  # grey values this far from a level count as noise around it
 SHOWN = 8  # names, values or colours that a message lists

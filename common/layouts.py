@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
-
 from common import shapes
 from common.console import InputError, catch_read_errors, catch_write_errors
+
+import numpy as np
+from PIL import Image
 
 IGNORE = 255
 VOC_ROOT, SHAPES_ROOT = Path("data/VOC2012"), Path("data/shapes")

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from common import distributed
 from common.checkpoint import METADATA, part_names, read_checkpoint
 from common.console import InputError, catch_write_errors, format_time, git_commit, output_folder, write_atomically
+
+import numpy as np
+import torch
 
 FILES = "run.json", "labelled.txt", "log.jsonl", "last.pt", "best.pt", "tensorboard"
 # Flags that --resume may change.

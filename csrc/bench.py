@@ -17,10 +17,11 @@ from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common.console import InputError, git_commit, launch  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from common.console import InputError, git_commit, launch  # noqa: E402
 from csrc import ops  # noqa: E402
 
 SIZES = [(10, 21, 41, 321), (2, 19, 97, 769), (2, 150, 65, 513)]  # N, K, h = w, H = W

@@ -10,10 +10,11 @@ Raises:
 import os
 from functools import cache
 
+from common.console import InputError
+
 import torch
 import torch.nn.functional as F
 
-from common.console import InputError
 from csrc import build, checks
 
 SEG_OPS = os.environ.get("SEG_OPS", "auto")

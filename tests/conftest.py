@@ -29,8 +29,9 @@ SMALL = ("--backbone efficientnet_lite0 --init imagenet --crop 65 --batch-size 2
 @pytest.fixture(autouse=True)
 def restore_process():
     """After each test, restore the signal handlers and end the loaders' workers."""
-    import data
     from common import distributed
+
+    import data
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     data.kill_workers()
@@ -101,8 +102,9 @@ def trained(blocks, tmp_path_factory):
 def fails(capsys, monkeypatch):
     """fails(script, *flags) -> the line on standard error, after checking that it is one and the exit status is 2."""
     def run(script, *words):
-        import data
         from common import console
+
+        import data
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
         capsys.readouterr()

@@ -2,6 +2,8 @@
 import random
 import shutil
 
+from common import console
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from conftest import SMALL, call, load
 from stress import survive
 
 import model
-from common import console
 
 
 class CaffeNet(torchvision.models.ResNet):

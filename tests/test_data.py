@@ -3,6 +3,8 @@ import random
 import re
 import shutil
 
+from common import console, layouts
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from PIL import Image
 from stress import survive
 
 import data
-from common import console, layouts
 
 pytestmark = pytest.mark.quick
 

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 
+from common import distributed
+from common.layouts import open_dataset
+
 import pytest
 import torch
 from conftest import ROOT, SMALL, call, interrupt, is_equal, load, log, on_each_rank, python
 
 import model
-from common import distributed
-from common.layouts import open_dataset
 from eval import evaluate
 
 IDS = [f"train{n}" for n in range(7)]

@@ -5,12 +5,13 @@ import re
 import signal
 import sys
 
+from common.layouts import open_dataset
+
 import pytest
 import torch
 from conftest import ROOT, SMALL, call, interrupt, is_equal, load, log
 
 import model
-from common.layouts import open_dataset
 from eval import evaluate
 
 PROTO = [  # (text of train_base.py, its replacement), for a second network

@@ -9,13 +9,14 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
+from common import label_formats, layouts
+
 import numpy as np
 import pytest
 from conftest import ROOT, call
 from PIL import Image
 
 import data
-from common import label_formats, layouts
 
 NAMES = ["background", "weed", "crop"]
 RGB = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255)], np.uint8)  # of the classes

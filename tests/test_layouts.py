@@ -1,13 +1,14 @@
 """Folder layouts, lists, classes, the split, and the generated data set."""
 import shutil
 
+from common import console, layouts
+from common.shapes import draw
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import data
-from common import console, layouts
-from common.shapes import draw
 
 
 @pytest.mark.quick

@@ -3,13 +3,14 @@ import itertools
 import re
 from functools import partial
 
+from common.console import InputError
+
 import pytest
 import torch
 import torchvision
 from test_checkpoint import Payload
 
 import model
-from common.console import InputError
 
 pytestmark = pytest.mark.quick
 
@@ -40,6 +41,24 @@ def test_a_dilated_network_contains_the_strided_one():
         want = a.backbone(x)
         assert a(x).shape == (1, 3, 11, 11) and b(x).shape == (1, 3, 21, 21)
         assert want.abs().max() > 0 and (b.backbone(x)[:, :, ::2, ::2] - want).abs().max() <= 1e-9 * want.abs().max()
+
+
+@pytest.mark.parametrize("stride", [16, 8])  # features of 5x6 or 9x10, dilations up to 2 or 4
+def test_gradients_of_dilated_convolutions(stride):
+    """Logits and gradients, also that of the image, are those of nn.Conv2d."""
+    torch.manual_seed(0)
+    seg, found = model.DeepLabV2("efficientnet_lite0", 3, stride, "none", bn="frozen").double(), []
+    x = torch.randn(2, 3, 65, 65 + stride, dtype=torch.float64, requires_grad=True)
+    dilated = [*seg.head, *(m for m in seg.backbone.modules() if getattr(m, "groups", 1) > 1 and m.dilation[0] > 1)]
+    assert {type(conv) for conv in dilated} == {model.DilatedConv2d}
+    for conv_class in (model.DilatedConv2d, torch.nn.Conv2d):
+        for conv in dilated:
+            conv.__class__ = conv_class
+        logits = seg(x)
+        weights = [p for p in seg.parameters() if p.requires_grad]
+        found.append([logits, *torch.autograd.grad(logits.square().sum(), [x, *weights])])
+    for a, b in zip(*found):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
 def test_downloaded_weights_are_read_and_not_run(tmp_path, monkeypatch):

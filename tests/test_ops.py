@@ -2,12 +2,13 @@
 import itertools
 import math
 
+from common.console import InputError
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common.console import InputError
 from csrc import ops
 
 pytestmark = pytest.mark.quick

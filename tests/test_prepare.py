@@ -9,6 +9,8 @@ import shutil
 import tarfile
 import threading
 
+from common import console, layouts
+
 import numpy as np
 import pytest
 from conftest import Killed, call, interrupt
@@ -17,7 +19,6 @@ from scipy.io import savemat
 
 import data
 import prepare
-from common import console, layouts
 
 VOC, SBD = "VOCtrainval_11-May-2012.tar", "benchmark.tgz"
 TRAIN, VAL, SBD_TRAIN, SBD_VAL = ["p0", "p1"], ["p2", "p3", "p4"], ["p1", "p5", "p6", "p2"], ["p7", "p8", "p3"]

@@ -3,6 +3,9 @@ import importlib
 import re
 import shutil
 
+from common import layouts
+from common.args import resolve_args
+
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SMALL, call, log
@@ -11,8 +14,6 @@ from test_predict import differing_pixels
 import model
 import prepare
 import train_base
-from common import layouts
-from common.args import resolve_args
 
 RECIPES = sorted((ROOT / "recipes").glob("*.txt"))
 PAPER = dict(split=0.125, init="imagenet", backbone="resnet101", crop=321, bn="train", batch_size=10, iters=20000,

@@ -3,6 +3,8 @@ import html
 import re
 import shutil
 
+from common import layouts
+
 import pytest
 import torch
 from conftest import SMALL, call, load
@@ -11,7 +13,6 @@ import data
 import model
 import predict
 import report
-from common import layouts
 from csrc import ops
 
 

@@ -1,7 +1,15 @@
 """The training scripts and eval.py as a user runs them: files, losses, resuming, warnings, defaults, wrong input."""
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
+
+from common import console
+from common.args import resolve_args
+from common.layouts import open_dataset
+from common.run import HealthyRange, range_warnings
 
 import numpy as np
 import pytest
@@ -13,10 +21,6 @@ from PIL import Image
 import data
 import model
 import train_semi
-from common import console
-from common.args import resolve_args
-from common.layouts import open_dataset
-from common.run import HealthyRange, range_warnings
 from csrc import ops
 from eval import Evaluation, class_scores
 
@@ -55,6 +59,30 @@ def test_as_a_user_runs_it(trained, blocks, tmp_path):
     assert str(blocks) in lines[0] and "cpu" in lines[0] and f"ops {ops.in_use()}" in lines[0]
     assert lines[-1] == f"mIoU {log(out)[-1]['miou']:.2f}" and str(blocks) in lines[-2]
     assert (out / "log.jsonl").read_text() == (trained["train_semi"] / "log.jsonl").read_text()
+
+
+@QUICK
+@pytest.mark.parametrize("given, expected", [({}, "100000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                             ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_waiting_threads_do_not_spin_for_long(given, expected):
+    """Every command sets GOMP_SPINCOUNT before it imports torch, which reads it, unless the user chose otherwise."""
+    code = """
+import importlib, os, sys
+sys.modules["torch"], given = None, dict(os.environ)  # None: its import raises an ImportError
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(os.environ.get("GOMP_SPINCOUNT"))
+    sys.modules.pop("common", None)
+    os.environ.clear()
+    os.environ.update(given)
+"""
+    names = [file.stem for file in ROOT.glob("*.py")]
+    chosen = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
+    env = {name: value for name, value in os.environ.items() if name not in chosen} | given
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [expected] * len(names), done
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from common.console import InputError
+
 import pytest
 import test_cuda
 import test_cuda_on_cpu as t
@@ -18,7 +20,6 @@ import torch
 from conftest import ROOT
 from test_cuda_on_cpu import CXX, HEADER, HEADERS, INCLUDE, SHAPES, TESTS, VERSION, made_once, run
 
-from common.console import InputError
 from csrc import bench, build, ops
 
 built = t.built  # a fixture

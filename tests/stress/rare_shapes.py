@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from common.shapes import IGNORE, PALETTE, outline, texture  # noqa: E402
+
 import numpy as np  # noqa: E402
 from PIL import Image, ImageDraw, ImageFilter  # noqa: E402
-
-from common.shapes import IGNORE, PALETTE, outline, texture  # noqa: E402
 
 CLASSES = {"ground": 1, "disc": 1, "square": 1, "triangle": 1, "star": 0.37, "ring": 0.36}  # factor of the radius
 SIZE = 128

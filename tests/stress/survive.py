@@ -35,11 +35,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from common import console, layouts  # noqa: E402
+from common.checkpoint import read_checkpoint  # noqa: E402
+
 import data  # noqa: E402
 import model  # noqa: E402
 import train_semi  # noqa: E402
-from common import console, layouts  # noqa: E402
-from common.checkpoint import read_checkpoint  # noqa: E402
 from csrc import build, ops  # noqa: E402
 
 SMALL = "--backbone efficientnet_lite0 --init none --crop 65 --batch-size 2 --log-every 1 --workers 0 --gpu -1".split()

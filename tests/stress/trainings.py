@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 
+from common.layouts import IGNORE
+
 import pytest
 import test_distributed
 import torch
@@ -17,7 +19,6 @@ from test_distributed import STARTS, run_ranks, start, torchrun, wait_until
 from test_recipes import RECIPES, run_two_steps
 
 import model
-from common.layouts import IGNORE
 from csrc import ops
 
 
