@@ -5,8 +5,8 @@
 The plain version of train_semi.py is the paper's algorithm as its authors order it: logits are upsampled first, S and
 D are run once for each loss, and D learns from predictions on unlabelled images too, which train_semi.py does with
 --d-unlabelled only. Its networks are the same, with nn.Conv2d. Steps of both alternate; the ratio is the median over
-all rounds. To imitate AVX2:
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 SEG_OPS_CFLAGS=-march=haswell
+all rounds. To imitate a CPU with AVX2: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+SEG_OPS_CFLAGS=-march=haswell python tests/stress/steps.py
 """
 import argparse
 import contextlib
