@@ -51,7 +51,7 @@ RIGHT = {  # a command line of each script that flags drawn at random are added 
     "report": ["start", "--out", "page.html"], "export": [*NET, "--out", "model.pt2"], "prepare": []}
 COMMANDS = {  # of prepare.py; not voc, which `--from ""` would let download
     "check": "--data data", "split": "--data data --out lists", "camvid": "--from camvid --root made",
-    "cityscapes": "--root cityscapes"}
+    "cityscapes": "--root cityscapes", "import": "data --out imported"}
 VALUES = ("-1", "0", "0.5", "1", "3", "nan", "inf", "1e-30", "", "abc", "no/such/place", "data/classes.txt", "@no.txt",
           "ü")
 SLOW = {"--compile", "--iters", "--help", "-h", "--recipes"}  # flags that a random draw leaves out
@@ -72,7 +72,7 @@ def make_data(folder):
         image.save(folder / f"data/images/{n}{kind}", progressive=n == 2)
         mask = Image.fromarray(label)
         if n % 2:
-            mask.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+            mask.putpalette(layouts.voc_palette())
         mask.save(folder / f"data/labels/{n}.png")
 
 
