@@ -74,6 +74,12 @@ def test_without_lists_a_fifth_is_val(voc):
         layouts.open_dataset(str(voc))
 
 
+def test_an_unknown_layout_is_described(voc):
+    (voc / "JPEGImages").rename(voc / "Pictures")
+    with pytest.raises(console.InputError, match="holds 10 .*/[*].png, 10 .*/[*].png, .*classes.txt.* import"):
+        layouts.open_dataset(str(voc))
+
+
 def test_odd_files_in_a_folder(voc):
     (voc / "JPEGImages/._train0.png").write_bytes(b"what a Mac leaves")
     assert len(layouts.open_dataset(str(voc)).images) == 10

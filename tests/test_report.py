@@ -14,6 +14,7 @@ import model
 import predict
 import report
 from csrc import ops
+from eval import class_scores
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_what_is_on_the_page(page, trained, blocks):
         for guess, n in zip(seg.classes, row):
             assert f"{truth} taken for {guess}: {n:,} pixels\">{100 * n / max(1, row.sum()):.1f}</td>" in text
     assert f"<td>{100 * ops.mean_iou(matrix)[0]:.2f}</td>" in text
+    for values in class_scores(matrix).values():
+        assert all(f"<td>{100 * x:.2f}</td>" in text for x in [*values, values.nanmean()] if x == x)
     for words in ("<figcaption>loss_d<", "<figcaption>kept<", "loss_adv_u", "--lam-semi", "pseudo-labels<"):
         assert words in text, words
     assert text.count("train_semi: discriminator's confidence</figcaption>") == 3 * min(report.SHOWN, len(samples))

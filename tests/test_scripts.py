@@ -135,6 +135,13 @@ def test_scores_of_classes_that_are_absent_or_missed():
     assert best == (0, pytest.approx(100 * ops.mean_iou(constant)[0]))
 
 
+def test_eval_refuses_binary_masks(voc, trained, fails):
+    for file in (voc / "SegmentationClassAug").iterdir():
+        Image.fromarray(np.where(np.array(Image.open(file)) > 1, 255, 0).astype(np.uint8)).save(file)
+    words = "--ckpt", trained["train_base"] / "last.pt", "--data", voc, "--gpu", -1, "--workers", 0
+    assert "only 0 and 255" in fails("eval", *words)
+
+
 def test_scribbles_are_labels(voc, train, capsys):
     """Two lines of pixels an image, the rest 255: the loss is the mean over them, and a warning says what was found."""
     for file in (voc / "SegmentationClassAug").glob("train*"):
