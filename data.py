@@ -42,7 +42,6 @@ def read_label(label, size):
 
     Raises an InputError if the file cannot be read, has another size, or holds values that are not classes.
     """
-    convert = f"python prepare.py import {Path(label.path).absolute().parent.parent} --out NEW"
     with catch_read_errors(label.path):
         image = Image.open(label.path)
         if image.size != size:
@@ -52,7 +51,8 @@ def read_label(label, size):
                 "orientation by exiftool -Orientation= IMAGE" if is_turned else "make them equal"))
         if image.mode in ("L", "P"):
             ids = np.array(image)
-            check_indices(image, label, convert)
+            if label.colours:
+                check_indices(image, label)
             if label.path.endswith("_labelIds.png"):
                 ids = cityscapes_ids()[ids]
         elif image.mode in ("RGB", "RGBA") and label.colours:
@@ -63,11 +63,12 @@ def read_label(label, size):
                                  "correct it or name it in classes.txt (NAME R G B, or void R G B to ignore it)")
         else:
             why = ("16 bits are usual for instance masks, one number per object: export semantic masks, one value per "
-                   "class" if image.mode[0] == "I" else f"{convert} reads other kinds")
+                   "class" if image.mode[0] == "I" else f"{import_command(label)} reads other kinds")
             raise InputError(f"{label.path}: a label is an 8-bit index image (mode L or P), or a colour image if "
                              f"classes.txt gives each class its own colour; this one is {image.mode}; {why}")
     if ((ids - np.uint8(k := label.num_classes)) < IGNORE - k).any():  # true for ids k .. 254: subtraction wraps
         value, count = ids[(ids >= k) & (ids != IGNORE)][0], len(np.unique(ids))
+        convert = import_command(label)
         remedy = ("so many values are those of an instance mask, one number per object (export semantic masks, one "
                   f"value per class), or of grey levels with soft edges ({convert})" if count > max(k + 1, 8) else
                   f"correct it, add the class to classes.txt, or, if the values are grey levels, {convert}")
@@ -76,21 +77,27 @@ def read_label(label, size):
     return ids
 
 
+def import_command(label):
+    """Return the command that converts the data set of a Label."""
+    return f"python prepare.py import {Path(label.path).absolute().parent.parent} --out NEW"
+
+
 def used_colours(image):
     """Return {value: 65536 R + 256 G + B} of the values in an image of mode L or P."""
     palette = image.getpalette("RGB") if image.mode == "P" else [i for i in range(256) for _ in range(3)]
     return {i: int.from_bytes(palette[3 * i:3 * i + 3], "big") for i, n in enumerate(image.histogram()) if n}
 
 
-def check_indices(image, label, convert):
-    """Raise an InputError if classes.txt gives the colour of a value to another class. convert: the command to run."""
+def check_indices(image, label):
+    """Raise an InputError if classes.txt gives the colour of a value to another class."""
     known = dict(label.colours)
     for value, code in used_colours(image).items():
         if known.get(code, value) != value:
             colour = " ".join(map(str, code.to_bytes(3, "big")))
             what = "as void" if known[code] == IGNORE else "to another class"
             raise InputError(f"{label.path}: value {value} has the colour {colour}, which classes.txt gives {what}; "
-                             f"{convert} --kind colour if the colours are meant, --kind index if the values are")
+                             f"{import_command(label)} --kind colour if the colours are meant, --kind index if the "
+                             "values are")
 
 
 def foreign_colours(label):

@@ -43,6 +43,10 @@ class Evaluation(NamedTuple):
     matrix: torch.Tensor  # (K,K) int64, pixels of each class (row) that are predicted as each class (column)
     draw_examples: Callable[[], Image.Image]  # rows of image, label and prediction, of this rank's samples
 
+    def pixel_accuracy(self):
+        """Return the percentage of labelled pixels that are predicted right."""
+        return 100 * (self.matrix.trace() / self.matrix.sum()).item()
+
     def best_constant(self):
         """Return (class id, mIoU in percent) of the best prediction that is one class everywhere."""
         pixels = self.matrix.sum(1)  # (K,) of each class in the labels
@@ -124,19 +128,18 @@ def main(args):
         write_atomically(out / "overview.jpg", lambda f: result.draw_examples().save(f, "JPEG", quality=95))
         print(f"predictions in {out}, some beside image and label in {out / 'overview.jpg'}")
     scores = {name: 100 * values for name, values in class_scores(result.matrix).items()}
-    accuracy = 100 * (result.matrix.trace() / result.matrix.sum()).item()
     print(f"{'percent':20}     IoU  precision  recall  F1 (Dice)")
     means = torch.stack([values.nanmean() for values in scores.values()])
     for name, row in [*zip(seg.classes, torch.stack([*scores.values()], 1)), ("mean", means)]:
         print(f"{name:20}" + ("  absent" if row.isnan().any() else "{:8.2f}{:11.2f}{:8.2f}{:11.2f}".format(*row)))
     constant, miou = result.best_constant()
-    print(f"pixel accuracy {accuracy:.2f}\n"
+    print(f"pixel accuracy {result.pixel_accuracy():.2f}\n"
           f"predicting {seg.classes[constant]} everywhere scores a mean IoU of {miou:.2f}")
     if args.json and distributed.RANK == 0:
         by_name = {name: {c: None if math.isnan(x) else x for c, x in zip(seg.classes, values.tolist())}
                    for name, values in scores.items()}
         facts = {"data": dataset.name, "list": args.list, "ckpt": args.ckpt, "step": checkpoint["step"],
-                 "pixel_accuracy": accuracy, "per_class": by_name.pop("iou"), **by_name}
+                 "pixel_accuracy": result.pixel_accuracy(), "per_class": by_name.pop("iou"), **by_name}
         write_atomically(Path(args.json), lambda f: f.write_text(json.dumps(result.scores | facts, indent=1) + "\n"))
     print(f"data {dataset.name}, list {args.list}, {len(samples)} images, step {checkpoint['step']}\n"
           f"mIoU {result.scores['miou']:.2f}")

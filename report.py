@@ -71,7 +71,7 @@ class TrainedRun:
         result = evaluate(self.seg.to(device), samples, workers, self.flags.get("amp"), write=collect)
         self.miou, self.matrix = result.scores["miou"], result.matrix
         self.per_class = {name: 100 * values for name, values in class_scores(result.matrix).items()}  # (K,) percent
-        self.accuracy = 100 * (result.matrix.trace() / result.matrix.sum()).item()
+        self.accuracy = result.pixel_accuracy()
         self.scores = np.array([100 * ops.mean_iou(matrix)[0] for matrix in matrices])
 
     @torch.inference_mode()

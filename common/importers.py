@@ -624,8 +624,7 @@ def write_pair(new, table, palette, link, job):
 
 def run_all(map_in_parallel, function, items, what):
     """Return the results of function(item); raises the first InputError, with the number of them."""
-    attempt_one = partial(attempt, function)
-    results = map_in_parallel(attempt_one, items, what) if len(items) > 20 else list(map(attempt_one, items))
+    results = map_in_parallel(partial(attempt, function), items, what)
     errors = [error for _, error in results if error]
     if errors:
         raise InputError(errors[0] + (f" (and {len(errors) - 1} more files)" if len(errors) > 1 else ""))

@@ -21,18 +21,26 @@ def make(root):
         if root.is_dir():  # made by another process while this one waited
             return
         part = root.with_name(f"{root.name}.part")
-        for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
-            (part / folder).mkdir(parents=True, exist_ok=True)
-        (part / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in CLASSES.items()))
-        for name, count in (("train", 400), ("val", 100)):
-            ids = [f"{name}_{n:03d}" for n in range(count)]
-            for i in ids:
-                image, label = draw(np.random.RandomState(int(hashlib.sha256(i.encode()).hexdigest()[:8], 16)))
-                label.putpalette(PALETTE)
-                image.save(part / "JPEGImages" / f"{i}.jpg", quality=90)
-                label.save(part / "SegmentationClassAug" / f"{i}.png")
-            (part / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+        write(part, draw)
         part.rename(root)
+
+
+def write(root, draw, key=""):
+    """Write 400 training and 100 val images to the folder `root` in VOC layout.
+
+    draw: function (numpy.random.RandomState) -> (image, label). key: beginning of the random seeds.
+    """
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"{name} {r} {g} {b}\n" for name, (r, g, b) in CLASSES.items()))
+    for name, count in (("train", 400), ("val", 100)):
+        ids = [f"{name}_{n:03d}" for n in range(count)]
+        for i in ids:
+            image, label = draw(np.random.RandomState(int(hashlib.sha256(f"{key}{i}".encode()).hexdigest()[:8], 16)))
+            label.putpalette(PALETTE)
+            image.save(root / "JPEGImages" / f"{i}.jpg", quality=90)
+            label.save(root / "SegmentationClassAug" / f"{i}.png")
+        (root / "ImageSets/Segmentation" / f"{name}.txt").write_text("\n".join(ids) + "\n")
 
 
 def texture(rng, size, hue, saturation):
@@ -70,21 +78,34 @@ def draw(rng, size=128):
     A class always has its outline and mostly its hue; blobs, which are ground, have any.
     """
     image, label = texture(rng, size, rng.rand(), rng.uniform(0, 0.5)), np.zeros((size, size), np.uint8)
-    kinds = list(CLASSES)
     for _ in range(rng.randint(2, 6)):
-        number = rng.randint(len(kinds))
-        kind, centre, radius = kinds[number], rng.uniform(16, size - 16, 2), rng.uniform(18, 44)
-        hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
-        pen = ImageDraw.Draw(mask := Image.new("L", (size, size)))
-        corners = outline(kind, rng)
-        pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
-        if kind == "ring":
-            pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
-        inside = np.array(mask) > 0
-        image = np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), image)
-        label[inside] = number
-        grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-        label[grown & ~shrunk] = IGNORE
+        image = add_shape(image, label, rng.randint(len(CLASSES)), rng)
+    return finish(image, label, rng)
+
+
+def add_shape(image, label, number, rng, factor=1):
+    """Return an image (size,size,3) with a shape of class `number` on it; its label (size,size) changes in place.
+
+    factor: of the radius.
+    """
+    kind, size = list(CLASSES)[number], len(label)
+    centre, radius = rng.uniform(16, size - 16, 2), rng.uniform(18, 44) * factor
+    hue = number / 5 + rng.normal(0, 0.05) if number else rng.rand()
+    pen = ImageDraw.Draw(mask := Image.new("L", (size, size)))
+    corners = outline(kind, rng)
+    pen.polygon([tuple(p) for p in centre + radius * corners], fill=255)
+    if kind == "ring":
+        pen.polygon([tuple(p) for p in centre + 0.55 * radius * corners], fill=0)
+    inside = np.array(mask) > 0
+    label[inside] = number
+    grown, shrunk = (np.array(mask.filter(f(3))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    label[grown & ~shrunk] = IGNORE
+    return np.where(inside[..., None], texture(rng, size, hue, rng.uniform(0.4, 1)), image)
+
+
+def finish(image, label, rng):
+    """Return the image (RGB) in uneven light and with noise, and its label (mode P)."""
+    size = len(label)
     light = np.linspace(*rng.uniform(0.6, 1.2, 2), size)
     image = image * (light if rng.rand() < 0.5 else light[:, None])[..., None] + rng.normal(0, 12, (size, size, 3))
     return Image.fromarray(image.clip(0, 255).astype(np.uint8)), Image.fromarray(label).convert("P")
