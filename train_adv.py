@@ -1,6 +1,6 @@
 """Adversarial training (Hung et al. 2018): train_base.py plus a discriminator of label maps and predictions.
 
-    python train_adv.py --data shapes --split 0.125
+    python train_adv.py --data shapes --split 0.05
 """
 from common import distributed
 from common.args import number, resolve_args, shared_flags
@@ -16,14 +16,15 @@ from eval import evaluate
 
 def flags():
     p = model.disc_flags(shared_flags(__doc__, out="out/adv"))
-    p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
+    p.add_argument("--lam-adv", type=number(), help="weight of the adversarial loss (default 0.01, paper; shapes: 0.1)")
     return p
 
 
 def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
-    resolve_args(args, dataset, model.init_format, model.DISC_PAPER, model.DISC_SMALL)
+    resolve_args(args, dataset, model.init_format, model.DISC_PAPER | {"lam_adv": 0.01}, model.DISC_SMALL,
+                 {"lam_adv": 0.1})
     run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
     pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
     weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None

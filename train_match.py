@@ -1,6 +1,6 @@
 """Semi-supervised mean teacher: train_base.py plus pseudo-labels of weak views for strong views (FixMatch, UniMatch).
 
-    python train_match.py --data shapes --split 0.125
+    python train_match.py --data shapes --split 0.05
 """
 import copy
 
@@ -22,8 +22,8 @@ from eval import evaluate
 def flags():
     p = shared_flags(__doc__, out="out/match")
     p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
-    p.add_argument("--ema", type=number(below=1), default=0.99, help="decay of the teacher's weights per step (default "
-                   "0.99; lower it for short runs)")
+    p.add_argument("--ema", type=number(below=1), help="decay of the teacher's weights per step (default 0.99; "
+                   "shapes: 0.95; lower it for short runs)")
     p.add_argument("--confidence", type=PROBABILITY, default=0.8, help="teacher's probability above which a pixel "
                    "gets a pseudo-label, lowered for classes of low mean confidence as in FreeMatch (default 0.8; "
                    "raise it if `kept` is 1)")
@@ -38,7 +38,7 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format)
+    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95})
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")

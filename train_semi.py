@@ -1,6 +1,6 @@
 """Semi-supervised training (Hung et al. 2018): train_adv.py plus pseudo-labels that the discriminator selects.
 
-    python train_semi.py --data shapes --split 0.125
+    python train_semi.py --data shapes --split 0.05
 """
 from common import distributed
 from common.args import PROBABILITY, number, resolve_args, shared_flags
@@ -18,11 +18,11 @@ from eval import evaluate
 
 def flags():
     p = model.disc_flags(shared_flags(__doc__, out="out/semi"))
-    p.add_argument("--lam-adv", type=number(), default=0.01, help="weight of the adversarial loss (paper: 0.01)")
+    p.add_argument("--lam-adv", type=number(), help="weight of the adversarial loss (default 0.01, paper; shapes: 0.1)")
     p.add_argument("--unlabelled", metavar="DIR", help="folder of more unlabelled images (default ROOT/unlabelled)")
     p.add_argument("--d-unlabelled", action="store_true", help="train D on unlabelled images too (authors' code)")
-    p.add_argument("--lam-adv-u", type=number(), default=0.001, help="weight of the adversarial loss on unlabelled "
-                   "images (default 0.001, from the authors' code; the paper has none)")
+    p.add_argument("--lam-adv-u", type=number(), help="weight of the adversarial loss on unlabelled images (default "
+                   "0.001, from the authors' code; the paper has none; shapes: 0.1)")
     p.add_argument("--lam-semi", type=number(), help="weight of loss_semi (default 0.1, paper; small data: 0.5)")
     p.add_argument("--threshold", type=PROBABILITY, default=0.2, help="D's confidence above which a pixel gets a "
                    "pseudo-label (default 0.2, paper; raise it if `kept` is 1)")
@@ -53,8 +53,9 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format, model.DISC_PAPER | {"lam_semi": 0.1},
-                 model.DISC_SMALL | {"lam_semi": 0.5})
+    resolve_args(args, dataset, model.init_format, model.DISC_PAPER |
+                 {"lam_adv": 0.01, "lam_adv_u": 0.001, "lam_semi": 0.1}, model.DISC_SMALL | {"lam_semi": 0.5},
+                 {"lam_adv": 0.1, "lam_adv_u": 0.1})
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
     healthy = {"loss_d": model.healthy_loss_d(args.d_smooth),
                "kept": HealthyRange(0.01, 0.99, "lower --threshold", "raise --threshold", args.semi_start)}

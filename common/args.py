@@ -12,10 +12,11 @@ import torch
 
 # The paper's settings, and those for its other data set.
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],
-             input_scale=1, class_weights="none")
+             input_scale=1, class_weights="none", bn="train")
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
 # Small settings, for the generated data set and for a custom data set on the CPU.
-SHAPES = PAPER | dict(backbone="resnet18", init="none", crop=97, batch_size=4, iters=320, lr=2e-3, eval_every=160)
+SHAPES = PAPER | dict(backbone="efficientnet_lite0", bn="frozen", crop=97, batch_size=4, iters=300, lr=5e-4,
+                      eval_every=150)
 CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3, class_weights="balanced")
 
 EPILOG = """@FILE reads more flags from a file (see recipes/README.md); later flags override earlier ones.
@@ -84,24 +85,25 @@ def shared_flags(description, out):
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="backbone of the "
-        "network (paper: resnet101; shapes: resnet18; other small data: efficientnet_lite0)")
+        "network (paper: resnet101; small data: efficientnet_lite0)")
     add("--init", metavar="{imagenet,coco,none,PATH}", help="initial weights: imagenet (ResNets are downloaded), coco "
-        "(a file in data/, see recipes/README.md), none (random), or a checkpoint (paper: imagenet; shapes: none)")
+        "(a file in data/, see recipes/README.md), none (random), or a checkpoint (default imagenet, paper)")
     add("--norm", choices=["imagenet", "caffe", "none"], help="normalisation of images: imagenet (mean and deviation "
         "of RGB), caffe (mean of BGR), none (0..255) (default: what the initial weights expect)")
     add("--stride", type=int, choices=[8, 16], help="output stride of the network (default 8; efficientnet_lite0: 16, "
         "which the others do not have)")
     add("--aspp-branches", type=int, choices=[2, 4], default=4, help="dilated convolutions of the classifier (default "
         "4, paper; 2 for the authors' checkpoints)")
-    add("--bn", choices=["train", "no-grad", "frozen"], default="train", help="batch norm: no-grad keeps weight and "
-        "bias fixed; frozen the running statistics too, for batches of a few images (default train)")
+    add("--bn", choices=["train", "no-grad", "frozen"], help="batch norm: no-grad keeps weight and "
+        "bias fixed; frozen the running statistics too, for batches of a few images (default train; shapes: frozen)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000, Cityscapes 40000; small data: 1000, shapes "
-        "320)")
+    add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000, Cityscapes 40000; shapes: 300; other small "
+        "data: 1000)")
     add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10, Cityscapes 2; small data: "
         "8, shapes 4)")
-    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; small data: 2e-3)")
+    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; shapes: 5e-4; other small "
+        "data: 2e-3)")
     add("--head-lr", type=number(), default=10, metavar="FACTOR", help="learning rate of the classifier as a multiple "
         "of --lr (default 10, as in the authors' code; the paper has one rate)")
     add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps between updates of the poly "
@@ -123,23 +125,26 @@ def shared_flags(description, out):
     add("--resume", action="store_true", help="continue from DIR/last.pt if it exists")
     add("--tensorboard", action="store_true", help="also write scalars and images to DIR/tensorboard")
     add("--log-every", type=POSITIVE_INT, default=10, help="steps between log lines (default 10)")
-    add("--eval-every", type=POSITIVE_INT, help="steps between evaluations (default --iters / 10; shapes: 160)")
+    add("--eval-every", type=POSITIVE_INT, help="steps between evaluations (default --iters / 10; shapes: 150)")
     add("--save-every", type=POSITIVE_INT, help="steps between checkpoints (default --iters / 10)")
     return parser
 
 
-def resolve_args(args, dataset, init_format, paper=None, small=None):
+def resolve_args(args, dataset, init_format, paper=None, small=None, shapes=None):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
-    init_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
-    default} of the script's own flags; small data is `shapes`, and a custom data set on the CPU.
+    init_format: function (value of --init) -> {flag: default} of what these weights expect. paper: {flag:
+    default} of the script's own flags; small: those that differ for `shapes` and for a custom data set on the CPU;
+    shapes: those that differ for `shapes` alone.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     custom_on_cpu = dataset.kind == "custom" and (args.gpu < 0 or not torch.cuda.is_available())
     defaults = custom_defaults(dataset, given) if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
         dataset.kind, PAPER)
-    of_script = small if custom_on_cpu or dataset.kind == "shapes" else paper
-    values = defaults | (of_script or {}) | given
+    is_shapes = dataset.kind == "shapes"
+    for applies, of_script in ((True, paper), (custom_on_cpu or is_shapes, small), (is_shapes, shapes)):
+        defaults = defaults | of_script if applies and of_script else defaults
+    values = defaults | given
     expected, tenth = init_format(values["init"]), max(1, values["iters"] // 10)
     stride = 16 if values["backbone"] == "efficientnet_lite0" else 8
     values = {"stride": stride, "eval_every": tenth, "save_every": tenth} | expected | values
@@ -169,6 +174,8 @@ def check_args(args):
     if args.crop < 65 or (args.crop - 1) % args.stride:
         best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
+    if args.bn == "frozen" and args.init == "none":
+        raise InputError("--bn frozen: random weights (--init none) have no statistics to keep; use --bn train")
     check_multiple(args.batch_size, distributed.WORLD_SIZE)
 
 
