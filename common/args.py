@@ -12,11 +12,11 @@ import torch
 
 # The paper's settings, and those for its other data set.
 PAPER = dict(backbone="resnet101", init="imagenet", crop=321, batch_size=10, iters=20000, lr=2.5e-4, scale=[0.5, 1.5],
-             input_scale=1, class_weights="none", bn="train")
+             input_scale=1, head_lr=10, class_weights="none", bn="train")
 CITYSCAPES = PAPER | dict(crop=513, batch_size=2, iters=40000, scale=[1, 1], input_scale=0.5)
 # Small settings, for the generated data set and for a custom data set on the CPU.
-SHAPES = PAPER | dict(backbone="efficientnet_lite0", bn="frozen", crop=97, batch_size=4, iters=300, lr=5e-4,
-                      eval_every=150)
+SHAPES = PAPER | dict(backbone="efficientnet_lite0", bn="frozen", crop=97, scale=[0.75, 1.5],
+                      batch_size=4, iters=300, lr=2e-3, head_lr=1, eval_every=150)
 CUSTOM_ON_CPU = PAPER | dict(backbone="efficientnet_lite0", batch_size=8, iters=1000, lr=2e-3, class_weights="balanced")
 
 EPILOG = """@FILE reads more flags from a file (see recipes/README.md); later flags override earlier ones.
@@ -78,7 +78,7 @@ def shared_flags(description, out):
     add("--crop", type=int, help="side of the square training crops in pixels: stride*k+1, at least 65 (paper: 321, "
         "Cityscapes 513; shapes: 97; other small data: 65 to 161); lower it if memory runs out")
     add("--scale", type=number(), nargs=2, metavar=("MIN", "MAX"), help="range of the random scaling of crops, on top "
-        "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1)")
+        "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1; shapes 0.75 1.5)")
     add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="factor by which images are shrunk for the network, "
         "in training and evaluation (default 1; Cityscapes 0.5)")
     add("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of each loader (default 2)")
@@ -102,10 +102,9 @@ def shared_flags(description, out):
         "data: 1000)")
     add("--batch-size", type=POSITIVE_INT, help="images per step, over all ranks (paper: 10, Cityscapes 2; small data: "
         "8, shapes 4)")
-    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; shapes: 5e-4; other small "
-        "data: 2e-3)")
-    add("--head-lr", type=number(), default=10, metavar="FACTOR", help="learning rate of the classifier as a multiple "
-        "of --lr (default 10, as in the authors' code; the paper has one rate)")
+    add("--lr", type=number(), help="initial learning rate of the backbone (paper: 2.5e-4; small data: 2e-3)")
+    add("--head-lr", type=number(), metavar="FACTOR", help="learning rate of the classifier as a multiple "
+        "of --lr (default 10, as in the authors' code; the paper has one rate; shapes: 1)")
     add("--decay-every", type=NON_NEGATIVE_INT, default=1, metavar="N", help="steps between updates of the poly "
         "learning rate; 0 keeps it constant (default 1)")
     add("--nesterov", action=argparse.BooleanOptionalAction, default=True, help="Nesterov momentum (default on, paper)")
