@@ -80,8 +80,10 @@ def check_on_gpu(place):
     if proof.exists():
         return
     with FileLock(f"{place}.lock"):
+        if proof.exists():  # of another process, for which this one waited
+            return
         start = time.monotonic()
-        if not proof.exists() and (error := run_selfcheck(gpu, place.parent)):
+        if error := run_selfcheck(gpu, place.parent):
             raise RuntimeError(f"self-check on {name}: {error}; python -m csrc.selfcheck cuda:{gpu} repeats it")
         proof.touch()
         note += f", self-check passed in {time.monotonic() - start:.0f} s"

@@ -1,6 +1,7 @@
 """The self-check of the kernels: on the CPU's, with planted errors, and what it decides on a GPU that is pretended."""
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from common.console import InputError
 
@@ -84,6 +85,15 @@ def test_a_gpu_that_passed_is_not_checked_again(gpu, monkeypatch):
         before = gpu.count()
         monkeypatch.setattr(module, name, value)
         assert gpu("").startswith("kernel, self-check") and gpu("") == "kernel" and gpu.count() == before + 1
+
+
+@pytest.mark.quick
+def test_ranks_wait_for_one_check(gpu, tmp_path):
+    assert gpu("sys.exit(1)").startswith("reference") and gpu.count() == 1
+    build.SELFCHECK[-1] = build.SELFCHECK[-1].replace("sys.exit(1)", "import time; time.sleep(1)")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(build.check_on_gpu, [tmp_path] * 2))
+    assert gpu.count() == 2
 
 
 @pytest.mark.quick
