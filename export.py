@@ -39,9 +39,9 @@ class Predictor(torch.nn.Module):
         if self.seg.input_scale != 1:
             x = data.resize(x.to(torch.uint8), [self.seg.stride * k + 1 for k in steps])
         logits = F.interpolate(self.seg(self.seg.normalise(x)), full, mode="bilinear", align_corners=True)
-        ids = logits.argmax(1).to(torch.uint8)  # (N,H,W), padded; a slice would specialise the graph on padding
-        return ids.index_select(1, torch.arange(height, device=ids.device)).index_select(
-            2, torch.arange(width, device=ids.device))
+        ids = logits.argmax(1)  # (N,H,W), padded; a slice would specialise the graph on padding
+        ids = F.pad(ids, (0, width - full[1], 0, height - full[0]))
+        return torch.ops.aten._to_copy(ids, dtype=torch.uint8)  # .to() and arange() fix the device into the graph
 
 
 def main(args):

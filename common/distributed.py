@@ -17,14 +17,14 @@ stop_reason = None  # name of the signal that asked this process to stop
 def init_device(gpu):
     """Join the process group, if there is one, and return the torch.device of this rank; only rank 0 prints from here.
 
-    gpu: CUDA device (under torchrun that of the local rank); -1, or no CUDA: the CPU.
+    gpu: CUDA device (under torchrun that of the local rank, 0 if a scheduler shows each task only its own); -1, or no
+    CUDA: the CPU.
     """
     device = torch.device("cpu")
     if gpu >= 0 and torch.cuda.is_available():
-        gpu = int(os.environ["LOCAL_RANK"]) if WORLD_SIZE > 1 else gpu
+        gpu = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count() if WORLD_SIZE > 1 else gpu
         if gpu >= torch.cuda.device_count():
-            raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0"
-                             + ("; each rank needs its own: lower --nproc_per_node" if WORLD_SIZE > 1 else ""))
+            raise InputError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0")
         torch.cuda.set_device(gpu)
         device = torch.device("cuda", gpu)
     if WORLD_SIZE > 1 and not dist.is_initialized():
@@ -38,7 +38,10 @@ def init_device(gpu):
 def describe_device(device, gpu=-1):
     """Return the device's name and the number of ranks, for a person. gpu: what --gpu asked for."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    return name + " (no CUDA here)" * (gpu >= 0 and device.type == "cpu") + f", {WORLD_SIZE} ranks" * (WORLD_SIZE > 1)
+    if gpu >= 0 and device.type == "cpu":
+        has_driver = torch.version.cuda and os.path.exists("/dev/nvidia0") and "CUDA_VISIBLE_DEVICES" not in os.environ
+        name += f" (driver too old for torch built with CUDA {torch.version.cuda})" if has_driver else " (no CUDA here)"
+    return name + f", {WORLD_SIZE} ranks" * (WORLD_SIZE > 1)
 
 
 def prepare_model(model, compile=False):

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,19 +25,26 @@ INCLUDE = [PIP_CUDA / "include"]  # headers from pip, which a toolkit may lack
 TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # the oldest supported torch, see requirements.txt
 CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", TARGET, *os.environ.get("SEG_OPS_CFLAGS", "").split()]
-note = ""  # how long the builds of this process took, for the first line of a run
+SELFCHECK, SELFCHECK_SECONDS = [sys.executable, "-m", "csrc.selfcheck"], 120
+note = ""  # how long builds and self-checks of this process took, for the first line of a run
 
 
-def load(device="cpu"):
-    """Load the kernels for "cpu" or "cuda", built first if necessary. Raises RuntimeError: one line with the reason."""
+def load(device="cpu", check=True):
+    """Load the kernels for "cpu" or "cuda", built first if necessary, on a GPU only if they pass csrc/selfcheck.py.
+
+    Raises RuntimeError: one line with the reason.
+    """
     autograd.register()
     library = folder(device) / f"seg_ops_{device}.so"
     try:
         if not is_complete(library):
             build(library, device)
+        if device == "cuda" and check and torch.cuda.is_available():
+            check_on_gpu(library.parent)
         torch.ops.load_library(library)
-    except OSError as e:
-        raise RuntimeError(f"{library.parent}: {str(e).splitlines()[0]}") from None
+    except (OSError, NotImplementedError) as e:  # no number: a damaged library; otherwise a folder without permission
+        hint = "; set TORCH_EXTENSIONS_DIR to another folder" if getattr(e, "errno", "no locks") else ""
+        raise RuntimeError(f"{library.parent}: {str(e).splitlines()[0]}{hint}") from None
 
 
 def is_complete(library):
@@ -63,6 +71,38 @@ def build(library, device="cpu"):
             note += f", built in {time.monotonic() - start:.0f} s"
 
 
+def check_on_gpu(place):
+    """Run csrc/selfcheck.py for the library in `place` on the current GPU, unless it has passed there before."""
+    global note
+    gpu, name, driver = torch.cuda.current_device(), torch.cuda.get_device_name(), Path("/proc/driver/nvidia/version")
+    facts = [name, *architectures(), driver.read_text() if driver.exists() else "", torch.__version__]
+    proof = place / cache_folder("proved", facts, []).name
+    if proof.exists():
+        return
+    with FileLock(f"{place}.lock"):
+        if proof.exists():  # of another process, for which this one waited
+            return
+        start = time.monotonic()
+        if error := run_selfcheck(gpu, place.parent):
+            raise RuntimeError(f"self-check on {name}: {error}; python -m csrc.selfcheck cuda:{gpu} repeats it")
+        proof.touch()
+        note += f", self-check passed in {time.monotonic() - start:.0f} s"
+
+
+def run_selfcheck(gpu, cache):
+    """Return how csrc/selfcheck.py failed, in one line, or nothing. A child process, because a bad kernel ends CUDA."""
+    env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    env["TORCH_EXTENSIONS_DIR"] = str(cache)
+    try:
+        done = subprocess.run([*SELFCHECK, f"cuda:{gpu}"], cwd=HERE.parent, env=env, capture_output=True, text=True,
+                              errors="replace", timeout=SELFCHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"not finished after {SELFCHECK_SECONDS} s"
+    if done.returncode < 0:
+        return f"killed by {signal.Signals(-done.returncode).name}"
+    return done.returncode and (done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}")[:200]
+
+
 def run_cpp_extension(place, device):
     """Call cpp_extension.load in a child process, which has environment variables of its own."""
     shutil.rmtree(place, ignore_errors=True)  # what a killed build left
@@ -73,16 +113,18 @@ def run_cpp_extension(place, device):
     script.write_text(f'#!/bin/sh\nexec {cxx()} "$@"\n')
     script.chmod(0o755)
     path = f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}"  # ninja is beside python
-    env = os.environ | {"CXX": str(script), "CUDA_HOME": str(cuda_home() or ""), "PATH": path}
+    env = os.environ | {"CXX": str(script), "CC": str(script), "CUDA_HOME": str(cuda_home() or ""), "PATH": path}
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()] if device == "cuda" else []
     arguments = dict(
         name=f"seg_ops_{device}", sources=[str(file) for file in sorted(HERE.glob(SOURCES[device][0]))],
         extra_cflags=FLAGS, extra_ldflags=[f"-L{place}"], build_directory=str(place), is_python_module=False,
-        extra_cuda_cflags=[*CUDA_FLAGS, *(f"-isystem={path}" for path in INCLUDE)])  # after the toolkit's own headers
+        extra_cuda_cflags=[*CUDA_FLAGS, *gencode, *(f"-isystem={path}" for path in INCLUDE)])  # after the toolkit's own
     code = f"from torch.utils.cpp_extension import load\nload(**{arguments})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=env, capture_output=True, text=True,
+                          errors="replace")
     if done.returncode:
         lines = re.findall(".*(?:error|fatal) *:.*", done.stderr) or [done.stderr.strip().rpartition("\n")[2]]
-        raise RuntimeError(f"the build in {place} failed (exit status {done.returncode}): {lines[0]}")
+        raise RuntimeError(f"the build in {place} failed (exit status {done.returncode}): {lines[0][:200]}")
 
 
 def folder(device="cpu"):
@@ -92,19 +134,29 @@ def folder(device="cpu"):
         cpu = re.findall("^(?:model name|flags|Features).*", info.read_text(), re.M) if info.exists() else []
         words, versions = [*FLAGS, platform.machine(), *sorted(set(cpu))], [version(cxx())]
     else:
-        gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        words = [*CUDA_FLAGS, os.environ.get("TORCH_CUDA_ARCH_LIST") or str(sorted(gpus))]
+        words = [*CUDA_FLAGS, *architectures()]
         versions = [version(cxx()), version(f"'{cuda_home()}/bin/nvcc'")]
     place = cache_folder(f"seg_ops_{device}", [*words, *platform.libc_ver()], sources(device))
     ready = next(place.parent.glob(f"{place.name}_*/ready"), None)
     return ready.parent if ready and "" in versions else cache_folder(place.name, [cxx(), *versions], [])
 
 
+def architectures():
+    """Return that of the current GPU, as in ["90"]; without a GPU those in TORCH_CUDA_ARCH_LIST, as in 9.0;12.0a."""
+    if torch.cuda.is_available():
+        return ["{}{}".format(*torch.cuda.get_device_capability())]
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    found = {major + minor for major, minor in re.findall(r"(\d+)\.?(\d[af]?)\b", listed)}
+    if not found:
+        raise RuntimeError(f"no GPU, and TORCH_CUDA_ARCH_LIST={listed[:50]!r} has no architecture such as 9.0")
+    return sorted(found)
+
+
 def cache_folder(name, words, files):
     """Return the cache folder of what is built from `files` with these `words` (flags, versions)."""
     key = hashlib.sha256("\n".join(words).encode() + b"".join(file.read_bytes() for file in files))
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root) / f"{name}_{key.hexdigest()[:16]}"
+    return Path(root).absolute() / f"{name}_{key.hexdigest()[:16]}"
 
 
 def sources(device):

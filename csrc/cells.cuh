@@ -14,6 +14,7 @@
 
 constexpr int CELLS = 8, THREADS = 4;  // cells of a block; threads of a cell if a block is one warp
 constexpr unsigned ALL = 0xffffffffu;  // threads of a warp
+static_assert(2 * sizeof(float4) * CELLS * 255 <= 64 << 10);  // see CellGrid; sm_75 has 64 KB a block
 
 // An axis that computes the cell and the fraction of an output. The last point's outputs belong to the cell before it,
 // at fraction 1.

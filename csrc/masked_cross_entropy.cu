@@ -34,7 +34,7 @@ struct LabelMapParams {
   Count* counts;    // selected, not ignored, wrong
 };
 
-__global__ void __launch_bounds__(256) map_labels(LabelMapParams params) {
+__global__ void __launch_bounds__(256, 4) map_labels(LabelMapParams params) {
   const AxisFormula &ay = params.y, &ax = params.x;
   const bool same_size = ay.points == ay.outputs && ax.points == ax.outputs;
   unsigned* const block_counts = shared_memory<unsigned>();

@@ -4,13 +4,15 @@ import test_kernels as k
 import torch
 from test_cuda_on_cpu import TESTS
 
-from csrc import bench, ops
+from csrc import bench, build, ops
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(autouse=True)
 def on_the_gpu(monkeypatch):
+    if not build.cuda_home():
+        pytest.skip("no nvcc")
     assert ops.in_use("cuda") == "kernel", ops.in_use("cuda")
     monkeypatch.setattr(k, "DEVICE", "cuda")
 

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 from common import distributed
+from common.console import InputError
 from common.layouts import open_dataset
 
 import pytest
@@ -52,6 +54,38 @@ def run_ranks(ranks, *words):
     done = python(*torchrun(ranks), *words, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.quick
+def test_a_rank_takes_the_gpu_of_its_local_rank_or_the_only_one(monkeypatch):
+    """A scheduler may show each task only its own GPU; --gpu must be one of those that exist."""
+    set_device, init = mock.Mock(), mock.Mock()
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed.torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(distributed.dist, "init_process_group", init)
+    monkeypatch.setattr(distributed.atexit, "register", init)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
+    for gpus, rank, expected in ((4, 3, 3), (1, 3, 0)):
+        monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert distributed.init_device(0) == torch.device("cuda", expected)
+        assert set_device.call_args.args == (expected,)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 1)
+    with pytest.raises(InputError, match="--gpu 1: this machine has 1"):
+        distributed.init_device(1)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("file, said", [("/dev/nvidia0", "driver too old for torch built with CUDA 13.0"),
+                                        ("/dev/null0", "no CUDA here")])
+def test_why_there_is_no_gpu(monkeypatch, file, said):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(distributed.os.path, "exists", lambda path: path == file)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert said in distributed.describe_device(cpu, 0) and "(" not in distributed.describe_device(cpu, -1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "no CUDA here" in distributed.describe_device(cpu, 0)
 
 
 @pytest.mark.parametrize("script", STARTS)

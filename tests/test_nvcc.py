@@ -13,7 +13,7 @@ from test_cuda_on_cpu import CXX, FLAGS, HEADER, INCLUDE, made_once, run
 from csrc import build, ops
 
 pytestmark = pytest.mark.skipif(not build.cuda_home() or ops.in_use() != "kernel", reason="no nvcc, or no kernels")
-ARCHITECTURES = ("80", "90", "120")
+ARCHITECTURES = ("80", "90", "100", "120")
 REGISTERS = 96  # a multiprocessor has 65,536: five blocks of 128 threads with up to 102 each
 
 

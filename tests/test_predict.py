@@ -134,6 +134,15 @@ def test_exported(train, tmp_path):  # another network: test_recipes.py
     assert json.loads(files["classes.json"])["classes"] == ["grey", "red", "green", "blue"]
 
 
+def test_an_exported_model_runs_on_any_device(trained, tmp_path):
+    """No operation in the graph has a device of its own: program.module().to("cuda") moves everything."""
+    call("export", "--ckpt", trained["train_base"] / "last.pt", "--out", tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2")
+    assert not [node for node in program.graph.nodes if "device" in node.kwargs]
+    images = torch.zeros(1, 3, 33, 40, dtype=torch.uint8, device="meta")
+    assert program.module().to("meta")(images).shape == (1, 33, 40)
+
+
 def test_what_cannot_be_written(trained, blocks, tmp_path, monkeypatch, fails):
     """Other formats, and those whose optional packages are missing."""
     ckpt = trained["train_base"] / "last.pt"
