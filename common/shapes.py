@@ -67,8 +67,9 @@ def draw(rng):
     label = np.zeros((SIZE, SIZE), np.uint8)
     for _ in range(rng.randint(2, 4)):
         number = rng.randint(1, len(CLASSES))
-        kind, centre, radius = list(CLASSES)[number], rng.uniform(12, SIZE - 12, 2), rng.uniform(26, 44)
-        corners = {"disc": 48, "square": 4, "triangle": 3}[kind]
+        kind, centre, radius = list(CLASSES)[number], rng.uniform(12, SIZE - 12, 2), rng.uniform(26, 42)
+        corners, factor = {"disc": (48, 0.9), "square": (4, 1.1), "triangle": (3, 1.35)}[kind]  # areas are about equal
+        radius *= factor
         angle = rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
         mask = Image.new("L", (SIZE, SIZE))
         ImageDraw.Draw(mask).polygon([(centre[0] + radius * np.cos(a), centre[1] + radius * np.sin(a)) for a in angle],
