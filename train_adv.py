@@ -1,6 +1,6 @@
 """Adversarial training (Hung et al. 2018): train_base.py plus a discriminator of label maps and predictions.
 
-    python train_adv.py --data shapes --split 0.05
+    python train_adv.py --data shapes --split 0.1
 """
 from common import distributed
 from common.args import number, resolve_args, shared_flags

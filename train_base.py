@@ -1,6 +1,6 @@
 """Supervised baseline: DeepLabv2 trained on the labelled part of a data set.
 
-    python train_base.py --data shapes --split 0.05
+    python train_base.py --data shapes --split 0.1
 """
 from common import distributed
 from common.args import resolve_args, shared_flags

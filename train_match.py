@@ -1,6 +1,6 @@
 """Semi-supervised mean teacher: train_base.py plus pseudo-labels of weak views for strong views (FixMatch, UniMatch).
 
-    python train_match.py --data shapes --split 0.05
+    python train_match.py --data shapes --split 0.1
 """
 import copy
 

@@ -1,6 +1,6 @@
 """Semi-supervised training (Hung et al. 2018): train_adv.py plus pseudo-labels that the discriminator selects.
 
-    python train_semi.py --data shapes --split 0.05
+    python train_semi.py --data shapes --split 0.1
 """
 from common import distributed
 from common.args import PROBABILITY, number, resolve_args, shared_flags
