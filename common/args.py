@@ -1,6 +1,7 @@
 """Command lines: the parser with @file flags, the flags that all training scripts share, their defaults and checks."""
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def shared_flags(description, out):
         "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1)")
     add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="factor by which images are shrunk for the network, "
         "in training and evaluation (default 1; Cityscapes 0.5)")
-    add("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of each loader (default 2)")
+    add("--workers", type=NON_NEGATIVE_INT, help="worker processes of each loader (default 2; with a GPU up to 8, as "
+        "many as there are CPUs for)")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="backbone of the "
@@ -128,23 +130,31 @@ def shared_flags(description, out):
     return parser
 
 
-def resolve_args(args, dataset, init_format, paper=None, small=None):
+def resolve_args(args, dataset, init_format, paper=None, small=None, loaders=1):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
     init_format: function (value of --init) -> {flag: default} of what these weights expect. paper, small: {flag:
-    default} of the script's own flags; small data is `shapes`, and a custom data set on the CPU.
+    default} of the script's own flags; small data is `shapes`, and a custom data set on the CPU. loaders: how many
+    loaders the script has at once.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    custom_on_cpu = dataset.kind == "custom" and (args.gpu < 0 or not torch.cuda.is_available())
+    on_cpu = args.gpu < 0 or not torch.cuda.is_available()
+    custom_on_cpu = dataset.kind == "custom" and on_cpu
     defaults = custom_defaults(dataset, given) if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
         dataset.kind, PAPER)
     of_script = small if custom_on_cpu or dataset.kind == "shapes" else paper
     values = defaults | (of_script or {}) | given
     expected, tenth = init_format(values["init"]), max(1, values["iters"] // 10)
     stride = 16 if values["backbone"] == "efficientnet_lite0" else 8
-    values = {"stride": stride, "eval_every": tenth, "save_every": tenth} | expected | values
+    workers = 2 if on_cpu else max(1, min(8, num_cpus() // loaders // distributed.RANKS_HERE))
+    values = {"stride": stride, "eval_every": tenth, "save_every": tenth, "workers": workers} | expected | values
     vars(args).update({name: values.get(name) for name in vars(args) | expected})
     check_args(args)
+
+
+def num_cpus():
+    """Return the number of CPUs that this process may use: a scheduler or container may give it few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def custom_defaults(dataset, given):

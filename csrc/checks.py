@@ -6,7 +6,10 @@ IDS, FLOATS = (torch.uint8, torch.int64), (torch.float16, torch.bfloat16, torch.
 
 def tensor(x, name, shape, dtypes, device):
     """Check shape, dtype and device. shape: sizes, None for any; only the batch size may be 0."""
-    fits = x.dim() == len(shape) and 0 not in x.shape[1:] and all(m in (n, None) for n, m in zip(x.shape, shape))
+    found = x.shape
+    fits = len(found) == len(shape) and 0 not in found[1:]
+    if fits and any(shape):
+        fits = found == tuple([n if m is None else m for n, m in zip(found, shape)])
     if not fits or x.dtype not in dtypes or x.device != device:
         sizes = ",".join("*" if m is None else str(m) for m in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
