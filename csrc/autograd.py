@@ -30,7 +30,7 @@ class CrossEntropy(torch.autograd.Function):
         divisor = sum_of_weights.where(sum_of_weights != 0, 1) if divisor is None else divisor
         ctx.save_for_backward(grad, divisor)
         ctx.dtype = logits.dtype
-        return total / divisor
+        return total.div_(divisor)
 
     @staticmethod
     def backward(ctx, upstream):

@@ -122,7 +122,7 @@ distributed.prepare_model(two)
 mine = slice(2 * distributed.RANK, 2 * distributed.RANK + 2)
 for step in range(3):
     two[0].track_running_stats = one[0].track_running_stats = step < 2
-    a = x.double().requires_grad_()
+    a = x.double().clone().requires_grad_()
     b = x[mine].clone(memory_format=torch.channels_last).requires_grad_()
     y, z = one(a), two(b)
     (y * upstream).sum().backward()
