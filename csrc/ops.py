@@ -96,7 +96,7 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
-    kept, divisor = counts[0], None
+    kept, divisor = counts.select(0, 0), None
     if weight is None:
         divisor = (kept if divide == "kept" else counts[1]).clamp(min=1)
     else:
