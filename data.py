@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional as TF
 
 PADDING = (124, 116, 104)  # ImageNet's mean colour: close to 0 after normalisation
 INSPECTED = 2000  # labels that are inspected before training, at most
@@ -214,7 +213,7 @@ def cityscapes_ids():
 
 def resize(images, size):
     """Resize (N,3,H,W) uint8 images bilinearly to `size` (h,w), with antialiasing if they shrink."""
-    if images.is_cuda:  # no uint8 there
+    if images.device.type != "cpu":  # no uint8 there
         return F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().byte()
     images = images.contiguous(memory_format=torch.channels_last)  # twice as fast as planes
     return F.interpolate(images, size, mode="bilinear", antialias=True)
@@ -302,20 +301,52 @@ def batch_generators(key, step, count):
 
 
 def strong_view(images, seed, step):
-    """Return this rank's images (B,3,H,W) uint8 with random colours, greyscale and blur, as in UniMatch (Yang 2023)."""
-    views = []
-    with torch.autocast(images.device.type, enabled=False):  # the blur is a convolution
-        for view, rng in zip(images, batch_generators(f"{seed}/strong", step, len(images))):
-            if rng.random() < 0.8:
-                for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
-                    view = adjust(view, rng.uniform(0.5, 1.5))
-                view = TF.adjust_hue(view, rng.uniform(-0.25, 0.25))
-            if rng.random() < 0.2:
-                view = TF.rgb_to_grayscale(view, 3)
-            if rng.random() < 0.5:
-                view = TF.gaussian_blur(view, [9, 9], [rng.uniform(0.1, 2)])
-            views.append(view)
-    return torch.stack(views)
+    """Return this rank's images (B,3,H,W) uint8 with random colours, greyscale and blur, as in UniMatch (Yang 2023).
+
+    They are torchvision's up to rounding, but of all images at once, for few kernel launches.
+    """
+    draws = []
+    for rng in batch_generators(f"{seed}/strong", step, len(images)):
+        has_jitter = rng.random() < 0.8
+        factors = [rng.uniform(0.5, 1.5) for _ in range(3)] + [rng.uniform(-0.25, 0.25)] if has_jitter else [1, 1, 1, 0]
+        is_grey = rng.random() < 0.2
+        draws.append([*factors, not is_grey, rng.uniform(0.1, 2) if rng.random() < 0.5 else 1e-3])  # 1e-3: no blur
+    draws = torch.tensor(draws).to(images.device, non_blocking=True)  # (B,6)
+    brightness, contrast, saturation, hue, colour, sigma = draws[:, :, None, None, None].unbind(1)  # (B,1,1,1) each
+    x = blend(images, 0, brightness)  # float, but whole numbers after each change
+    x = blend(x, to_grey(x).mean((1, 2, 3), keepdim=True), contrast)
+    x = rotate_hue(blend(x, to_grey(x), saturation), hue)
+    x = blend(x, to_grey(x), colour)
+    distance = torch.arange(-4, 5, device=x.device) / sigma  # (B,1,1,9)
+    kernel = (distance.square() / -2).softmax(3).repeat_interleave(3, 0)  # (3B,1,1,9)
+    x = F.pad(x, [4] * 4, mode="reflect").flatten(0, 1)[None]  # (1,3B,H+8,W+8)
+    with torch.autocast(x.device.type, enabled=False):
+        x = F.conv2d(x, kernel.mT * kernel, groups=len(kernel))
+    return x.round().byte().view(images.shape)
+
+
+def blend(images, others, ratio):
+    """Return images * ratio + others * (1 - ratio) as whole numbers in 0..255."""
+    return (images * ratio + others * (1 - ratio)).clamp(0, 255).floor()
+
+
+def to_grey(images):
+    """Return the luminance (B,1,H,W) of images (B,3,H,W) with values in 0..255, rounded down."""
+    red, green, blue = images.split(1, 1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
+
+
+def rotate_hue(images, turns):
+    """Return images (B,3,H,W) with values in 0..255 whose hue is rotated by `turns` (B,1,1,1), as whole numbers."""
+    offsets = torch.arange(0, 6, 2, device=images.device).view(3, 1, 1)
+    low, high = images.aminmax(dim=1, keepdim=True)
+    chroma = high - low  # (B,1,H,W)
+    # hue in sixths of a turn, as it follows from each channel if that is the largest one
+    hues = (images.roll(-1, 1) - images.roll(-2, 1)) / chroma.clamp(min=1) + offsets  # (B,3,H,W)
+    hue = hues.gather(1, images.argmax(1, keepdim=True)) + 6 * turns
+    distance = (hue - offsets + 3).remainder(6) - 3  # to pure red, green and blue: -3..3
+    saturated = (2 - distance.abs()).clamp(0, 1)  # (B,3,H,W)
+    return ((low + chroma * saturated) * (255.999 / 255)).floor()
 
 
 def cut_mix(tensors, probability, seed, step):

@@ -59,7 +59,7 @@ def class_scores(matrix):
     A class that is neither in the labels nor predicted is NaN. One that is never predicted has precision 0, and one
     that is only predicted has recall 0.
     """
-    matrix = matrix.double().cpu()
+    matrix = matrix.cpu().double()
     true, labelled, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     is_absent = (labelled + predicted) == 0
     counts = {"iou": labelled + predicted - true, "precision": predicted, "recall": labelled,
@@ -78,9 +78,10 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
     """
     distributed.broadcast_buffers(seg)
     was_training, device = seg.training, next(seg.parameters()).device
+    torch.backends.cudnn.benchmark = False  # sizes vary; common/run.py turns it on for training
     seg.eval()
     matrix = torch.zeros(seg.num_classes, seg.num_classes, dtype=torch.int64, device=device)
-    sums, examples = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in extra or {}}, []
+    sums, examples = {name: torch.zeros(2, dtype=torch.float64) for name in extra or {}}, []
     mine = samples[distributed.RANK::distributed.WORLD_SIZE]
     dataset = data.EvalDataset(mine, seg.stride, seg.input_scale)
     batches = progress(data.loader(dataset, workers, batch_size=1), len(mine), "evaluation")
@@ -89,7 +90,7 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
             break
         logits, target = predict.predict_logits(seg, image, amp, window, tta), target.to(device)
         for name in sums:
-            sums[name] += torch.stack(extra[name](logits, target))
+            sums[name] += torch.stack(extra[name](logits, target)).cpu()
         ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
         ops.confusion_matrix(ids, target, seg.num_classes, out=matrix)
         if write:

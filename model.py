@@ -235,7 +235,7 @@ def autocast(network, amp=None):
     if amp is None:
         has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
         amp = has_amx and getattr(network, "fast_in_bf16", True)
-        amp = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else amp
+        amp = amp if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 

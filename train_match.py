@@ -38,7 +38,7 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95})
+    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95}, loaders=2)
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
@@ -51,8 +51,8 @@ def main(args):
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
                                      args.norm, args.aspp_branches, args.input_scale).to(run.device)
-    # its weights are a moving average of the student's; its running statistics are the student's
-    teacher_raw = copy.deepcopy(seg_raw).requires_grad_(False)
+    # its weights are a moving average of the student's; its buffers, such as running statistics, are the student's
+    teacher_raw = copy.deepcopy(seg_raw, {id(b): b for b in seg_raw.buffers()}).requires_grad_(False)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)  # eval.py loads `seg`: the teacher
     seg, teacher = (distributed.prepare_model(x, args.compile) for x in (seg_raw, teacher_raw))
@@ -81,8 +81,6 @@ def main(args):
         loss.backward()
         opt_seg.step()
         update_teacher([*teacher_raw.parameters()], [*seg_raw.parameters()], None)  # None: a count that it ignores
-        for of_teacher, of_student in zip(teacher_raw.buffers(), seg_raw.buffers()):
-            of_teacher.copy_(of_student)
 
         run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=kept, lr=opt_seg.param_groups[0]["lr"])
         run.end_step(step)

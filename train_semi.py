@@ -55,7 +55,7 @@ def main(args):
                                               args.unlabelled or dataset.unlabelled_folder)
     resolve_args(args, dataset, model.init_format, model.DISC_PAPER |
                  {"lam_adv": 0.01, "lam_adv_u": 0.001, "lam_semi": 0.1}, model.DISC_SMALL | {"lam_semi": 0.5},
-                 {"lam_adv": 0.1, "lam_adv_u": 0.1})
+                 {"lam_adv": 0.1, "lam_adv_u": 0.1}, loaders=2)
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
     healthy = {"loss_d": model.healthy_loss_d(args.d_smooth),
                "kept": HealthyRange(0.01, 0.99, "lower --threshold", "raise --threshold", args.semi_start)}

@@ -1,6 +1,7 @@
 """Command lines: the parser with @file flags, the flags that all training scripts share, their defaults and checks."""
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def shared_flags(description, out):
         "of --input-scale (paper: 0.5 1.5; Cityscapes 1 1; shapes 0.75 1.5)")
     add("--input-scale", type=float, choices=[1, 0.5, 0.25], help="factor by which images are shrunk for the network, "
         "in training and evaluation (default 1; Cityscapes 0.5)")
-    add("--workers", type=NON_NEGATIVE_INT, default=2, help="worker processes of each loader (default 2)")
+    add("--workers", type=NON_NEGATIVE_INT, help="worker processes of each loader (default 2; with a GPU up to 8, as "
+        "many as there are CPUs for)")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="backbone of the "
@@ -95,7 +97,8 @@ def shared_flags(description, out):
     add("--aspp-branches", type=int, choices=[2, 4], default=4, help="dilated convolutions of the classifier (default "
         "4, paper; 2 for the authors' checkpoints)")
     add("--bn", choices=["train", "no-grad", "frozen"], help="batch norm: no-grad keeps weight and "
-        "bias fixed; frozen the running statistics too, for batches of a few images (default train; shapes: frozen)")
+        "bias fixed; frozen the running statistics too, for batches of a few images (default train; shapes: frozen"
+        " if pretrained)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--iters", type=POSITIVE_INT, help="training steps (paper: 20000, Cityscapes 40000; shapes: 300; other small "
@@ -129,26 +132,33 @@ def shared_flags(description, out):
     return parser
 
 
-def resolve_args(args, dataset, init_format, paper=None, small=None, shapes=None):
+def resolve_args(args, dataset, init_format, paper=None, small=None, shapes=None, loaders=1):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
     init_format: function (value of --init) -> {flag: default} of what these weights expect. paper: {flag:
     default} of the script's own flags; small: those that differ for `shapes` and for a custom data set on the CPU;
-    shapes: those that differ for `shapes` alone.
+    shapes: those that differ for `shapes` alone. loaders: how many loaders the script has at once.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
-    custom_on_cpu = dataset.kind == "custom" and (args.gpu < 0 or not torch.cuda.is_available())
+    on_cpu = args.gpu < 0 or not torch.cuda.is_available()
+    custom_on_cpu = dataset.kind == "custom" and on_cpu
     defaults = custom_defaults(dataset, given) if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
         dataset.kind, PAPER)
     is_shapes = dataset.kind == "shapes"
     for applies, of_script in ((True, paper), (custom_on_cpu or is_shapes, small), (is_shapes, shapes)):
         defaults = defaults | of_script if applies and of_script else defaults
-    values = defaults | given
+    values = defaults | ({"bn": "train"} if given.get("init") == "none" else {}) | given  # no statistics to keep
     expected, tenth = init_format(values["init"]), max(1, values["iters"] // 10)
     stride = 16 if values["backbone"] == "efficientnet_lite0" else 8
-    values = {"stride": stride, "eval_every": tenth, "save_every": tenth} | expected | values
+    workers = 2 if on_cpu else max(1, min(8, num_cpus() // loaders // distributed.RANKS_HERE))
+    values = {"stride": stride, "eval_every": tenth, "save_every": tenth, "workers": workers} | expected | values
     vars(args).update({name: values.get(name) for name in vars(args) | expected})
     check_args(args)
+
+
+def num_cpus():
+    """Return the number of CPUs that this process may use: a scheduler or container may give it few."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def custom_defaults(dataset, given):
@@ -173,8 +183,6 @@ def check_args(args):
     if args.crop < 65 or (args.crop - 1) % args.stride:
         best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
-    if args.bn == "frozen" and args.init == "none":
-        raise InputError("--bn frozen: random weights (--init none) have no statistics to keep; use --bn train")
     check_multiple(args.batch_size, distributed.WORLD_SIZE)
 
 

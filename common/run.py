@@ -122,7 +122,9 @@ class Run:
         if self.start == self.args.iters or self.is_due(self.start) and "miou" not in self.row(self.start):
             self.score(self.start)  # the run had finished, or was interrupted in this evaluation
         self.last_logged = time.monotonic(), self.start
-        yield from range(self.start + 1, self.args.iters + 1)
+        for step in range(self.start + 1, self.args.iters + 1):
+            torch.backends.cudnn.benchmark = True  # crops have one size; an evaluation turns it off
+            yield step
 
     def row(self, step):
         """Return the last row of the log, after appending one if it is not of `step`."""
@@ -139,8 +141,8 @@ class Run:
         is_logged = step in (1, args.iters) or not step % args.log_every or not step % args.eval_every
         if not is_logged and step % args.save_every:
             return  # reading the values would wait for the device
-        values = [torch.as_tensor(x, dtype=torch.float64, device=self.device).detach() for x in scalars.values()]
-        values = distributed.all_reduce_sum(torch.stack(values)) / distributed.WORLD_SIZE
+        values = [x.item() if isinstance(x, torch.Tensor) else x for x in scalars.values()]  # MPS has no float64
+        values = distributed.all_reduce_sum(torch.tensor(values, dtype=torch.float64)) / distributed.WORLD_SIZE
         scalars = dict(zip(scalars, values.tolist()))
         if infinite := [name for name, value in scalars.items() if not math.isfinite(value)]:
             raise InputError(f"{infinite[0]} is {scalars[infinite[0]]} at step {step}: the run diverged; "

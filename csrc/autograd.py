@@ -21,6 +21,29 @@ SCHEMAS = {  # ops.py says what they compute
     "confusion_matrix": "(Tensor prediction, Tensor target, int ignore, Tensor(a!) out) -> ()"}  # of logits or ids
 
 
+class CrossEntropy(torch.autograd.Function):
+    """The operator cross_entropy / divisor (None: the sum of weights). register_autograd takes much longer."""
+
+    @staticmethod
+    def forward(ctx, logits, labels, with_grad, weight, divisor):
+        total, grad, sum_of_weights = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad, weight)
+        divisor = sum_of_weights.where(sum_of_weights != 0, 1) if divisor is None else divisor
+        ctx.save_for_backward(grad, divisor)
+        ctx.dtype = logits.dtype
+        return total.div_(divisor)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        scale = CrossEntropy.scale  # once_differentiable takes time
+        scale = once_differentiable(scale) if torch.is_grad_enabled() else scale
+        return scale(ctx, upstream), None, None, None, None
+
+    @staticmethod
+    def scale(ctx, upstream):
+        grad, divisor = ctx.saved_tensors
+        return (grad * (upstream / divisor)).to(ctx.dtype)
+
+
 @cache
 def register(library="seg_ops"):
     """Define torch.ops.<library>.*; kernels may be loaded before or after."""
@@ -35,18 +58,6 @@ def register(library="seg_ops"):
     def _(logits, labels, with_grad, weight=None):
         shapes = (), logits.shape if with_grad else 0, 0 if weight is None else ()
         return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-    def keep_gradient(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.dtype = inputs[0].dtype
-        ctx.save_for_backward(output[1])
-
-    @once_differentiable
-    def scale_gradient(ctx, upstream, *_):
-        return upstream if upstream is None else (ctx.saved_tensors[0] * upstream).to(ctx.dtype), None, None, None
-
-    torch.library.register_autograd(f"{library}::cross_entropy", scale_gradient, setup_context=keep_gradient)
 
     @torch.library.register_fake(f"{library}::upsample_softmax")
     def _(logits, valid, height, width, dtype):

@@ -6,7 +6,9 @@ IDS, FLOATS = (torch.uint8, torch.int64), (torch.float16, torch.bfloat16, torch.
 
 def tensor(x, name, shape, dtypes, device):
     """Check shape, dtype and device. shape: sizes, None for any; only the batch size may be 0."""
-    fits = x.dim() == len(shape) and 0 not in x.shape[1:] and all(m in (n, None) for n, m in zip(x.shape, shape))
+    found = x.shape
+    fits = len(found) == len(shape) and 0 not in found[1:] and (
+        shape.count(None) == len(shape) or all(m in (n, None) for n, m in zip(found, shape)))
     if not fits or x.dtype not in dtypes or x.device != device:
         sizes = ",".join("*" if m is None else str(m) for m in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -37,7 +39,7 @@ def upsampling(x, size, valid=None, confidence=None, target=None):
     """Check logits x (N,K,h,w) and tensors of the upsampled size; return (H,W): size, or target's, or valid's."""
     logits(x)
     if target is not None:
-        tensor(target, "target", (len(x), None, None), IDS, x.device)
+        tensor(target, "target", (x.shape[0], None, None), IDS, x.device)
         if size is not None and tuple(size) != tuple(target.shape[1:]):
             raise ValueError(f"size {tuple(size)} is not the target's {tuple(target.shape[1:])}")
         size = target.shape[1:]
@@ -45,7 +47,8 @@ def upsampling(x, size, valid=None, confidence=None, target=None):
         size = valid.shape[-2:]
     if size is None or len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (H,W), both at least 1, or be given by target or valid; got {size}")
-    masks(len(x), size, x.device, valid, confidence)
+    if valid is not None or confidence is not None:
+        masks(len(x), size, x.device, valid, confidence)
     return tuple(size)
 
 

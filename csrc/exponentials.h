@@ -20,6 +20,7 @@ constexpr uint8_t NONE = 255;  // the label of a pixel that is not selected
 
 // Returns logits as contiguous float32; they have the low resolution, so that the copy costs little.
 inline Tensor to_contiguous_float(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float && t.is_contiguous()) return t;  // a call of torch takes microseconds
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
 }
 

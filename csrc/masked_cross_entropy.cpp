@@ -89,11 +89,12 @@ std::tuple<Tensor, Tensor> label_map(Tensor target, std::optional<Tensor> confid
                                      Tensor threshold, int64_t K, int64_t ignore) {
   const int64_t height = target.size(1), width = target.size(2);
   Tensor labels = torch::stable::new_empty(target, target.sizes(), ScalarType::Byte);
-  Tensor counts = torch::stable::new_zeros(target, {3}, ScalarType::Long);
+  Tensor counts = torch::stable::new_empty(target, {3}, ScalarType::Long);
   std::optional<Confidence> upsampled;
   if (confidence) upsampled.emplace(*confidence, threshold, height, width);
   uint8_t* const out = labels.mutable_data_ptr<uint8_t>();
   int64_t* const total = counts.mutable_data_ptr<int64_t>();
+  std::fill_n(total, 3, 0);  // new_zeros would take microseconds
   const ClassIds ids(target);
   std::mutex lock;
   torch::stable::parallel_for(0, target.size(0) * height, 64, [&](int64_t begin, int64_t end) {
@@ -213,9 +214,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor logits, Tensor labels, b
   Tensor total = torch::stable::new_empty(logits, {}, ScalarType::Float);
   Tensor sum_of_weights = weight ? torch::stable::new_empty(logits, {}, ScalarType::Float)
                                  : torch::stable::new_empty(logits, {0}, ScalarType::Float);
-  Tensor grad = with_grad ? torch::stable::new_zeros(logits, logits.sizes(), ScalarType::Float)
+  Tensor grad = with_grad ? torch::stable::new_empty(logits, logits.sizes(), ScalarType::Float)
                           : torch::stable::new_empty(logits, {0}, ScalarType::Float);
   float* const to = with_grad ? grad.mutable_data_ptr<float>() : nullptr;
+  std::fill_n(grad.mutable_data_ptr<float>(), grad.numel(), 0.f);
   std::vector<double> sums(2 * logits.size(0) * up.y.points);
   std::vector<float> weights(NONE + 1);  // 0 for NONE
   if (weight) std::copy_n(weight->const_data_ptr<float>(), up.K, weights.data());

@@ -8,6 +8,7 @@ Raises:
         the matrix negative (`mean_iou` then raises), because reading a value would synchronise.
 """
 import os
+from collections import defaultdict
 from functools import cache
 
 from common.console import InputError
@@ -15,8 +16,11 @@ from common.console import InputError
 import torch
 import torch.nn.functional as F
 
-from csrc import build, checks
+from csrc import autograd, build, checks
 
+# dtypes that the kernels take
+SUPPORTED = defaultdict(set, cpu={torch.float32, torch.bfloat16}, cuda={torch.float32, torch.bfloat16, torch.float16})
+HALF = torch.tensor(0.5)
 SEG_OPS = os.environ.get("SEG_OPS", "auto")
 
 
@@ -51,9 +55,8 @@ def _choose(device="cpu"):
 
 def _uses_kernel(x, *dtypes, size=None):
     """Return whether the kernels support x's device and these dtypes; False if x is empty or has the size `size`."""
-    device = x.device.type
-    supported = (torch.float32, torch.bfloat16, torch.float16)[:3 if device == "cuda" else 2]
-    fits = 0 not in x.shape and x.shape[2:] != size and all(dtype in supported for dtype in dtypes)
+    device, shape = x.device.type, x.shape
+    fits = 0 not in shape and shape[2:] != size and SUPPORTED[device].issuperset(dtypes)
     return fits and in_use(device) == "kernel"
 
 
@@ -93,16 +96,17 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     if target is None:
         target, ignore = upsample_argmax(logits, size), -1
     labels, counts = _label_map(target, confidence, valid, threshold, logits.shape[1], ignore)
-    kept, num_not_ignored, num_invalid = counts.unbind()
-    weight = weight if weight is None else weight.detach().contiguous()
-    with_grad = logits.requires_grad and torch.is_grad_enabled()
-    total, _, divisor = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad, weight)
+    kept, divisor = counts.select(0, 0), None
     if weight is None:
-        divisor = kept if divide == "kept" else num_not_ignored
-    elif divide == "all":
-        divisor = sum_of_weights(_label_map(target, None, valid, 0, logits.shape[1], ignore)[0], weight)
-    loss = total / divisor.where(divisor != 0, 1)
-    return (loss if _can_read_values(loss) else loss.where(num_invalid == 0, torch.nan)), kept
+        divisor = (kept if divide == "kept" else counts[1]).clamp(min=1)
+    else:
+        weight = weight.detach().contiguous()
+        if divide == "all":
+            divisor = sum_of_weights(_label_map(target, None, valid, None, logits.shape[1], ignore)[0], weight)
+            divisor = divisor.where(divisor != 0, 1)
+    with_grad = logits.requires_grad and torch.is_grad_enabled()
+    loss = autograd.CrossEntropy.apply(logits, labels, with_grad, weight, divisor)
+    return (loss if _can_read_values(loss) else loss.where(counts[2] == 0, torch.nan)), kept
 
 
 def select_labels(labels, confidence, *, valid=None, threshold=0.5):
@@ -119,9 +123,10 @@ def select_labels(labels, confidence, *, valid=None, threshold=0.5):
 
 def _label_map(target, confidence, valid, threshold, num_classes, ignore, name="target"):
     """Return labels (N,H,W) uint8, 255 if not selected, and the numbers of pixels (selected, not ignored, invalid)."""
-    confidence = confidence if confidence is None else confidence.float()
-    target, confidence, valid = (x if x is None else x.detach().contiguous() for x in (target, confidence, valid))
-    limit = torch.ones(()) * threshold
+    limit = HALF
+    if confidence is not None:
+        confidence, limit = confidence.detach().float().contiguous(), torch.ones(()) * threshold
+    target, valid = target.contiguous(), valid if valid is None else valid.contiguous()
     return _call_kernel(torch.ops.seg_ops.label_map, target, confidence, valid, limit, num_classes, ignore, name=name)
 
 
@@ -195,7 +200,7 @@ def mean_iou(matrix, absent="exclude"):
         raise ValueError(f"matrix must be (K,K), got {tuple(matrix.shape)}")
     if absent not in ("exclude", "zero"):
         raise ValueError(f"absent must be 'exclude' or 'zero', got {absent!r}")
-    matrix = matrix.double().cpu()
+    matrix = matrix.cpu().double()
     if (matrix < 0).any():
         raise ValueError("matrix has a negative cell: a label outside 0..K-1 was counted")
     true = matrix.diagonal()

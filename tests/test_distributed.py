@@ -8,7 +8,7 @@ import sys
 import time
 from unittest import mock
 
-from common import distributed
+from common import args, distributed
 from common.console import InputError
 from common.layouts import open_dataset
 
@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, SMALL, call, interrupt, is_equal, load, log, on_each_rank, python
 
 import model
+from csrc import ops
 from eval import evaluate
 
 IDS = [f"train{n}" for n in range(7)]
@@ -60,13 +61,14 @@ def run_ranks(ranks, *words):
 def test_a_rank_takes_the_gpu_of_its_local_rank_or_the_only_one(monkeypatch):
     """A scheduler may show each task only its own GPU; --gpu must be one of those that exist."""
     set_device, init = mock.Mock(), mock.Mock()
-    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(distributed.torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", set_device)
     monkeypatch.setattr(distributed.dist, "init_process_group", init)
     monkeypatch.setattr(distributed.atexit, "register", init)
     monkeypatch.setattr(distributed, "WORLD_SIZE", 4)
     for gpus, rank, expected in ((4, 3, 3), (1, 3, 0)):
-        monkeypatch.setattr(distributed.torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda gpus=gpus: gpus)
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         assert distributed.init_device(0) == torch.device("cuda", expected)
         assert set_device.call_args.args == (expected,)
@@ -134,6 +136,91 @@ def test_the_weighted_mean_over_ranks_divides_by_all_weights(monkeypatch):
     parts = [model.cross_entropy(logits[i:i + 2], target[i:i + 2], weight) for i in (0, 2)]
     torch.testing.assert_close(sum(parts) / 2, expected)
     torch.testing.assert_close(torch.autograd.grad(sum(parts) / 2, logits)[0], gradient)
+
+
+NORM = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from common import distributed
+distributed.init_device(-1)
+g = torch.Generator().manual_seed(0)
+x, upstream = torch.randn(2, 4, 5, 6, 7, generator=g, dtype=torch.float64)
+x = (x * torch.tensor([1, 2, 0.1, 10, 1]).view(5, 1, 1) + torch.arange(4).view(4, 1, 1, 1) + 5).to({dtype})
+one = torch.nn.Sequential(torch.nn.BatchNorm2d(5)).double()
+weights = {{"0.weight": torch.arange(-2.0, 3), "0.bias": torch.arange(5.0)}}
+one.load_state_dict(weights, strict=False)
+two = torch.nn.Sequential(torch.nn.BatchNorm2d(5)).to({weights})
+two.load_state_dict(one.state_dict())
+distributed.prepare_model(two)
+mine = slice(2 * distributed.RANK, 2 * distributed.RANK + 2)
+for step in range(3):
+    two[0].track_running_stats = one[0].track_running_stats = step < 2
+    a = x.double().clone().requires_grad_()
+    b = x[mine].clone(memory_format=torch.channels_last).requires_grad_()
+    y, z = one(a), two(b)
+    (y * upstream).sum().backward()
+    (z * upstream[mine].to(z.dtype)).sum().backward()
+    for found, want in ((z, y[mine]), (b.grad, a.grad[mine])):
+        assert found.dtype == x.dtype
+        torch.testing.assert_close(found.double(), want, rtol={tolerance}, atol={tolerance} * want.abs().max().item())
+for p, q in zip(two.parameters(), one.parameters()):  # DDP takes the mean, the loss of a rank is twice its share
+    torch.testing.assert_close(distributed.all_reduce_sum(p.grad).double(), q.grad, rtol={tolerance}, atol=0)
+for name, want in one.state_dict().items():
+    torch.testing.assert_close(two.state_dict()[name].double(), want.double(), rtol=1e-5, atol=0)
+torch.testing.assert_close(two.eval()(x).double(), one.eval()(x.double()), rtol={tolerance}, atol={tolerance})
+assert two[0].num_batches_tracked == 2
+if distributed.RANK == 0:
+    print("the same")
+"""
+
+
+@pytest.mark.parametrize("dtype, weights, tolerance", [("torch.float64", "torch.float64", 1e-12), (
+    "torch.float32", "torch.float32", 2e-6), ("torch.bfloat16", "torch.float32", 2e-2)])
+def test_batch_norm_of_two_ranks_is_that_of_one(tmp_path, dtype, weights, tolerance):
+    """In float64 on one rank: output, gradients, running statistics (fixed in the last step), evaluation."""
+    (tmp_path / "norm.py").write_text(NORM.format(root=str(ROOT), dtype=dtype, weights=weights, tolerance=tolerance))
+    assert run_ranks(2, tmp_path / "norm.py") == "the same\n"
+
+
+@pytest.mark.quick
+def test_another_accelerator(monkeypatch):
+    """Is used as a GPU is, by the references."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    device = distributed.init_device(1)
+    assert device == torch.device("xpu", 1) and chosen == [1] and ops.in_use(device.type) == "reference"
+    assert distributed.describe_device(device, 1) == "xpu:1"
+    with pytest.raises(InputError, match="2 xpu devices"):
+        distributed.init_device(2)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("cpus, loaders, ranks, workers", [(64, 1, 1, 8), (12, 2, 1, 6), (32, 2, 4, 4), (4, 2, 8, 1)])
+def test_workers_on_a_gpu(blocks, monkeypatch, cpus, loaders, ranks, workers):
+    """The CPUs of this machine are shared by its ranks and by the loaders of each; on the CPU a loader has two."""
+    monkeypatch.setattr(args, "num_cpus", lambda: cpus)
+    monkeypatch.setattr(distributed, "RANKS_HERE", ranks)
+    for has_gpu, words, expected in ((True, [], workers), (True, ["--gpu", "-1"], 2), (False, [], 2),
+                                     (True, ["--workers", "3"], 3)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+        flags = args.shared_flags("", "out").parse_args(words)
+        args.resolve_args(flags, open_dataset(str(blocks)), lambda init: {}, loaders=loaders)
+        assert flags.workers == expected
+
+
+def test_cudnn_searches_in_training_only(train, monkeypatch):
+    """In all steps, also after an evaluation, and in no evaluation: there sizes vary."""
+    seen = []
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    forward = model.DeepLabV2.forward
+    monkeypatch.setattr(model.DeepLabV2, "forward", lambda self, x: seen.append(
+        (self.training, torch.backends.cudnn.benchmark)) or forward(self, x))
+    train("train_base", "--iters", 2, "--eval-every", 1)
+    assert set(seen) == {(True, True), (False, False)} and [x[0] for x in seen] == [True, False, False] * 2
 
 
 def test_two_ranks_score_as_one(voc, trained, tmp_path):
