@@ -30,7 +30,8 @@ def flags():
     p.add_argument("--cutmix", type=PROBABILITY, default=0.5, help="probability of CutMix per image (default 0.5; "
                    "0 turns it off)")
     p.add_argument("--lam-u", type=number(), default=2, help="weight of the unlabelled loss (default 2)")
-    p.add_argument("--u-start", type=number(int), help="step after which loss_u is used (default --iters / 8)")
+    p.add_argument("--u-start", type=number(int), help="step after which loss_u is used (default --iters / 8; "
+                   "shapes: 75)")
     return p
 
 
@@ -38,7 +39,7 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95}, loaders=2)
+    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95, "u_start": 75}, loaders=2)
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
