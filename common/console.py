@@ -1,4 +1,5 @@
 """What every command needs: one-line errors, progress bars, files that are written atomically."""
+import argparse
 import contextlib
 import os
 import re
@@ -16,10 +17,11 @@ class InputError(Exception):
 
 
 def launch(main, flags):
-    """Run a command: parse its flags, call main(args), and turn an InputError into one line and exit status 2."""
-    name = Path(sys.argv[0]).name
+    """Run a command: parse its flags, call main(args); wrong input and lack of memory are one line, exit status 2."""
+    name, args = Path(sys.argv[0]).name, argparse.Namespace()
     try:
-        main(flags().parse_args())
+        args = flags().parse_args()
+        main(args)
     except InputError as e:
         # an exception from a loader's worker arrives with its traceback as text; the message follows the class name
         print(f"{name}: {str(e).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
@@ -28,6 +30,11 @@ def launch(main, flags):
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
     except RuntimeError as e:
+        names = [f"--{x.replace('_', '-')}" for x in ("batch_size", "crop", "window") if x in args]
+        if names and re.search("out of memory|allocate memory|STATUS_ALLOC_FAILED", str(e)):  # of CUDA or of the CPU
+            print(f"{name}: out of memory ({' '.join(str(e).split())[:160]}); lower {' or '.join(names)}",
+                  file=sys.stderr)
+            sys.exit(2)
         if "WORLD_SIZE" not in os.environ or not re.search("gloo|NCCL", str(e)):
             raise
         print(f"{name}: another rank failed; see its error above. --resume continues from the last checkpoint",

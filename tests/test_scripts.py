@@ -427,6 +427,21 @@ def test_wrong_flags_are_named_and_nothing_is_written(blocks, tmp_path, monkeypa
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+@QUICK
+@pytest.mark.parametrize("script, advice, error", [
+    ("train_semi", "lower --batch-size or --crop", torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate")),
+    ("predict", "lower --window", RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")),
+    ("eval", "lower --window", None)])
+def test_out_of_memory_names_the_flag_to_lower(trained, blocks, monkeypatch, tmp_path, fails, script, advice, error):
+    def forward(*_):
+        raise error or torch.empty(1 << 50)  # more memory than the CPU has
+    words = {"train_semi": ["--data", blocks, *SMALL], "predict": [blocks / "JPEGImages"], "eval": ["--workers", 0]}
+    ckpt = [] if script == "train_semi" else ["--ckpt", trained["train_base"] / "last.pt"]
+    monkeypatch.setattr(model.DeepLabV2, "forward", forward)
+    said = fails(script, *words[script], *ckpt, "--gpu", -1, "--out", tmp_path / "out")
+    assert said.startswith(f"{script}: out of memory") and said.endswith(f"; {advice}\n")
+
+
 def test_a_worker_finds_a_bad_image(voc, tmp_path):
     path = voc / "JPEGImages/train1.png"
     path.write_bytes(path.read_bytes()[:-60])
