@@ -36,7 +36,7 @@ def test_bits_that_differ_are_found(monkeypatch, name):
     def differs(*args, **kw):
         result, _ = operator(*args, **kw), calls.append(1)
         first = result[0] if isinstance(result, tuple) else result
-        return result if len(calls) < 2 else first.roll(1) if first.dim() else first * 2
+        return result if len(calls) < 2 else first * 0
     monkeypatch.setattr(ops, name, differs)
     with pytest.raises(selfcheck.Mismatch, match="from run to run"):
         selfcheck.check_repeats("cpu", shape, times=1)
