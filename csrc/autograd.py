@@ -41,7 +41,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def scale(ctx, upstream):
         grad, divisor = ctx.saved_tensors
-        return (grad * (upstream / divisor)).to(ctx.dtype)
+        down = grad * (upstream / divisor)
+        return down if ctx.dtype == torch.float32 else down.to(ctx.dtype)
 
 
 @cache
