@@ -63,7 +63,9 @@ def build(library, device="cpu"):
     if not version(cxx()):
         raise RuntimeError(f"no C++ compiler: {cxx()}")
     if device == "cuda" and not cuda_home():
-        raise RuntimeError(f'no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"')
+        pip = f'pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"'
+        hint = f"install the toolkit of CUDA {torch.version.cuda}; pip has no nvcc of CUDA 12" if CUDA_12 else pip
+        raise RuntimeError(f"no CUDA compiler: {hint}")
     library.parent.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{library.parent}.lock"):  # the system releases it if this process is killed
         if not is_complete(library):
