@@ -20,9 +20,11 @@ from csrc import autograd
 
 HERE = Path(__file__).parent
 SOURCES = {"cpu": ("*.cpp", "*.h"), "cuda": ("*.cu", "*.cuh", "exponentials.h")}
-PIP_CUDA = Path(torch.__file__).parents[1] / "nvidia" / "cu13"
-INCLUDE = [PIP_CUDA / "include"]  # headers from pip, which a toolkit may lack
-TARGET = "-DTORCH_TARGET_VERSION=0x020d000000000000"  # the oldest supported torch, see requirements.txt
+CUDA_12 = (torch.version.cuda or "").startswith("12")  # its packages have a folder each, later ones share one
+PIP_CUDA = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("cuda_*" if CUDA_12 else "cu1?"))
+INCLUDE = [place / "include" for place in PIP_CUDA]  # headers from pip, which a toolkit may lack
+OLDEST_TORCH = 2, 10  # whose stable ABI the kernels use
+TARGET = "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)
 CUDA_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", TARGET, *os.environ.get("SEG_OPS_CFLAGS", "").split()]
 SELFCHECK, SELFCHECK_SECONDS = [sys.executable, "-m", "csrc.selfcheck"], 120
@@ -34,6 +36,8 @@ def load(device="cpu", check=True):
 
     Raises RuntimeError: one line with the reason.
     """
+    if torch.__version__ < OLDEST_TORCH:
+        raise RuntimeError("the kernels need torch {}.{} or newer, ".format(*OLDEST_TORCH) + f"not {torch.__version__}")
     autograd.register()
     library = folder(device) / f"seg_ops_{device}.so"
     try:
@@ -59,7 +63,9 @@ def build(library, device="cpu"):
     if not version(cxx()):
         raise RuntimeError(f"no C++ compiler: {cxx()}")
     if device == "cuda" and not cuda_home():
-        raise RuntimeError('no CUDA compiler: pip install "cuda-toolkit[nvcc,cccl]"')
+        pip = f'pip install "cuda-toolkit[nvcc,cccl]=={torch.version.cuda}.*"'
+        hint = f"install the toolkit of CUDA {torch.version.cuda}; pip has no nvcc of CUDA 12" if CUDA_12 else pip
+        raise RuntimeError(f"no CUDA compiler: {hint}")
     library.parent.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{library.parent}.lock"):  # the system releases it if this process is killed
         if not is_complete(library):
@@ -107,8 +113,8 @@ def run_cpp_extension(place, device):
     """Call cpp_extension.load in a child process, which has environment variables of its own."""
     shutil.rmtree(place, ignore_errors=True)  # what a killed build left
     place.mkdir(exist_ok=True)
-    if runtime := next(PIP_CUDA.glob("lib/libcudart.so*"), None):  # pip's has a version in its name
-        (place / "libcudart.so").symlink_to(runtime)
+    if runtimes := [file for path in PIP_CUDA for file in path.glob("lib/libcudart.so*")]:  # with a version in its name
+        (place / "libcudart.so").symlink_to(runtimes[0])
     script = place / "c++"  # torch expects $CXX to be one word
     script.write_text(f'#!/bin/sh\nexec {cxx()} "$@"\n')
     script.chmod(0o755)
@@ -175,5 +181,5 @@ def version(compiler):
 def cuda_home():
     """Return the CUDA toolkit: $CUDA_HOME, pip's, the usual place, or that of nvcc; None if there is none."""
     nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), PIP_CUDA, "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
+    places = [os.environ.get("CUDA_HOME"), *PIP_CUDA, "/usr/local/cuda", nvcc and Path(nvcc).resolve().parents[1]]
     return next((Path(place) for place in places if place and (Path(place) / "bin" / "nvcc").exists()), None)

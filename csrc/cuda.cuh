@@ -51,8 +51,9 @@ struct Launcher {
   cudaStream_t stream;
 
   explicit Launcher(const Tensor& t) : guard(t.get_device_index()) {
-    const auto current = torch::stable::accelerator::getCurrentStream(t.get_device_index());
-    stream = static_cast<cudaStream_t>(current.nativeHandle());
+    void* current;  // Stream::nativeHandle() needs torch 2.13
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+    stream = static_cast<cudaStream_t>(current);
   }
   template <class... Params, class... Args>
   void operator()(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, Args... args) const {

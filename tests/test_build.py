@@ -106,6 +106,13 @@ def cuda(tmp_path, monkeypatch):
     return in_use
 
 
+@pytest.mark.quick
+def test_torch_without_the_stable_abi(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cu128"))
+    with pytest.raises(RuntimeError, match=r"^the kernels need torch 2\.10 or newer, not 2\.9\.1\+cu128$"):
+        build.load()
+
+
 @NVCC
 def test_cuda_build_has_its_architectures_and_compiler(cuda, tmp_path, monkeypatch):
     """Also if a path contains "arch", on which torch drops its own flags; nvcc calls the compiler of $CXX."""

@@ -156,9 +156,19 @@ def test_benchmark_prints_times_and_memory(benchmark, monkeypatch, capsys):
     assert 0.5 < memory / (4 * 2 * 21 * 321 * 321) < 1.2  # 1.01; less if the machine takes pages back meanwhile
     monkeypatch.setattr(bench, "peak", lambda *_: memory)
     benchmark("--only", "py, labels (1, 3, 9")
-    times = r"\| [\d.e-]+ \| [\d.]+x \| [\d.]+x \| [\d.]+% / \d+% \|\n"  # ours, reference, eager, memory
+    best, other = r"\*\*[\d.]+x\*\*", r"[\d.]+x"  # of eager and torch.compile
+    times = rf"\| [\d.e-]+ \| {other} \| ({best} \| {other}|{other} \| {best}) \| [\d.]+% / \d+% \|\n"
     rows = [rf"\| cross entropy, labels \| \(1, 3, 9, 65\) \| {dtype} {times}" for dtype in ("float32", "bfloat16")]
     assert re.search("".join(rows) + "$", capsys.readouterr().out)
+
+
+def test_benchmark_without_a_compiler(benchmark, monkeypatch, tmp_path, capsys):
+    """torch.compile fails, which its column says; eager is the fastest of what is left."""
+    monkeypatch.setattr(bench, "peak", lambda *_: 1)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    benchmark("--only", "py, labels (1, 3, 9, 65) float32")
+    assert re.search(r"x \| \*\*[\d.]+x\*\* \| fails: InvalidCxxCompiler.* \| ", capsys.readouterr().out)
 
 
 def test_benchmark_compares_results_first(benchmark, monkeypatch):
