@@ -114,16 +114,19 @@ def time_script(args):
     if wrong := [name for name, value in loss.items() if not math.isfinite(value)]:
         raise InputError(f"{wrong[0]} is {float(loss[wrong[0]])} after {2 * args.steps} steps")
     run, seconds = facts["run"], facts["seconds"] / args.steps
-    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if args.gpu >= 0 else [math.nan] * 2
+    memory = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if args.gpu >= 0 else []
     return (f"| {args.script} | {1e3 * seconds:.1f} | {len(streams) * run.args.batch_size / seconds:.1f} | "
-            f"{sum(waited) / facts['loader']:.0%} | {' | '.join(f'{x / 2**30:.2f}' for x in memory)} | {run.ops} |")
+            f"{sum(waited) / facts['loader']:.0%} | {' | '.join(f'{x / 2**30:.2f}' for x in memory) or '- | -'} | "
+            f"{run.ops} |")
 
 
 def run_part(command, minutes):
     """Return what a command prints, or "failed" and why in one line."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=60 * minutes)
-    except (subprocess.TimeoutExpired, OSError) as e:
+    except subprocess.TimeoutExpired:
+        return f"failed: not finished after {minutes:g} minutes"
+    except OSError as e:
         return f"failed: {e}"
     last = (done.stderr.strip() or "no message").splitlines()[-1]
     return f"failed (exit status {done.returncode}): {last[:300]}" if done.returncode else done.stdout.strip()
