@@ -1,6 +1,6 @@
 """The page of gpu.py on the CPU, with a part that fails, and the error of memory.py.
 
-    python -m pytest tests/stress/test_gpu_page.py    # 2 minutes on two idle cores
+    python -m pytest tests/stress/gpu_page.py    # 2 minutes on two idle cores
 """
 import re
 import sys
@@ -46,7 +46,7 @@ def test_share_of_the_loader(tmp_path, monkeypatch):
     words = "--gpu -1 --steps 2 --script train_base --flags=--workers=0 --data"
     row = gpu.time_script(gpu.flags().parse_args([*words.split(), str(tmp_path / "voc")])).split(" | ")
     seconds, images, share = float(row[1]) / 1e3, float(row[2]), int(row[3][:-1])
-    assert seconds > 2 and abs(images * seconds - 2) < 0.2 and 200 / seconds - 5 < share < 100
+    assert seconds > 2 and abs(images * seconds - 2) < 0.2 and 40 < share < 100
 
 
 def test_computed_memory_is_that_of_a_process():
