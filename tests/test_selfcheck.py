@@ -8,6 +8,7 @@ from common.console import InputError
 import pytest
 import torch
 from conftest import python
+from torch.torch_version import TorchVersion
 
 from csrc import build, ops, selfcheck
 
@@ -80,7 +81,7 @@ def test_a_gpu_that_passed_is_not_checked_again(gpu, monkeypatch):
     assert gpu("sys.exit('a failure')").startswith("reference (") and gpu.count() == 1
     assert gpu("") == "kernel, self-check passed in 0 s" and gpu.count() == 2
     assert gpu("") == gpu("sys.exit(1)") == "kernel" and gpu.count() == 2
-    for module, name, value in ((torch.cuda, "get_device_name", lambda: "Another GPU"), (torch, "__version__", "3.0"),
+    for module, name, value in ((torch.cuda, "get_device_name", lambda: "Another GPU"), (torch, "__version__", TorchVersion("3.0")),
                                 (torch.cuda, "get_device_capability", lambda: (8, 0))):
         before = gpu.count()
         monkeypatch.setattr(module, name, value)
