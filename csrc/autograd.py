@@ -41,8 +41,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def scale(ctx, upstream):
         grad, divisor = ctx.saved_tensors
-        down = grad * (upstream / divisor)
-        return down if ctx.dtype == torch.float32 else down.to(ctx.dtype)
+        return (grad * (upstream / divisor)).to(ctx.dtype)
 
 
 @cache

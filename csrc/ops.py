@@ -89,10 +89,8 @@ def masked_cross_entropy(logits, target=None, confidence=None, *, valid=None, th
     if divide not in ("kept", "all"):
         raise ValueError(f"divide must be 'kept' or 'all', got {divide!r}")
     size = checks.upsampling(logits, size, valid, confidence, target)
-    dtypes = (logits.dtype,) if confidence is None else (logits.dtype, confidence.dtype)
-    if weight is not None:
-        checks.weights(weight, logits.shape[1], logits.device)
-    if not _uses_kernel(logits, *dtypes, size=size):
+    checks.weights(weight, logits.shape[1], logits.device)
+    if not _uses_kernel(logits, logits.dtype, getattr(confidence, "dtype", logits.dtype), size=size):
         return masked_cross_entropy_reference(logits, target, confidence, valid=valid, threshold=threshold, size=size,
                                               ignore=ignore, divide=divide, weight=weight)
     if target is None:
