@@ -82,7 +82,8 @@ def test_a_gpu_that_passed_is_not_checked_again(gpu, monkeypatch):
     assert gpu("") == "kernel, self-check passed in 0 s" and gpu.count() == 2
     assert gpu("") == gpu("sys.exit(1)") == "kernel" and gpu.count() == 2
     for module, name, value in ((torch.cuda, "get_device_name", lambda: "Another GPU"),
-                                (torch, "__version__", TorchVersion("3.0")), (torch.cuda, "get_device_capability", lambda: (8, 0))):
+                                (torch, "__version__", TorchVersion("3.0")),
+                                (torch.cuda, "get_device_capability", lambda: (8, 0))):
         before = gpu.count()
         monkeypatch.setattr(module, name, value)
         assert gpu("").startswith("kernel, self-check") and gpu("") == "kernel" and gpu.count() == before + 1
