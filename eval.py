@@ -2,6 +2,7 @@
 
     python eval.py --ckpt out/semi/last.pt --out out/semi/predictions
 """
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import NamedTuple
 from common import distributed
 from common.args import NON_NEGATIVE_INT
 from common.checkpoint import read_checkpoint
-from common.console import launch, output_folder, progress, write_atomically
+from common.console import catch_read_errors, launch, output_folder, progress, write_atomically
 from common.layouts import open_dataset
 from common.run import announce
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import data
 import model
@@ -67,6 +68,19 @@ def class_scores(matrix):
     return {name: (true / count.clamp(min=0.5)).masked_fill(is_absent, math.nan) for name, count in counts.items()}
 
 
+def batches_of_one_size(samples, limit=2**18):
+    """Return lists of up to 8 successive indices of samples whose images have one size, `limit` pixels together."""
+    def size(i):
+        with catch_read_errors(samples[i].image), Image.open(samples[i].image) as image:
+            return *image.size, image.getexif().get(ExifTags.Base.Orientation)
+
+    batches = []
+    for (width, height, _), group in itertools.groupby(range(len(samples)), size):
+        indices, count = [*group], max(1, min(8, limit // (width * height)))
+        batches += [indices[i:i + count] for i in range(0, len(indices), count)]
+    return batches
+
+
 @torch.inference_mode()
 @torch.compiler.set_stance("force_eager")  # sizes vary
 def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WINDOW, tta=False, write=None):
@@ -84,19 +98,21 @@ def evaluate(seg, samples, workers=2, amp=None, extra=None, *, window=predict.WI
     sums, examples = {name: torch.zeros(2, dtype=torch.float64) for name in extra or {}}, []
     mine = samples[distributed.RANK::distributed.WORLD_SIZE]
     dataset = data.EvalDataset(mine, seg.stride, seg.input_scale)
-    batches = progress(data.loader(dataset, workers, batch_size=1), len(mine), "evaluation")
-    for i, (image, target) in enumerate(batches):  # (1,3,h,w), (1,H,W) uint8
+    batches = batches_of_one_size(mine)  # small images are faster in batches
+    loader = data.loader(dataset, workers, batch_sampler=batches)
+    for indices, (image, target) in zip(batches, progress(loader, len(batches), "evaluation")):  # (N,3,h,w), (N,H,W)
         if distributed.stop_reason:
             break
         logits, target = predict.predict_logits(seg, image, amp, window, tta), target.to(device)
-        for name in sums:
-            sums[name] += torch.stack(extra[name](logits, target)).cpu()
-        ids = ops.upsample_argmax(logits, target.shape[1:])  # (1,H,W) uint8
+        ids = ops.upsample_argmax(logits, target.shape[1:])  # (N,H,W) uint8
         ops.confusion_matrix(ids, target, seg.num_classes, out=matrix)
-        if write:
-            write(mine[i], ids[0], target[0])
-        if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):  # EXAMPLES images, evenly spaced
-            examples.append((mine[i], ids[0].cpu()))
+        for n, i in enumerate(indices):
+            for name in sums:
+                sums[name] += torch.stack(extra[name](logits[n:n + 1], target[n:n + 1])).cpu()
+            if write:
+                write(mine[i], ids[n], target[n])
+            if i * EXAMPLES // len(mine) > (i - 1) * EXAMPLES // len(mine):  # EXAMPLES images, evenly spaced
+                examples.append((mine[i], ids[n].cpu()))
     seg.train(was_training)
     if distributed.stop_requested():
         return None

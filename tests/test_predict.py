@@ -2,6 +2,8 @@
 import json
 import sys
 
+from common import layouts
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import SMALL, call
 from PIL import Image
 
 import data
+import eval as evaluation
 import model
 import predict
 from csrc import ops
@@ -47,6 +50,32 @@ def test_windows_give_the_logits_of_the_whole_image(size, window):
     got = predict.predict_logits(network, pixels, False, window)
     torch.testing.assert_close(got, predict.predict_logits(Points(), pixels, False))
     assert max(seen) <= max(window, 65)
+
+
+@pytest.mark.quick
+def test_evaluation_in_batches_of_one_size(tmp_path, monkeypatch):
+    """Successive images of one size and orientation; the same counts and order as one image at a time."""
+    sizes, samples = [(33, 20)] * 10 + [(20, 33), (33, 20), (33, 20)], []
+    rng, turned = np.random.default_rng(0), Image.Exif()
+    turned[0x0112] = 6  # as (20,33)
+    for i, size in enumerate(sizes):
+        pixels = rng.integers(0, 256, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png", **({"exif": turned} if i == 12 else {}))
+        label = rng.integers(0, 3, size if i == 12 else size[::-1], np.uint8)
+        Image.fromarray(label).save(tmp_path / f"label_{i}.png")
+        files = (str(tmp_path / f"{kind}{i}.png") for kind in ("", "label_"))
+        samples.append(layouts.Sample(str(i), next(files), layouts.Label(next(files), 3, ())))
+    assert evaluation.batches_of_one_size(samples) == [[*range(8)], [8, 9], [10], [11], [12]]
+    assert evaluation.batches_of_one_size(samples, 3 * 33 * 20)[:4] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    seg, found = model.DeepLabV2("efficientnet_lite0", 3, 16, "none"), []
+    for batches in (None, [[i] for i in range(13)]):
+        if batches:
+            monkeypatch.setattr(evaluation, "batches_of_one_size", lambda _, batches=batches: batches)
+        order = []
+        result = evaluation.evaluate(seg, samples, 0, write=lambda sample, ids, target, order=order: order.append(
+            (sample.id, ids.tolist(), target.tolist())))
+        found.append((result.matrix.tolist(), order))
+    assert found[0] == found[1]
 
 
 @pytest.mark.quick
