@@ -72,7 +72,8 @@ def batches_of_one_size(samples, limit=2**18):
     """Return lists of up to 8 successive indices of samples whose images have one size, `limit` pixels together."""
     def size(i):
         with catch_read_errors(samples[i].image), Image.open(samples[i].image) as image:
-            return *image.size, image.getexif().get(ExifTags.Base.Orientation)
+            is_small = 2 * math.prod(image.size) <= limit  # getexif decodes a PNG, in this process: not the large ones
+            return *image.size, image.getexif().get(ExifTags.Base.Orientation) if is_small else i
 
     batches = []
     for (width, height, _), group in itertools.groupby(range(len(samples)), size):

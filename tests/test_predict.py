@@ -67,6 +67,9 @@ def test_evaluation_in_batches_of_one_size(tmp_path, monkeypatch):
         samples.append(layouts.Sample(str(i), next(files), layouts.Label(next(files), 3, ())))
     assert evaluation.batches_of_one_size(samples) == [[*range(8)], [8, 9], [10], [11], [12]]
     assert evaluation.batches_of_one_size(samples, 3 * 33 * 20)[:4] == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    Image.new("L", (999, 999)).save(large := tmp_path / "large.png")
+    large.write_bytes(large.read_bytes()[:100])  # pixels of large images are not read here
+    assert evaluation.batches_of_one_size([layouts.Sample("large", str(large), None)] * 2) == [[0], [1]]
     seg, found = model.DeepLabV2("efficientnet_lite0", 3, 16, "none"), []
     for batches in (None, [[i] for i in range(13)]):
         if batches:
