@@ -313,10 +313,10 @@ def strong_view(images, seed, step):
         draws.append([*factors, not is_grey, rng.uniform(0.1, 2) if rng.random() < 0.5 else 1e-3])  # 1e-3: no blur
     draws = torch.tensor(draws).to(images.device, non_blocking=True)  # (B,6)
     brightness, contrast, saturation, hue, colour, sigma = draws[:, :, None, None, None].unbind(1)  # (B,1,1,1) each
-    x = blend(images, 0, brightness)  # float, but whole numbers after each change
+    x = (images.contiguous() * brightness).clamp(max=255).floor()  # whole numbers after each change
     x = blend(x, to_grey(x).mean((1, 2, 3), keepdim=True), contrast)
     x = rotate_hue(blend(x, to_grey(x), saturation), hue)
-    x = blend(x, to_grey(x), colour)
+    x = to_grey(x).lerp(x, colour)
     distance = torch.arange(-4, 5, device=x.device) / sigma  # (B,1,1,9)
     kernel = (distance.square() / -2).softmax(3).repeat_interleave(3, 0)  # (3B,1,1,9)
     x = F.pad(x, [4] * 4, mode="reflect").flatten(0, 1)[None]  # (1,3B,H+8,W+8)
@@ -327,25 +327,25 @@ def strong_view(images, seed, step):
 
 def blend(images, others, ratio):
     """Return images * ratio + others * (1 - ratio) as whole numbers in 0..255."""
-    return (images * ratio + others * (1 - ratio)).clamp(0, 255).floor()
+    return torch.lerp(others, images, ratio).clamp(0, 255).floor()
 
 
 def to_grey(images):
     """Return the luminance (B,1,H,W) of images (B,3,H,W) with values in 0..255, rounded down."""
     red, green, blue = images.split(1, 1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()
+    return (0.2989 * red).add(green, alpha=0.587).add(blue, alpha=0.114).floor()
 
 
 def rotate_hue(images, turns):
     """Return images (B,3,H,W) with values in 0..255 whose hue is rotated by `turns` (B,1,1,1), as whole numbers."""
     offsets = torch.arange(0, 6, 2, device=images.device).view(3, 1, 1)
-    low, high = images.aminmax(dim=1, keepdim=True)
+    low, (high, largest) = images.amin(1, keepdim=True), images.max(1, keepdim=True)  # argmax is slow on the CPU
     chroma = high - low  # (B,1,H,W)
     # hue in sixths of a turn, as it follows from each channel if that is the largest one
     hues = (images.roll(-1, 1) - images.roll(-2, 1)) / chroma.clamp(min=1) + offsets  # (B,3,H,W)
-    hue = hues.gather(1, images.argmax(1, keepdim=True)) + 6 * turns
-    distance = (hue - offsets + 3).remainder(6) - 3  # to pure red, green and blue: -3..3
-    saturated = (2 - distance.abs()).clamp(0, 1)  # (B,3,H,W)
+    hue = hues.gather(1, largest) + 6 * turns
+    distance = (hue - offsets).abs()  # to pure red, green and blue, up to 6.5 on a circle of 6
+    saturated = ((distance - 3).abs() - 1).clamp(0, 1)  # (B,3,H,W): 1 up to a distance of 1, 0 from 2 to 4
     return ((low + chroma * saturated) * (255.999 / 255)).floor()
 
 
