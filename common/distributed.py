@@ -105,7 +105,9 @@ def prepare_model(model, compile=False):
         model.compile()
     if WORLD_SIZE == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False  # after the first broadcast; the argument has two names in torch 2.10 to 2.15
+    return parallel
 
 
 def all_reduce_sum(x):

@@ -180,7 +180,7 @@ if distributed.RANK == 0:
 def test_batch_norm_of_two_ranks_is_that_of_one(tmp_path, dtype, weights, tolerance):
     """In float64 on one rank: output, gradients, running statistics (fixed in the last step), evaluation."""
     (tmp_path / "norm.py").write_text(NORM.format(root=str(ROOT), dtype=dtype, weights=weights, tolerance=tolerance))
-    assert run_ranks(2, tmp_path / "norm.py") == "the same\n"
+    assert run_ranks(2, tmp_path / "norm.py").endswith("the same\n")  # gloo of torch 2.10 prints lines of its own
 
 
 @pytest.mark.quick
