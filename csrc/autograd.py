@@ -29,8 +29,7 @@ class CrossEntropy(torch.autograd.Function):
         total, grad, sum_of_weights = torch.ops.seg_ops.cross_entropy(logits, labels, with_grad, weight)
         divisor = sum_of_weights.where(sum_of_weights != 0, 1) if divisor is None else divisor
         ctx.save_for_backward(grad, divisor)
-        ctx.dtype = logits.dtype
-        return total.div_(divisor)
+        return total / divisor  # div_ takes longer
 
     @staticmethod
     def backward(ctx, upstream):
@@ -41,7 +40,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def scale(ctx, upstream):
         grad, divisor = ctx.saved_tensors
-        return (grad * (upstream / divisor)).to(ctx.dtype)
+        return grad * (upstream / divisor)  # autograd casts it to the dtype of logits
 
 
 @cache
