@@ -55,7 +55,7 @@ def flags():
 
 
 def write_voc(root, count, size=(500, 375)):
-    """Write a data set in VOC layout, with generated images of the size of VOC's, in pixels and bytes."""
+    """Write a data set in VOC layout: generated images with as many pixels as those of VOC, as JPEGs of 58 KB."""
     rng = np.random.default_rng(0)
     for name in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)

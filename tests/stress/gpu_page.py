@@ -37,16 +37,16 @@ def test_a_part_that_fails_is_one_line_and_the_others_run(tmp_path):
 
 
 def test_share_of_the_loader(tmp_path, monkeypatch):
-    """A loader that takes 1 s for an image, without workers: nearly all of a step waits for it."""
-    read = data.read_image
-    monkeypatch.setattr(data, "read_image", lambda path: time.sleep(1) or read(path))
+    """Without workers nearly all of a step waits for images, which take longer in each of the three parts."""
+    read, seconds = data.read_image, iter([0.5] * 4 + [1] * 4 + [2] * 4)
+    monkeypatch.setattr(data, "read_image", lambda path: time.sleep(next(seconds, 0)) or read(path))
     monkeypatch.setattr(data, "batches", data.batches)
     monkeypatch.setattr(train_base, "Run", train_base.Run)
     gpu.write_voc(tmp_path / "voc", 9)
     words = "--gpu -1 --steps 2 --script train_base --flags=--workers=0 --data"
     row = gpu.time_script(gpu.flags().parse_args([*words.split(), str(tmp_path / "voc")])).split(" | ")
-    seconds, images, share = float(row[1]) / 1e3, float(row[2]), int(row[3][:-1])
-    assert seconds > 2 and abs(images * seconds - 2) < 0.2 and 40 < share < 100
+    step, images, share = float(row[1]) / 1e3, float(row[2]), int(row[3][:-1])
+    assert 2 < step < 4 and abs(images * step - 2) < 0.2 and 60 < share < 100
 
 
 def test_computed_memory_is_that_of_a_process():
