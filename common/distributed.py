@@ -106,7 +106,7 @@ def prepare_model(model, compile=False):
     if WORLD_SIZE == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    parallel.broadcast_buffers = False  # after the first broadcast; the argument has two names in torch 2.10 to 2.15
+    parallel.broadcast_buffers = False  # after the first broadcast; the argument's name differs between versions
     return parallel
 
 
