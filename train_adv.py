@@ -23,7 +23,7 @@ def flags():
 def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
-    resolve_args(args, dataset, model.init_format, model.DISC_PAPER | {"lam_adv": 0.01}, model.DISC_SMALL,
+    resolve_args(args, dataset, model.network_defaults, model.DISC_PAPER | {"lam_adv": 0.01}, model.DISC_SMALL,
                  {"lam_adv": 0.1})
     run = Run(__file__, args, dataset, labelled, ops.describe, {"loss_d": model.healthy_loss_d(args.d_smooth)})
     pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
@@ -31,7 +31,8 @@ def main(args):
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale,
+                                     args.freeze_backbone).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
     opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)

@@ -21,14 +21,15 @@ def flags():
 def main(args):
     dataset = open_dataset(args.data)
     labelled, _, val = dataset.split(args.split, args.split_seed, args.labelled_ids)
-    resolve_args(args, dataset, model.init_format)
+    resolve_args(args, dataset, model.network_defaults)
     run = Run(__file__, args, dataset, labelled, ops.describe)
     pixels = data.inspect_labels(labelled, dataset, args.workers)  # (K,)
     weight = model.class_weights(args.class_weights, pixels, dataset.classes, run.device)  # (K,) or None
     labelled_batches = data.batches(labelled, "labelled", **run.loader_args)  # fork workers before networks exist
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale,
+                                     args.freeze_backbone).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     run.resume(seg=seg_raw, opt_seg=opt_seg)
     seg = distributed.prepare_model(seg_raw, args.compile)

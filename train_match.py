@@ -39,7 +39,7 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format, {"ema": 0.99}, shapes={"ema": 0.95, "u_start": 75}, loaders=2)
+    resolve_args(args, dataset, model.network_defaults, {"ema": 0.99}, shapes={"ema": 0.95, "u_start": 75}, loaders=2)
     args.u_start = args.iters // 8 if args.u_start is None else args.u_start
     if args.cutmix and distributed.WORLD_SIZE > 1:  # the images of each rank are mixed in pairs
         check_multiple(args.batch_size, 2 * distributed.WORLD_SIZE, "ranks times 2, for CutMix")
@@ -51,13 +51,18 @@ def main(args):
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
-    # its weights are a moving average of the student's; its buffers, such as running statistics, are the student's
-    teacher_raw = copy.deepcopy(seg_raw, {id(b): b for b in seg_raw.buffers()}).requires_grad_(False)
+                                     args.norm, args.aspp_branches, args.input_scale,
+                                     args.freeze_backbone).to(run.device)
+    # its weights are a moving average of the student's that are trained; all others, and its buffers such as running
+    # statistics, are the student's
+    fixed = [p for p in seg_raw.parameters() if not p.requires_grad]
+    teacher_raw = copy.deepcopy(seg_raw, {id(x): x for x in [*seg_raw.buffers(), *fixed]}).requires_grad_(False)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     run.resume(seg=teacher_raw, student=seg_raw, opt_seg=opt_seg)  # eval.py loads `seg`: the teacher
     seg, teacher = (distributed.prepare_model(x, args.compile) for x in (seg_raw, teacher_raw))
     update_teacher = get_ema_multi_avg_fn(args.ema)
+    pairs = zip(teacher_raw.parameters(), seg_raw.parameters())
+    averaged, trained = zip(*((average, p) for average, p in pairs if p.requires_grad))
 
     for step in run.steps(lambda: evaluate(teacher_raw, val, args.workers, args.amp)):
         model.set_poly_lr(step, args.iters, args.decay_every, opt_seg)
@@ -81,7 +86,7 @@ def main(args):
         opt_seg.zero_grad()
         loss.backward()
         opt_seg.step()
-        update_teacher([*teacher_raw.parameters()], [*seg_raw.parameters()], None)  # None: a count that it ignores
+        update_teacher(averaged, trained, None)  # None: a count that it ignores
 
         run.log(step, loss_ce=loss_ce, loss_u=loss_u, kept=kept, lr=opt_seg.param_groups[0]["lr"])
         run.end_step(step)

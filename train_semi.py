@@ -53,7 +53,7 @@ def main(args):
     dataset = open_dataset(args.data)
     labelled, unlabelled, val = dataset.split(args.split, args.split_seed, args.labelled_ids,
                                               args.unlabelled or dataset.unlabelled_folder)
-    resolve_args(args, dataset, model.init_format, model.DISC_PAPER |
+    resolve_args(args, dataset, model.network_defaults, model.DISC_PAPER |
                  {"lam_adv": 0.01, "lam_adv_u": 0.001, "lam_semi": 0.1}, model.DISC_SMALL | {"lam_semi": 0.5},
                  {"lam_adv": 0.1, "lam_adv_u": 0.1}, loaders=2)
     args.semi_start = args.iters // 4 if args.semi_start is None else args.semi_start
@@ -66,7 +66,8 @@ def main(args):
     unlabelled_batches = data.batches(unlabelled, "unlabelled", **run.loader_args)
 
     seg_raw = model.create_segmenter(dataset.classes, dataset.palette, args.backbone, args.init, args.stride, args.bn,
-                                     args.norm, args.aspp_branches, args.input_scale).to(run.device)
+                                     args.norm, args.aspp_branches, args.input_scale,
+                                     args.freeze_backbone).to(run.device)
     opt_seg = model.seg_optimizer(seg_raw, args.lr, args.head_lr, args.nesterov, args.weight_decay)
     disc_raw = model.Discriminator(len(dataset.classes)).to(run.device)
     opt_disc = model.disc_optimizer(disc_raw, args.d_lr, args.d_optim, args.d_betas, args.d_momentum, args.d_decay)

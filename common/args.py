@@ -86,14 +86,18 @@ def shared_flags(description, out):
         "many as there are CPUs for)")
 
     add = parser.add_argument_group("network").add_argument
-    add("--backbone", choices=["resnet101", "resnet50", "resnet18", "efficientnet_lite0"], help="backbone of the "
-        "network (paper: resnet101; small data: efficientnet_lite0)")
-    add("--init", metavar="{imagenet,coco,none,PATH}", help="initial weights: imagenet (ResNets are downloaded), coco "
-        "(a file in data/, see recipes/README.md), none (random), or a checkpoint (default imagenet, paper)")
+    add("--backbone", metavar="NAME", help="resnet18, 50 or 101, efficientnet_lite0, 1 or 2, or a name of "
+        "timm.list_models() (paper: resnet101; small data: efficientnet_lite0)")
+    add("--freeze-backbone", action="store_true", help="train the classifier only; the backbone keeps its initial "
+        "weights and running statistics")
+    add("--init", metavar="{imagenet,coco,none,PATH}", help="initial weights: imagenet (what timm calls pretrained: "
+        "downloaded, or from pip for efficientnet_lite0, 1, 2), coco (a file in data/, see recipes/README.md), none "
+        "(random), or a file: a checkpoint, or weights of the backbone (default imagenet, paper)")
     add("--norm", choices=["imagenet", "caffe", "none"], help="normalisation of images: imagenet (mean and deviation "
-        "of RGB), caffe (mean of BGR), none (0..255) (default: what the initial weights expect)")
-    add("--stride", type=int, choices=[8, 16], help="output stride of the network (default 8; efficientnet_lite0: 16, "
-        "which the others do not have)")
+        "of RGB that timm names for the backbone), caffe (mean of BGR), none (0..255) (default: what the initial "
+        "weights expect)")
+    add("--stride", type=POSITIVE_INT, help="output stride of the network in pixels: 8, 16 or 32 if the backbone can "
+        "have it (default: ResNets 8; transformers the size of a patch; others 16 if they can)")
     add("--aspp-branches", type=int, choices=[2, 4], default=4, help="dilated convolutions of the classifier (default "
         "4, paper; 2 for the authors' checkpoints)")
     add("--bn", choices=["train", "no-grad", "frozen"], help="batch norm: no-grad keeps weight and "
@@ -132,28 +136,32 @@ def shared_flags(description, out):
     return parser
 
 
-def resolve_args(args, dataset, init_format, paper=None, small=None, shapes=None, loaders=1):
+def resolve_args(args, dataset, network_defaults, paper=None, small=None, shapes=None, loaders=1):
     """Apply the data set's defaults to the flags that were not given, then validate all flags. Raises InputError.
 
-    init_format: function (value of --init) -> {flag: default} of what these weights expect. paper: {flag:
-    default} of the script's own flags; small: those that differ for `shapes` and for a custom data set on the CPU;
-    shapes: those that differ for `shapes` alone. loaders: how many loaders the script has at once.
+    network_defaults: function (init, backbone, stride or None) -> {flag: default} of what these expect, `stride` among
+    them. paper: {flag: default} of the script's own flags; small: those that differ for `shapes` and for a custom data
+    set on the CPU; shapes: those that differ for `shapes` alone. loaders: how many loaders the script has at once.
     """
     given = {name: value for name, value in vars(args).items() if value is not None}
     on_cpu = args.gpu < 0 or not torch.cuda.is_available()
-    custom_on_cpu = dataset.kind == "custom" and on_cpu
-    defaults = custom_defaults(dataset, given) if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(
-        dataset.kind, PAPER)
-    is_shapes = dataset.kind == "shapes"
+    custom_on_cpu, is_shapes = dataset.kind == "custom" and on_cpu, dataset.kind == "shapes"
+    defaults = CUSTOM_ON_CPU if custom_on_cpu else {"shapes": SHAPES, "cityscapes": CITYSCAPES}.get(dataset.kind, PAPER)
+    init, backbone = (given.get(name, defaults[name]) for name in ("init", "backbone"))
+    network = network_defaults(init, backbone, given.get("stride"))
+    defaults = custom_defaults(dataset, given, network["stride"]) if custom_on_cpu else defaults | {
+        "crop": nearest_crop(defaults["crop"], network["stride"])}
     for applies, of_script in ((True, paper), (custom_on_cpu or is_shapes, small), (is_shapes, shapes)):
         defaults = defaults | of_script if applies and of_script else defaults
     values = defaults | ({"bn": "train"} if given.get("init") == "none" else {}) | given  # no statistics to keep
-    expected, tenth = init_format(values["init"]), max(1, values["iters"] // 10)
-    stride = 16 if values["backbone"] == "efficientnet_lite0" else 8
+    tenth = max(1, values["iters"] // 10)
     workers = 2 if on_cpu else max(1, min(8, num_cpus() // loaders // distributed.RANKS_HERE))
-    values = {"stride": stride, "eval_every": tenth, "save_every": tenth, "workers": workers} | expected | values
-    vars(args).update({name: values.get(name) for name in vars(args) | expected})
+    values = {"eval_every": tenth, "save_every": tenth, "workers": workers} | network | values
+    vars(args).update({name: values.get(name) for name in vars(args) | network})
     check_args(args)
+    if dataset.kind == "custom" and (side := dataset.median_size()[0]) * args.input_scale < args.stride:
+        raise InputError(f"{dataset.root}: half of the images have a side of {side} pixels or less, at --input-scale "
+                         f"{args.input_scale:g} less than --stride {args.stride} of the network; enlarge them")
 
 
 def num_cpus():
@@ -161,12 +169,13 @@ def num_cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def custom_defaults(dataset, given):
+def custom_defaults(dataset, given, stride):
     """Return defaults for a custom data set on the CPU, and name them in the data set's note."""
     # images are shrunk to at most 320 pixels; crops are as large as the shorter side allows, at most 161
     short, long = dataset.median_size()
     scale = given.get("input_scale") or next((x for x in (1, 0.5) if long * x <= 320), 0.25)
-    defaults = CUSTOM_ON_CPU | dict(crop=16 * max(4, min(10, int(short * scale) // 16)) + 1, input_scale=scale)
+    cells = max(math.ceil(64 / stride), min(160, int(short * scale)) // stride)
+    defaults = CUSTOM_ON_CPU | dict(crop=stride * cells + 1, input_scale=scale)
     chosen = [f"--{name.replace('_', '-')} {value}" for name, value in defaults.items()
               if name not in given and value != PAPER[name]]
     if chosen:
@@ -178,12 +187,14 @@ def check_args(args):
     """Raise an InputError for shared flags whose values do not fit together."""
     if args.scale[0] > args.scale[1] or not args.scale[0]:
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: it is MIN MAX with 0 < MIN <= MAX")
-    if args.stride == 16 and args.backbone != "efficientnet_lite0":
-        raise InputError(f"--stride 16: {args.backbone} has 8; omit it, or use --backbone efficientnet_lite0")
-    if args.crop < 65 or (args.crop - 1) % args.stride:
-        best = max(math.ceil(64 / args.stride), round((args.crop - 1) / args.stride)) * args.stride + 1
+    if args.crop != (best := nearest_crop(args.crop, args.stride)):
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
     check_multiple(args.batch_size, distributed.WORLD_SIZE)
+
+
+def nearest_crop(crop, stride):
+    """Return the side nearest to `crop` that a network of this output stride can have: stride*k+1, at least 65."""
+    return max(math.ceil(64 / stride), round((crop - 1) / stride)) * stride + 1
 
 
 def check_multiple(batch_size, count, why="ranks"):

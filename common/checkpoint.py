@@ -9,6 +9,7 @@ from common.layouts import VOC_CLASSES, voc_palette
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 COCO_FILE = Path("data/MS_DeepLab_resnet_pretrained_COCO_init.pth")  # of --init coco: DeepLabv2 trained on MS-COCO
 # Args that are assumed for files which do not record them.
@@ -18,23 +19,31 @@ OLDER_ARGS = {"norm": "imagenet", "caffe": False, "aspp_branches": 4, "input_sca
 METADATA = {"step", "args", "classes", "rng", "miou", "minutes"}
 
 
-def read_checkpoint(path, flag, mmap=False):
+def read_checkpoint(path, flag, mmap=False, initial=False):
     """Return our checkpoint dict; published DeepLabv2 and ResNet files are converted to it.
 
-    mmap: leave the tensors in the file if its format allows that. Raises an InputError, which names `flag`, if the file
-    is neither.
+    mmap: leave the tensors in the file if its format allows that. initial: of other files with a state dict, such as
+    those of timm or DINOv2, return {"backbone": state dict, "args": ...}. Raises an InputError, which names `flag`, if
+    the file is none of these.
     """
     scalar = np.float64().__reduce__()[0]  # the 2017 reproduction has one, under either numpy name
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     advice = "name the last.pt or best.pt of a training run, or a published file (recipes/README.md)"
+    advice += ", or weights of the backbone (docs/backbones.md)" * initial
     try:
-        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype("f8"))]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+        with open(path, "rb"), torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype("f8"))]):
+            checkpoint = load_file(path) if str(path).endswith(".safetensors") else torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as e:  # the unpickler raises nearly anything on a file that is no checkpoint
-        why = e.strerror if isinstance(e, OSError) and e.strerror else "not a file of torch.save"
+        why = e.strerror if isinstance(e, OSError) and e.strerror else "damaged, or not a file of torch.save"
         raise InputError(f"{flag} {path}: {why}; {advice}") from None
     ours = isinstance(checkpoint, dict) and {"seg", "args", "classes", "step"} <= set(checkpoint)
     found = checkpoint if ours else convert_published(checkpoint)
+    if initial and found is None:
+        parts = checkpoint if isinstance(checkpoint, dict) else {}
+        weights = parts.get("state_dict", parts.get("model", parts))
+        if weights and is_state_dict(weights):
+            return {"backbone": weights, "args": OLDER_ARGS}
     types = {"args": dict, "classes": (list, tuple), "step": int}
     if (found is None or not is_state_dict(found["seg"]) or any(not isinstance(found[k], types[k]) for k in types)
             or found["args"].get("norm", "none") not in ("imagenet", "caffe", "none")):
@@ -63,18 +72,14 @@ def convert_published(theirs):
         return None
     is_plain = not is_of_2017 and not any(k.startswith("Scale.") for k in weights)
     weights = {k.removeprefix("module.").removeprefix("Scale."): w for k, w in weights.items()}
-    parts = {k: re.fullmatch(r"layer([1-4])\.(\d+)\.(.+)", k) for k in weights}
-    depths = tuple(len({p[2] for p in parts.values() if p and p[1] == n}) for n in "1234")
+    depths = tuple(len({k.split(".")[1] for k in weights if k.startswith(f"layer{n}.")}) for n in "1234")
     backbone = {(2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}.get(depths)
     caffe = any(k.startswith("layer5.") for k in weights)
     has_bottlenecks, has_fc = "layer1.0.conv3.weight" in weights, "fc.weight" in weights
     if not backbone or has_bottlenecks == (backbone == "resnet18") or caffe == has_fc:
         return None
-    seg = {}
-    for name in [k for k in weights if not k.startswith("fc.")]:
-        layer, block, rest = parts[name].groups() if parts[name] else (1, -1, name)
-        ours = f"backbone.{1 + sum(depths[:int(layer) - 1]) + int(block)}.{rest}"
-        seg[name.replace("layer5.conv2d_list", "head") if name.startswith("layer5.") else ours] = weights[name]
+    seg = {name.replace("layer5.conv2d_list", "head") if name.startswith("layer5.") else f"backbone.{name}": w
+           for name, w in weights.items() if not name.startswith("fc.")}
     classes = next((len(w) for k, w in seg.items() if k.startswith("head.") and w.dim()), 0)
     args = {"backbone": backbone, "stride": 8, "bn": "train", "caffe": caffe, "aspp_branches": 2 if is_plain else 4,
             "norm": "imagenet" if is_of_2017 or not caffe else "caffe"}
@@ -88,7 +93,7 @@ def read_initial_weights(init, mmap=False):
         return None
     if init == "coco" and not COCO_FILE.is_file():
         raise InputError(f"--init coco: {COCO_FILE} is missing; put the file there or name it with --init FILE")
-    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init", mmap)
+    return read_checkpoint(COCO_FILE if init == "coco" else init, "--init", mmap, initial=True)
 
 
 def load_weights(seg, theirs, where, new_classifier=False):

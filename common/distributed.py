@@ -56,8 +56,10 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
     """
 
     def forward(self, x):  # (N,C,h,w)
-        if not self.training:
-            return super().forward(x)
+        y = self.normalise(x) if self.training else super().forward(x)
+        return self.act(y) if hasattr(self, "act") else y  # timm's BatchNormAct2d has an activation
+
+    def normalise(self, x):
         y, mean, var = NormaliseByAllRanks.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
             count = WORLD_SIZE * x.numel() // x.shape[1]

@@ -61,7 +61,7 @@ def start(tmp_path):
         if not isinstance(init, str):
             torch.save(init, tmp_path / "start.pth")
             init = str(tmp_path / "start.pth")
-        expected = model.init_format(init)
+        expected = model.network_defaults(init, backbone, 8)
         classes = [f"class {n}" for n in range(num_classes)]
         norm = norm or expected["norm"]
         return model.create_segmenter(classes, [], backbone, init, 8, "train", norm, branches, 1), expected
@@ -96,7 +96,7 @@ def test_start_from_coco(weights, start, tmp_path, capsys, monkeypatch):
     seg, _ = start("coco", norm="none", num_classes=5)
     assert len(seg.head[0].weight) == 5 and "initialised randomly" in capsys.readouterr().out
     assert seg.normalise(image).flatten().tolist() == pytest.approx([10 / 255, 20 / 255, 30 / 255])
-    assert torch.equal(seg.backbone[8].conv1.weight, weights["layer3.0.conv1.weight"])
+    assert torch.equal(seg.backbone.layer3[0].conv1.weight, weights["layer3.0.conv1.weight"])
 
 
 def test_start_from_the_authors(weights, start, capsys):
@@ -108,7 +108,7 @@ def test_start_from_the_authors(weights, start, capsys):
 def test_keys_that_do_not_fit_are_listed(weights, start):
     odd = {"layer5.other": torch.zeros(1), "conv1.weight": torch.zeros(64, 3, 5, 5)}
     broken = {k: w for k, w in (weights | odd).items() if k != "layer3.5.bn2.bias"}
-    with pytest.raises(console.InputError, match="start.pth: .*backbone.13.bn2.bias.*layer5.other.*backbone.0.conv1"):
+    with pytest.raises(console.InputError, match="start.pth: .*layer3.5.bn2.bias.*layer5.other.*backbone.conv1"):
         start(FILES["coco"](broken))
 
 
@@ -169,13 +169,31 @@ def test_older_checkpoints(train, voc, fails):
     assert load(out)["step"] == 2
 
 
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_a_checkpoint_with_older_names(train, tmp_path, name):
+    """Of 41a173e: the backbone's layers have the same order, but numbers for names."""
+    out = train("train_base", "--backbone", name, "--init", "none", "--crop", 65, "--iters", 1)
+    old, seg, x = load(out), model.load_segmenter(out / "last.pt"), torch.randn(1, 3, 65, 65)
+    names = [k for k in old["seg"] if k.startswith("backbone.")]
+    renamed = {f"backbone.{n}.layers.{k.rpartition('.')[2]}": old["seg"].pop(k) for n, k in enumerate(names)}
+    for missing in ((), ("head.3.weight", "head.3.bias")):
+        old["seg"] = renamed | {k: w for k, w in old["seg"].items() if k not in missing}
+        torch.save(old, out / "last.pt")
+        if not missing:
+            assert torch.equal(model.load_segmenter(out / "last.pt")(x), seg(x))
+            train("train_base", "--backbone", name, "--init", "none", "--crop", 65, "--iters", 2, "--resume")
+            continue
+        with pytest.raises(console.InputError, match="head.3.weight"):
+            model.load_segmenter(out / "last.pt")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_torchvision_file(start, tmp_path, name):
     theirs = torchvision.models.get_model(name)
     seg, expected = start(theirs.state_dict(), backbone=name, num_classes=5)
-    assert expected == {"caffe": False, "norm": "imagenet"}
-    assert torch.equal(seg.backbone[1].conv1.weight, theirs.layer1[0].conv1.weight)
-    assert torch.equal(seg.backbone[-1].conv2.weight, theirs.layer4[-1].conv2.weight)
+    assert expected == {"caffe": False, "norm": "imagenet", "stride": 8}
+    assert torch.equal(seg.backbone.layer1[0].conv1.weight, theirs.layer1[0].conv1.weight)
+    assert torch.equal(seg.backbone.layer4[-1].conv2.weight, theirs.layer4[-1].conv2.weight)
     with pytest.raises(console.InputError, match="start.pth: an ImageNet classifier"):
         model.load_segmenter(tmp_path / "start.pth")
 

@@ -96,7 +96,8 @@ def test_two_ranks_train_as_one(voc, train, tmp_path, script):
 
     train_semi.py has weights of the classes, whose sum over the pixels of a batch is below 1.
     """
-    words = *"--bn frozen --no-amp --iters 6 --batch-size 4 --eval-every 100".split(), *STARTS.get(script, [])
+    # at this seed no pixel is so near to a threshold that rounding decides about it
+    words = *"--bn frozen --no-amp --iters 6 --batch-size 4 --eval-every 100 --seed 1".split(), *STARTS.get(script, [])
     if script == "train_semi":
         (tmp_path / "weights.txt").write_text(WEIGHTS)
         words += "--class-weights", tmp_path / "weights.txt"
@@ -147,10 +148,11 @@ distributed.init_device(-1)
 g = torch.Generator().manual_seed(0)
 x, upstream = torch.randn(2, 4, 5, 6, 7, generator=g, dtype=torch.float64)
 x = (x * torch.tensor([1, 2, 0.1, 10, 1]).view(5, 1, 1) + torch.arange(4).view(4, 1, 1, 1) + 5).to({dtype})
-one = torch.nn.Sequential(torch.nn.BatchNorm2d(5)).double()
+from timm.layers import BatchNormAct2d
+one = torch.nn.Sequential({layer}(5)).double()
 weights = {{"0.weight": torch.arange(-2.0, 3), "0.bias": torch.arange(5.0)}}
 one.load_state_dict(weights, strict=False)
-two = torch.nn.Sequential(torch.nn.BatchNorm2d(5)).to({weights})
+two = torch.nn.Sequential({layer}(5)).to({weights})
 two.load_state_dict(one.state_dict())
 distributed.prepare_model(two)
 mine = slice(2 * distributed.RANK, 2 * distributed.RANK + 2)
@@ -175,11 +177,15 @@ if distributed.RANK == 0:
 """
 
 
-@pytest.mark.parametrize("dtype, weights, tolerance", [("torch.float64", "torch.float64", 1e-12), (
-    "torch.float32", "torch.float32", 2e-6), ("torch.bfloat16", "torch.float32", 2e-2)])
-def test_batch_norm_of_two_ranks_is_that_of_one(tmp_path, dtype, weights, tolerance):
+@pytest.mark.parametrize("layer, dtype, weights, tolerance", [
+    ("torch.nn.BatchNorm2d", "torch.float64", "torch.float64", 1e-12),
+    ("BatchNormAct2d", "torch.float64", "torch.float64", 1e-12),
+    ("torch.nn.BatchNorm2d", "torch.float32", "torch.float32", 2e-6),
+    ("torch.nn.BatchNorm2d", "torch.bfloat16", "torch.float32", 2e-2)])
+def test_batch_norm_of_two_ranks_is_that_of_one(tmp_path, layer, dtype, weights, tolerance):
     """In float64 on one rank: output, gradients, running statistics (fixed in the last step), evaluation."""
-    (tmp_path / "norm.py").write_text(NORM.format(root=str(ROOT), dtype=dtype, weights=weights, tolerance=tolerance))
+    values = dict(root=str(ROOT), layer=layer, dtype=dtype, weights=weights, tolerance=tolerance)
+    (tmp_path / "norm.py").write_text(NORM.format(**values))
     assert run_ranks(2, tmp_path / "norm.py").endswith("the same\n")  # gloo of torch 2.10 prints lines of its own
 
 
@@ -208,7 +214,7 @@ def test_workers_on_a_gpu(blocks, monkeypatch, cpus, loaders, ranks, workers):
                                      (True, ["--workers", "3"], 3)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
         flags = args.shared_flags("", "out").parse_args(words)
-        args.resolve_args(flags, open_dataset(str(blocks)), lambda init: {}, loaders=loaders)
+        args.resolve_args(flags, open_dataset(str(blocks)), lambda *_: {"stride": 16}, loaders=loaders)
         assert flags.workers == expected
 
 

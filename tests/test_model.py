@@ -3,12 +3,12 @@ import itertools
 import re
 from functools import partial
 
+from common import encoders
 from common.console import InputError
 
 import pytest
 import torch
 import torchvision
-from test_checkpoint import Payload
 
 import model
 
@@ -28,7 +28,7 @@ def test_resnet50_is_torchvisions_dilated_network():
     x = torch.randn(1, 3, 65, 65)
     with torch.no_grad():
         want = torchvision.models._utils.IntermediateLayerGetter(theirs, {"layer4": "out"})(x)["out"]
-        assert (seg.backbone(x) - want).abs().max() <= 1e-4 * want.abs().max()
+        assert (seg.features(x) - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 def test_a_dilated_network_contains_the_strided_one():
@@ -38,20 +38,21 @@ def test_a_dilated_network_contains_the_strided_one():
     assert all([conv.dilation[0] * network.stride for conv in network.head] == [48, 96, 144, 192] for network in (a, b))
     x = torch.randn(1, 3, 161, 161, dtype=torch.float64)
     with torch.no_grad():
-        want = a.backbone(x)
+        want = a.features(x)
         assert a(x).shape == (1, 3, 11, 11) and b(x).shape == (1, 3, 21, 21)
-        assert want.abs().max() > 0 and (b.backbone(x)[:, :, ::2, ::2] - want).abs().max() <= 1e-9 * want.abs().max()
+        assert want.abs().max() > 0 and (b.features(x)[:, :, ::2, ::2] - want).abs().max() <= 1e-9 * want.abs().max()
 
 
-@pytest.mark.parametrize("stride", [16, 8])  # features of 5x6 or 9x10, dilations up to 2 or 4
-def test_gradients_of_dilated_convolutions(stride):
+@pytest.mark.parametrize("name, stride", [  # features of 5x6 or 9x10, dilations up to 2 or 4; ConvNeXt has biases
+    ("efficientnet_lite0", 16), ("efficientnet_lite0", 8), ("convnext_atto", 8)])
+def test_gradients_of_dilated_convolutions(name, stride):
     """Logits and gradients, also that of the image, are those of nn.Conv2d."""
     torch.manual_seed(0)
-    seg, found = model.DeepLabV2("efficientnet_lite0", 3, stride, "none", bn="frozen").double(), []
+    seg, found = model.create_segmenter("abc", [], name, "none", stride, "frozen", "imagenet", 4, 1).double(), []
     x = torch.randn(2, 3, 65, 65 + stride, dtype=torch.float64, requires_grad=True)
     dilated = [*seg.head, *(m for m in seg.backbone.modules() if getattr(m, "groups", 1) > 1 and m.dilation[0] > 1)]
-    assert {type(conv) for conv in dilated} == {model.DilatedConv2d}
-    for conv_class in (model.DilatedConv2d, torch.nn.Conv2d):
+    assert {type(conv) for conv in dilated} == {encoders.DilatedConv2d} and len(dilated) > 6
+    for conv_class in (encoders.DilatedConv2d, torch.nn.Conv2d):
         for conv in dilated:
             conv.__class__ = conv_class
         logits = seg(x)
@@ -59,18 +60,6 @@ def test_gradients_of_dilated_convolutions(stride):
         found.append([logits, *torch.autograd.grad(logits.square().sum(), [x, *weights])])
     for a, b in zip(*found):
         assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-9 * b.abs().max()
-
-
-def test_downloaded_weights_are_read_and_not_run(tmp_path, monkeypatch):
-    """From torch's cache; a file that would run code when it is unpickled is refused."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    theirs, file = torchvision.models.resnet18(), tmp_path / "hub/checkpoints/resnet18-f37072fd.pth"
-    file.parent.mkdir(parents=True)
-    torch.save(theirs.state_dict(), file)
-    assert torch.equal(model.resnet("resnet18", True)[0].conv1.weight, theirs.conv1.weight)
-    torch.save({"fc.bias": Payload()}, file)
-    with pytest.raises(InputError, match="--init imagenet: weights of resnet18"):
-        model.resnet("resnet18", True)
 
 
 def test_imagenet_weights_and_their_normalisation():
@@ -81,6 +70,7 @@ def test_imagenet_weights_and_their_normalisation():
     assert len(ours) == len(theirs) - 2 and all(torch.equal(a, b) for a, b in zip(ours, theirs.values()))
     x = seg.normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2))
     assert x.flatten().unique().tolist() == [-1, 1]
+    assert {(norm.momentum, norm.eps) for norm in seg.batch_norms()} == {(0.01, 1e-3)}  # TensorFlow's
 
 
 def test_optimisers_and_their_flags(lite):
@@ -135,12 +125,12 @@ def test_a_checkpoint_is_loaded_again(lite, tmp_path):
     assert not seg.training and torch.equal(seg(x), lite.eval()(x)) and seg.classes == list("abcde")
     assert seg.input_scale == 0.5 and seg.palette == [7] * 768
     init = str(tmp_path / "a.pt")
-    assert model.init_format(init) == {"caffe": False, "norm": "imagenet"}
+    assert model.network_defaults(init, "resnet18", None) == {"caffe": False, "norm": "imagenet", "stride": 8}
 
     def create(classes, backbone="efficientnet_lite0", stride=16):
         return model.create_segmenter(classes, [], backbone, init, stride, "train", "imagenet", 4, 1).eval()
     assert torch.equal(create("abcde")(x), lite(x))
-    assert torch.equal(create("abcd").backbone(x), lite.backbone(x))
+    assert torch.equal(create("abcd").features(x), lite.features(x))
     with pytest.raises(InputError, match="a.pt"):
         create("abcde", "resnet18", 8)
 

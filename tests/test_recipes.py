@@ -43,7 +43,7 @@ def test_recipes_parse_and_override_the_data_sets_defaults(recipe):
         assert getattr(args, name, value) == value, name
     args.init = "none"  # the initial weights are not on this machine
     given = {name: value for name, value in vars(args).items() if value is not None}
-    resolve_args(args, dataset, model.init_format)
+    resolve_args(args, dataset, model.network_defaults)
     assert {name: getattr(args, name) for name in given} == given and args.backbone
 
 

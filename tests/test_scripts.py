@@ -207,7 +207,7 @@ def first_step(voc, script, *words):
     args = importlib.import_module(script).flags().parse_args(["--data", str(voc), *SMALL, *map(str, words)])
     dataset = open_dataset(args.data)
     labelled, unlabelled, _ = dataset.split(args.split, args.split_seed)
-    resolve_args(args, dataset, model.init_format)
+    resolve_args(args, dataset, model.network_defaults)
     flags = {name: getattr(args, name) for name in ("seed", "batch_size", "iters", "crop", "scale", "input_scale")}
     flags |= {"workers": 0, "start": 0, "device": torch.device("cpu")}
     batch, batch_u = next(data.batches(labelled, "labelled", **flags)), next(
@@ -398,11 +398,16 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     def resolve(*words, cuda=False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         args, dataset = train_semi.flags().parse_args(words), open_dataset(str(tmp_path))
-        resolve_args(args, dataset, model.init_format, {"lam_semi": 0.1}, {"lam_semi": 0.5})
+        resolve_args(args, dataset, model.network_defaults, {"lam_semi": 0.1}, {"lam_semi": 0.5})
         values = [args.backbone, args.crop, args.input_scale, args.iters, args.class_weights, args.lam_semi]
         return values, dataset.note
     found, note = resolve()
     assert found == ["efficientnet_lite0", crop, scale, 1000, "balanced", 0.5] and f"--crop {crop}" in note
+    found, note = resolve("--backbone", "vit_small_patch14_dinov2", "--init", "none")
+    assert abs(found[1] - crop) < 14 and found[1] % 14 == 1 and f"--crop {found[1]}" in note
+    if size == (40, 30):
+        with pytest.raises(console.InputError, match="side of 30 pixels.*--stride 32"):
+            resolve("--backbone", "resnet18", "--stride", "32")
     found, note = resolve("--crop", "97", "--iters", "7", "--backbone", "resnet18")
     assert found == ["resnet18", 97, scale, 7, "balanced", 0.5] and "--crop" not in note and "--backbone" not in note
     assert resolve("@recipes/paper_voc_semi.txt")[0] == ["resnet101", 321, scale, 20000, "none", 0.1]
@@ -414,7 +419,11 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     ("train_base", "--data nowhere", "--data nowhere"), ("train_base", "--split nan", "--split nan"),
     ("train_base", "--split 0.01", "--split 0.01"), ("train_base", "--labelled-ids nowhere.txt", "nowhere.txt"),
     ("train_base", "--crop 49", "nearest is 65"), ("train_base", "--crop 75", "nearest is 81"),
-    ("train_base", "--backbone resnet18 --stride 16", "--stride 16"), ("train_base", "--init coco", "--init coco"),
+    ("train_base", "--backbone resnet18 --stride 12", "default, 8"),
+    ("train_base", "--backbone resnet18x", "--backbone resnet18x"), ("train_base", "--backbone hrnet_w18", "any size"),
+    ("train_base", "--backbone vit_small_patch14_dinov2 --crop 97", "nearest is 99"),
+    ("train_base", "--backbone vit_small_patch14_dinov2 --stride 16", "default, 14"),
+    ("train_base", "--init coco", "--init coco"),
     ("train_base", "--init nowhere.pt", "--init nowhere.pt"), ("train_base", "--scale 2 1", "--scale 2 1"),
     ("train_base", "--lr nan", "--lr"), ("train_base", "--batch-size 0", "--batch"),
     ("train_semi", "--split 1", "--unlabelled"), ("train_semi", "--unlabelled nowhere", "--unlabelled nowhere"),
