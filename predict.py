@@ -1,9 +1,11 @@
 """Predict images that need no labels: a palette PNG for each, and legend.png.
 
     python predict.py --ckpt out/semi/last.pt photos --out predictions --blend
+    python predict.py --ckpt out/semi/last.pt photos --out predictions --rank   # which of them to label next
 """
 import argparse
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from common import distributed
 from common.args import Parser, number
 from common.checkpoint import read_checkpoint
 from common.console import InputError, launch, output_folder, progress, write_atomically
-from common.layouts import IMAGE_SUFFIXES
+from common.layouts import IMAGE_SUFFIXES, open_dataset, read_lines
+from common.ranking import Measured, entropy, write_ranking
 from common.run import announce
 
 import numpy as np
@@ -32,6 +35,8 @@ def flags():
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, or folders of images at any depth")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the predictions")
     p.add_argument("--blend", action="store_true", help="also write each image with its prediction laid over it")
+    p.add_argument("--rank", action="store_true", help="also write ranking.csv and ranking.html: in which order to "
+                   "label the images, from the uncertainty of the predictions and the variety of the images")
     return p
 
 
@@ -141,21 +146,53 @@ def draw_legend(classes, palette):
     return image
 
 
+def measure(path, seg, logits, ids, pooled):
+    """Return the Measured of an image. logits: (K,h,w); ids: (H,W) uint8, without padding; pooled: [(C,), ...]."""
+    rows, columns = (math.ceil(n * seg.input_scale / seg.stride) for n in ids.shape)
+    logits = logits[:, :rows, :columns].float()
+    shares = np.bincount(ids.ravel(), minlength=len(logits)) / ids.size
+    return Measured(path, torch.stack(pooled).mean(0), entropy(logits).cpu(),
+                    logits.softmax(0).amax(0).mean().item(), shares.tolist())
+
+
+def labelled_images(ckpt, data_root):
+    """Return the paths of the images on which a run was trained; none if its labelled.txt or its data are not there."""
+    file = Path(ckpt).parent / "labelled.txt"
+    try:
+        images = open_dataset(data_root).images
+        return [images[name] for name in read_lines(file)]
+    except (InputError, KeyError):
+        print(f"the labelled images are not compared with: {file} or its data set is not there")
+        return []
+
+
 @torch.inference_mode()
 def main(args):
     checkpoint = read_checkpoint(args.ckpt, "--ckpt")
     seg = model.load_segmenter(args.ckpt, checkpoint)
     amp = checkpoint["args"].get("amp") if args.amp is None else args.amp
     out, paths = output_folder("--out", args.out), find_images(args.images)
+    if args.rank and distributed.WORLD_SIZE > 1:
+        raise InputError("--rank: works in one process; run it without torchrun")
     device = announce(f"data {len(paths)} images", args.gpu, ops.describe)
     check_images(paths, out, args.blend)
     seg.to(device)
-    mine = paths[distributed.RANK::distributed.WORLD_SIZE]
-    for path in progress(mine, len(mine), "prediction"):
+    pooled, measured = [], []  # features of an image, one mean for each window; what was measured of all images
+    if args.rank:
+        seg.head[0].register_forward_pre_hook(lambda _, x: pooled.append(x[0].float().mean((0, 2, 3)).cpu()))
+
+    def predict(path):
         image = data.read_image(path)
         pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
         logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
         prediction = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
+        if args.rank:
+            measured.append(measure(path, seg, logits[0], np.asarray(prediction), pooled))
+            pooled.clear()
+        return image, prediction
+    mine = paths[distributed.RANK::distributed.WORLD_SIZE]
+    for path in progress(mine, len(mine), "prediction"):
+        image, prediction = predict(path)
         write_atomically(out / f"{path.stem}.png", lambda f: prediction.save(f, "PNG"))
         if args.blend:
             blend = Image.blend(image, prediction.convert("RGB"), 0.5)
@@ -163,6 +200,11 @@ def main(args):
     if distributed.RANK == 0:
         write_atomically(out / "legend.png", lambda f: draw_legend(seg.classes, seg.palette).save(f, "PNG"))
     distributed.all_reduce_sum(torch.zeros(1))  # all ranks have written their part
+    if args.rank:
+        labelled = labelled_images(args.ckpt, checkpoint["args"].get("data"))
+        for path in progress(labelled, len(labelled), "labelled images"):
+            predict(path)
+        write_ranking(out, measured[:len(paths)], measured[len(paths):], seg.classes, seg.palette)
     print(f"{len(paths)} predictions in {out}")
 
 

@@ -2,9 +2,7 @@
 
     python report.py out/base out/semi --out page.html
 """
-import base64
 import importlib
-import io
 import itertools
 import json
 from pathlib import Path
@@ -13,9 +11,9 @@ from common.args import NON_NEGATIVE_INT, Parser
 from common.checkpoint import read_checkpoint
 from common.console import InputError, launch, write_atomically
 from common.layouts import IGNORE, open_dataset
+from common.pages import data_uri, embed_image, render
 from common.run import announce
 
-import jinja2
 import matplotlib.style
 import numpy as np
 import torch
@@ -27,7 +25,6 @@ import predict
 from csrc import ops
 from eval import class_scores, evaluate
 
-WIDTH = 240  # of an image on the page, in pixels
 SHOWN = 4    # of the best images, of the worst, and of those where the runs differ most
 GREY = [x // 3 for x in range(768)]  # a palette
 STYLES = {"light": "default", "dark": "dark_background"}  # of matplotlib, for either kind of page
@@ -98,18 +95,6 @@ def find_report_images(script):
     return getattr(importlib.import_module(name), "report_images", None) if is_ours else None
 
 
-def data_uri(kind, save):
-    """Return what save(file) writes as a data URI."""
-    save(file := io.BytesIO())
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def embed_image(image, kind="png", **more):
-    """Return a PIL image, WIDTH wide, as a data URI."""
-    small = image.resize((WIDTH, round(WIDTH * image.height / image.width)))
-    return data_uri(kind, lambda file: small.save(file, kind, **more))
-
-
 def curves(runs):
     """Yield (column, "light" or "dark", data URI) for each column of the logs; a band is the healthy range."""
     names = dict.fromkeys(name for run in runs for row in run.rows for name in row)
@@ -166,10 +151,9 @@ def main(args):
         run.predict(samples, args.workers, device)
     varied = [name for name in sorted({name for run in runs for name in run.flags} - {"out", "palette", "resume"})
               if len({str(run.flags.get(name, "")) for run in runs}) > 1]
-    template = (Path(__file__).parent / "common/report.html").read_text()
-    page = jinja2.Environment(autoescape=True).from_string(template).render(
-        runs=runs, classes=classes, varied=varied, data=dataset.name, list=args.list, count=len(samples), width=WIDTH,
-        curves=list(curves(runs)),
+    page = render(
+        "report.html", runs=runs, classes=classes, varied=varied, data=dataset.name, list=args.list,
+        count=len(samples), curves=list(curves(runs)),
         colours=[dataset.palette[3 * k:3 * k + 3] for k in (*range(len(classes)), IGNORE)],
         groups=choose_images(runs, samples, dataset.palette, device))
     write_atomically(out, lambda file: file.write_text(page))
