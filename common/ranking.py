@@ -43,7 +43,9 @@ def choose_order(uncertainty, features, labelled):
     uncertainty: (n,). features: (n,C). labelled: (m,C), features of the labelled images, m >= 0.
     """
     features, labelled = F.normalize(features.double()), F.normalize(labelled.double())
-    distance = (1 - features @ labelled.T).amin(1) if len(labelled) else torch.ones(len(features)).double()
+    distance = torch.full((len(features),), 2.0).double()  # the largest that there is
+    if len(labelled):
+        distance = (1 - features @ labelled.T).amin(1)
     indices, scores, left = [], [], torch.ones(len(features), dtype=torch.bool)
     for _ in range(min(len(features), GREEDY)):
         score = (uncertainty * distance).where(left, -1)
@@ -52,7 +54,7 @@ def choose_order(uncertainty, features, labelled):
         scores.append(score[best].item())
         left[best] = False
         distance = distance.minimum(1 - features @ features[best])
-    rest = (uncertainty * left).argsort(descending=True)[:len(features) - len(indices)]
+    rest = uncertainty.where(left, -1).argsort(descending=True)[:len(features) - len(indices)]
     return indices + rest.tolist(), scores + [0.0] * len(rest)
 
 

@@ -1,0 +1,88 @@
+"""predict.py --rank: the order of images, its table and its page."""
+import csv
+import re
+import shutil
+from pathlib import Path
+
+from common import ranking
+
+import pytest
+import torch
+from conftest import call
+from PIL import Image
+
+import data
+import model
+
+
+@pytest.mark.quick
+def test_the_order_is_greedy_and_weighted():
+    """Against its definition in plain Python, with and without labelled images."""
+    torch.manual_seed(0)
+    uncertainty, features = torch.rand(12).double(), torch.randn(12, 5)
+    cosine = torch.nn.functional.cosine_similarity
+    for labelled in (torch.randn(3, 5), torch.empty(0, 5)):
+        known, left, order, scores = [*labelled], {*range(12)}, [], []
+        while left:
+            score = {i: uncertainty[i].item() * min([1 - cosine(features[i], x, 0).item() for x in known], default=2)
+                     for i in left}
+            order.append(max(score, key=score.get))
+            scores.append(score[order[-1]])
+            left.remove(order[-1])
+            known.append(features[order[-1]])
+        found = ranking.choose_order(uncertainty, features, labelled)
+        assert found[0] == order and found[1] == pytest.approx(scores, abs=1e-6)
+
+
+@pytest.mark.quick
+def test_many_images_are_ordered_too(monkeypatch):
+    monkeypatch.setattr(ranking, "GREEDY", 3)
+    uncertainty = torch.tensor([0.1, 0.5, 0.0, 0.4, 0.3, 0.2]).double()
+    assert ranking.choose_order(uncertainty, torch.eye(6), torch.empty(0, 6))[0] == [1, 3, 4, 5, 0, 2]
+
+
+@pytest.mark.quick
+def test_entropy_is_relative_to_the_largest():
+    logits = torch.tensor([[0.0, 100.0, 1.0], [0.0, 0.0, 2.0], [0.0, 0.0, 3.0]])[:, None]  # (K,1,3)
+    p = logits[:, 0, 2].double().softmax(0)
+    want = -(p * p.log()).sum() / torch.tensor(3.0).log()
+    assert ranking.entropy(logits)[0].tolist() == pytest.approx([1, 0, want.item()], abs=1e-6)
+
+
+def test_a_ranking(trained, blocks, tmp_path, capsys):
+    """All images, best first; what is measured leaves out the padding; the page holds its pictures."""
+    ckpt, out = trained["train_base"] / "last.pt", tmp_path / "out"
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(70, 90), (96, 80), (130, 65)]):
+        Image.effect_noise(size, 20 + 40 * i).convert("RGB").save(tmp_path / f"photos/{i}.png")
+    shutil.copy(blocks / f"JPEGImages/{(ckpt.parent / 'labelled.txt').read_text().split()[0]}.png", tmp_path / "photos")
+    call("predict", "--ckpt", ckpt, tmp_path / "photos", "--out", out, "--gpu", -1, "--rank")
+    rows = list(csv.DictReader((out / "ranking.csv").open()))
+    scores = [float(row["score"]) for row in rows]
+    assert len(rows) == 4 and scores == sorted(scores, reverse=True) and scores[2] > 1e-3
+    assert "train" in rows[3]["image"] and scores[3] < 1e-6  # it is labelled
+    seg = model.load_segmenter(ckpt)
+    for row in rows:
+        image = data.read_image(row["image"])
+        pixels, _ = data.pad_to_stride(image, 16, 1)
+        h, w = ((n + 15) // 16 for n in (image.height, image.width))
+        with torch.no_grad():
+            p = seg(pixels[None])[0, :, :h, :w].double().softmax(0)
+        want = {"confidence": p.amax(0).mean(), "uncertainty": ranking.entropy(p.log()).mean()}
+        assert all(float(row[k]) == pytest.approx(x.item(), abs=2e-4) for k, x in want.items())
+        with Image.open(out / Path(row["image"]).name) as x:
+            counts = x.histogram()
+        shares = [float(row[name]) for name in seg.classes]
+        assert shares == pytest.approx([counts[k] / sum(counts) for k in range(4)], abs=1e-4)
+    page = (out / "ranking.html").read_text()
+    assert page.count("<li>") == 4 and page.count("data:image/") == 12 and not re.search(r"(src|href)=\"http", page)
+    shutil.copy(ckpt, tmp_path)
+    call("predict", "--ckpt", tmp_path / "last.pt", tmp_path / "photos", "--out", out, "--gpu", -1, "--rank")
+    assert "labelled.txt" in capsys.readouterr().out
+    assert "labelled images" not in (out / "ranking.html").read_text()
+
+
+def test_ranks_do_not_rank(trained, blocks, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr("common.distributed.WORLD_SIZE", 2)
+    words = "--ckpt", trained["train_base"] / "last.pt", blocks / "JPEGImages", "--out", tmp_path / "out"
+    assert "--rank" in fails("predict", *words, "--gpu", -1, "--rank") and not (tmp_path / "out").exists()
