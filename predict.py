@@ -1,19 +1,21 @@
-"""Predict images that need no labels: a palette PNG for each, and legend.png.
+"""Predict images that need no labels: a palette PNG for each, and legend.png, or a file for an annotation tool.
 
     python predict.py --ckpt out/semi/last.pt photos --out predictions --blend
-    python predict.py --ckpt out/semi/last.pt photos --out predictions --rank   # which of them to label next
+    python predict.py --ckpt out/semi/last.pt photos --out predictions.zip --format cvat --min-confidence 0.8
+    python predict.py --ckpt out/semi/last.pt photos --out predictions --rank     # which of them to label next
 """
 import argparse
 import itertools
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
-from common import distributed
+from common import distributed, exporters
 from common.args import Parser, number
 from common.checkpoint import read_checkpoint
 from common.console import InputError, launch, output_folder, progress, write_atomically
-from common.layouts import IMAGE_SUFFIXES, open_dataset, read_lines
+from common.layouts import IGNORE, IMAGE_SUFFIXES, open_dataset, read_lines
 from common.ranking import Measured, entropy, write_ranking
 from common.run import announce
 
@@ -33,8 +35,15 @@ WINDOW = 2049  # largest side of an image that is predicted at once, in pixels
 def flags():
     p = model_flags(__doc__)
     p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="images, or folders of images at any depth")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for the predictions")
-    p.add_argument("--blend", action="store_true", help="also write each image with its prediction laid over it")
+    p.add_argument("--out", required=True, help="folder for the predictions; with --format cvat a new .zip file, with "
+                   "--format coco a new .json file")
+    p.add_argument("--format", choices=["palette", *exporters.WRITERS], default="palette", help="palette: PNGs of "
+                   "class ids with colours (default); cvat: one zip to upload to CVAT as Segmentation mask 1.1; coco: "
+                   "COCO JSON with run lengths; prepare.py import reads both, given the images too (docs/data.md)")
+    p.add_argument("--min-confidence", type=number(below=1), metavar="P", help="leave a pixel unlabelled (255, in CVAT "
+                   "`void`) if the probability of its class is not above P, for a person to label (default: label all)")
+    p.add_argument("--blend", action="store_true", help="also write each image with its prediction laid over it "
+                   "(--format palette)")
     p.add_argument("--rank", action="store_true", help="also write ranking.csv and ranking.html: in which order to "
                    "label the images, from the uncertainty of the predictions and the variety of the images")
     return p
@@ -129,12 +138,12 @@ def find_images(names):
     return found
 
 
-def check_images(paths, out, blend):
-    """Raise an InputError if a prediction would overwrite an image or another prediction."""
-    files = [out / f"{path.stem}{end}" for path in paths for end in (".png", "_blend.jpg")[:1 + blend]]
-    counts = Counter(path.resolve() for path in [*files, out / "legend.png", *paths])
+def check_images(paths, files, out):
+    """Raise an InputError if one of the files to write would overwrite an image or another of them."""
+    counts = Counter(path.resolve() for path in [*files, *paths])
     if taken := [file for file, n in counts.items() if n > 1]:
-        raise InputError(f"{taken[0]}: would be written twice or overwrite an image; rename the image, or change --out")
+        raise InputError(f"--out {out}: {taken[0].name} would be written twice or overwrite an image; rename the "
+                         "image, or change --out")
 
 
 def draw_legend(classes, palette):
@@ -150,7 +159,7 @@ def measure(path, seg, logits, ids, pooled):
     """Return the Measured of an image. logits: (K,h,w); ids: (H,W) uint8, without padding; pooled: [(C,), ...]."""
     rows, columns = (math.ceil(n * seg.input_scale / seg.stride) for n in ids.shape)
     logits = logits[:, :rows, :columns].float()
-    shares = np.bincount(ids.ravel(), minlength=len(logits)) / ids.size
+    shares = np.bincount(ids.ravel(), minlength=len(logits))[:len(logits)] / ids.size
     return Measured(path, torch.stack(pooled).mean(0), entropy(logits).cpu(),
                     logits.softmax(0).amax(0).mean().item(), shares.tolist())
 
@@ -171,12 +180,21 @@ def main(args):
     checkpoint = read_checkpoint(args.ckpt, "--ckpt")
     seg = model.load_segmenter(args.ckpt, checkpoint)
     amp = checkpoint["args"].get("amp") if args.amp is None else args.amp
-    out, paths = output_folder("--out", args.out), find_images(args.images)
-    if args.rank and distributed.WORLD_SIZE > 1:
-        raise InputError("--rank: works in one process; run it without torchrun")
+    export = exporters.WRITERS.get(args.format)
+    if export and args.blend:
+        raise InputError(f"--blend: not with --format {args.format}, which is one file; leave it out")
+    if args.rank and (export or distributed.WORLD_SIZE > 1):
+        raise InputError("--rank: works with --format palette and without torchrun; run it so")
+    out = exporters.check_export(args.out, args.format, seg.classes) if export else output_folder("--out", args.out)
+    folder = out.with_name(f".{out.name}.labels") if export else out
+    paths = find_images(args.images)
     device = announce(f"data {len(paths)} images", args.gpu, ops.describe)
-    check_images(paths, out, args.blend)
+    labels, legend = [folder / f"{path.stem}.png" for path in paths], folder / "legend.png"
+    blends = [folder / f"{path.stem}_blend.jpg" for path in paths] if args.blend else []
+    check_images(paths, labels + blends + [legend] * (not export), out)
     seg.to(device)
+    mine = [*zip(paths, labels)][distributed.RANK::distributed.WORLD_SIZE]
+    counts = torch.zeros(2, dtype=torch.int64)  # pixels: unlabelled, all
     pooled, measured = [], []  # features of an image, one mean for each window; what was measured of all images
     if args.rank:
         seg.head[0].register_forward_pre_hook(lambda _, x: pooled.append(x[0].float().mean((0, 2, 3)).cpu()))
@@ -185,27 +203,37 @@ def main(args):
         image = data.read_image(path)
         pixels, size = data.pad_to_stride(image, seg.stride, seg.input_scale)
         logits = predict_logits(seg, pixels[None], amp, args.window, args.tta)
-        prediction = palette_image(ops.upsample_argmax(logits, size)[0].cpu(), image.size, seg.palette)
+        ids = (ops.upsample_argmax(logits, size) if args.min_confidence is None else
+               ops.pseudo_labels(logits, size, args.min_confidence))
+        prediction = palette_image(ids[0].cpu(), image.size, seg.palette)
         if args.rank:
             measured.append(measure(path, seg, logits[0], np.asarray(prediction), pooled))
             pooled.clear()
         return image, prediction
-    mine = paths[distributed.RANK::distributed.WORLD_SIZE]
-    for path in progress(mine, len(mine), "prediction"):
-        image, prediction = predict(path)
-        write_atomically(out / f"{path.stem}.png", lambda f: prediction.save(f, "PNG"))
-        if args.blend:
-            blend = Image.blend(image, prediction.convert("RGB"), 0.5)
-            write_atomically(out / f"{path.stem}_blend.jpg", lambda f: blend.save(f, "JPEG", quality=92))
-    if distributed.RANK == 0:
-        write_atomically(out / "legend.png", lambda f: draw_legend(seg.classes, seg.palette).save(f, "PNG"))
-    distributed.all_reduce_sum(torch.zeros(1))  # all ranks have written their part
-    if args.rank:
-        labelled = labelled_images(args.ckpt, checkpoint["args"].get("data"))
-        for path in progress(labelled, len(labelled), "labelled images"):
-            predict(path)
-        write_ranking(out, measured[:len(paths)], measured[len(paths):], seg.classes, seg.palette)
-    print(f"{len(paths)} predictions in {out}")
+    try:
+        for path, label in progress(mine, len(mine), "prediction"):
+            image, prediction = predict(path)
+            histogram = prediction.histogram()
+            counts += torch.tensor([histogram[IGNORE], sum(histogram)])
+            write_atomically(label, lambda f: prediction.save(f, "PNG"))
+            if args.blend:
+                blend = Image.blend(image, prediction.convert("RGB"), 0.5)
+                write_atomically(folder / f"{path.stem}_blend.jpg", lambda f: blend.save(f, "JPEG", quality=92))
+        unlabelled, total = distributed.all_reduce_sum(counts).tolist()  # all ranks have written their part
+        if distributed.RANK == 0 and export:
+            export(out, paths, labels, seg.classes, seg.palette)
+        elif distributed.RANK == 0:
+            write_atomically(legend, lambda f: draw_legend(seg.classes, seg.palette).save(f, "PNG"))
+        if args.rank:
+            labelled = labelled_images(args.ckpt, checkpoint["args"].get("data"))
+            for path in progress(labelled, len(labelled), "labelled images"):
+                predict(path)
+            write_ranking(out, measured[:len(paths)], measured[len(paths):], seg.classes, seg.palette)
+    finally:
+        if export and distributed.RANK == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    share = f", {100 * unlabelled / total:.1f} % of the pixels unlabelled" * (args.min_confidence is not None)
+    print(f"{len(paths)} predictions in {out}{share}")
 
 
 if __name__ == "__main__":
