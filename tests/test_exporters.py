@@ -48,6 +48,9 @@ def test_predictions_come_back(trained, tmp_path, kind, limit):
     assert len(seen - {255}) > 1 and (255 in seen) == (limit is not None)
     call("predict", *words, "--out", out := tmp_path / f"new/job{ENDS[kind]}", "--format", kind)
     assert [f.name for f in out.parent.iterdir()] == [out.name]
+    if kind == "coco":
+        names = [image["file_name"] for image in json.loads(out.read_text())["images"]]
+        assert sorted(names) == sorted(f.name for f in (tmp_path / "photos").rglob("*.*"))
     zero = ["--background", "grey"] if kind == "coco" else []
     call("prepare", "import", out, tmp_path / "photos", "--out", tmp_path / "mine", *zero)
     found, classes = read_labels(tmp_path / "mine")
