@@ -6,7 +6,9 @@
     python prepare.py import SOURCE... --out DIR         label exports of other tools, to a folder of one's own
     python prepare.py check --data ROOT                  read every file; exit status 1 if anything is wrong
     python prepare.py split --data ROOT --split 0.125    the lists of a split
+    python prepare.py next --data ROOT --ckpt FILE --out DIR    the images to label next, with predictions to correct
 """
+import csv
 import filecmp
 import hashlib
 import os
@@ -14,14 +16,22 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import zlib
 from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 
-from common import importers, layouts
-from common.args import Parser
-from common.console import InputError, catch_read_errors, launch, output_folder, write_atomically
+from common import exporters, importers, layouts
+from common.args import POSITIVE_INT, Parser
+from common.console import (
+    InputError,
+    catch_read_errors,
+    catch_write_errors,
+    launch,
+    output_folder,
+    write_atomically,
+)
 
 import numpy as np
 from PIL import Image
@@ -274,6 +284,52 @@ def split(args):
           f" {args.split * len(ids):.6g} rounded to {len(labelled):,} (halves to even), seed {args.split_seed}")
 
 
+def next_(args):
+    """Choose the images to label next, and write them with their predictions to a folder for an annotation tool."""
+    import model  # the other commands need no networks
+    import predict
+    out, dataset, folder = Path(args.out), layouts.open_dataset(args.data), args.unlabelled
+    if not args.out or os.path.lexists(out):
+        raise InputError(f"--out {args.out}: exists; name a new folder")
+    classes = model.load_segmenter(args.ckpt).classes
+    if classes != dataset.classes:
+        raise InputError(f"--ckpt {args.ckpt}: its classes are {', '.join(classes)}, those of {dataset.root} "
+                         f"{', '.join(dataset.classes)}; name a checkpoint that was trained on this data")
+    folders = [x for x in (folder or dataset.unlabelled_folder,) if x]
+    found = predict.find_images(folders) + ([] if folder else [Path(x) for x in dataset.images.values()])
+    paths = [path for path in found if path.stem not in dataset.labels]
+    if len(paths) < args.count:
+        raise InputError(f"--count {args.count}: {folder or dataset.root} has {len(paths)} images without labels "
+                         f"({len(found) - len(paths)} are labelled already); lower it, or name more with --unlabelled")
+    with catch_write_errors(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        work = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent)
+    with work as work:
+        new, predictions = Path(work) / "new", Path(work) / "predictions"
+        predict.main(predict.flags().parse_args(["--ckpt", args.ckpt, "--gpu", str(args.gpu), "--rank", "--out",
+                                                 str(predictions), "--", *map(str, paths)]))
+        with open(predictions / "ranking.csv", newline="") as file:
+            chosen = [Path(row["image"]) for row in csv.DictReader(file)][:args.count]
+        with catch_write_errors(out):
+            (new / "images").mkdir(parents=True)
+            for path in chosen:
+                (os.symlink if args.link else shutil.copy2)(path.absolute(), new / "images" / path.name)
+            for name in ("ranking.csv", "ranking.html"):
+                shutil.copy2(predictions / name, new)
+            labels = [predictions / f"{path.stem}.png" for path in chosen]
+            if args.format == "palette":
+                (new / "labels").mkdir()
+                for label in labels:
+                    shutil.copy2(label, new / "labels")
+            else:
+                name = f"predictions{exporters.SUFFIXES[args.format]}"
+                exporters.WRITERS[args.format](new / name, chosen, labels, classes, dataset.palette)
+            os.replace(new, out)
+    background = f" --background {classes[0]}" * (args.format == "coco")
+    print(f"{out}: {len(chosen)} of {len(paths)} images without labels, and their predictions; when they are labelled: "
+          f"python prepare.py import EXPORT --add {dataset.root}{background}")
+
+
 def main(args):
     args.run(args)
 
@@ -317,6 +373,17 @@ def flags():
     flag("--split-seed", type=int, default=0, help="random seed of the split (default 0)")
     flag("--list", help="list to split (default: the training list; on VOC `train` has 1,464 images)")
     flag("--out", metavar="DIR", help="folder for the lists (default ROOT/ImageSets/Segmentation)")
+    flag = command(next_)
+    flag("--data", metavar="ROOT", required=True, help="data set with classes.txt, in which some images have no label")
+    flag("--unlabelled", metavar="DIR", help="folder of the images to choose from (default: ROOT/unlabelled and the "
+         "images without labels)")
+    flag("--ckpt", required=True, metavar="FILE", help="last.pt or best.pt of a training on ROOT")
+    flag("--count", type=POSITIVE_INT, default=20, help="images to choose (default 20)")
+    flag("--format", choices=["palette", *exporters.WRITERS], default="cvat", help="of the predictions: cvat "
+         "(default, predictions.zip), coco (predictions.json), or palette (a folder labels)")
+    flag("--out", metavar="DIR", required=True, help="new folder")
+    flag("--link", action="store_true", help="link to the images instead of copying them")
+    flag("--gpu", type=int, default=0, help="CUDA device (default 0); -1 is the CPU")
     return p
 
 

@@ -86,3 +86,51 @@ def test_ranks_do_not_rank(trained, blocks, tmp_path, monkeypatch, fails):
     monkeypatch.setattr("common.distributed.WORLD_SIZE", 2)
     words = "--ckpt", trained["train_base"] / "last.pt", blocks / "JPEGImages", "--out", tmp_path / "out"
     assert "--rank" in fails("predict", *words, "--gpu", -1, "--rank") and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def mine(trained, blocks, tmp_path):
+    """A data set in which 5 of 8 images have no label: three in unlabelled/, two beside the labelled ones."""
+    root = tmp_path / "mine"
+    for name in ("images", "labels", "unlabelled"):
+        (root / name).mkdir(parents=True)
+    shutil.copy(blocks / "classes.txt", root)
+    for n in range(8):
+        shutil.copy(blocks / f"JPEGImages/train{n}.png", root / ("unlabelled" if n > 4 else "images"))
+        if n < 3:
+            shutil.copy(blocks / f"SegmentationClassAug/train{n}.png", root / "labels")
+    return root
+
+
+@pytest.mark.parametrize("kind", ["cvat", "coco", "palette"])
+def test_images_to_label_next(trained, mine, tmp_path, kind):
+    """They come with their predictions, which can be imported as they are; then others are chosen."""
+    words = "--data", mine, "--ckpt", trained["train_base"] / "last.pt", "--gpu", -1, "--format", kind
+    call("prepare", "next", *words, "--count", 2, "--out", tmp_path / "next")
+    rows = [Path(row["image"]) for row in csv.DictReader((tmp_path / "next/ranking.csv").open())]
+    chosen = sorted(file.name for file in (tmp_path / "next/images").iterdir())
+    assert len(rows) == 5 and chosen == sorted(path.name for path in rows[:2])
+    files = {"cvat": ["predictions.zip"], "coco": ["predictions.json"], "palette": ["labels"]}[kind]
+    assert {f.name for f in (tmp_path / "next").iterdir()} == {"images", "ranking.csv", "ranking.html", *files}
+    if kind != "palette":
+        call("prepare", "import", tmp_path / "next/images", tmp_path / "next" / files[0], "--add", mine,
+             *["--background", "grey"] * (kind == "coco"))
+        call("predict", "--ckpt", words[3], tmp_path / "next/images", "--out", tmp_path / "want", "--gpu", -1)
+        for name in chosen:
+            with Image.open(mine / "labels" / name) as found, Image.open(tmp_path / "want" / name) as want:
+                assert found.tobytes() == want.tobytes()
+        call("prepare", "next", *words, "--count", 3, "--out", tmp_path / "after")
+        assert not {file.name for file in (tmp_path / "after/images").iterdir()} & {*chosen}
+
+
+def test_wrong_input_of_next(trained, mine, tmp_path, fails):
+    words = "next", "--data", mine, "--ckpt", trained["train_base"] / "last.pt", "--gpu", -1
+    out = "--out", tmp_path / "next"
+    assert "--count 6: " in fails("prepare", *words, *out, "--count", 6)
+    assert "3 are labelled already" in fails("prepare", *words, *out, "--unlabelled", mine / "images", "--count", 3)
+    assert "--out" in fails("prepare", *words, "--out", mine)
+    (mine / "unlabelled/broken.png").write_text("no image")
+    assert "broken.png" in fails("prepare", *words, *out, "--count", 2)
+    (mine / "classes.txt").write_text("grey\nred\ngreen\npurple\n")
+    assert "last.pt: its classes are grey, red" in fails("prepare", *words, *out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine"]
