@@ -51,8 +51,8 @@ def test_a_network_whose_features_are_shifted(capsys):
 
 @pytest.mark.quick
 def test_training_is_repeatable_and_uses_all_that_it_trains():
-    """No stochastic depth, which Swin has in timm, and no parameters without a gradient, at which DDP fails."""
-    for name in ("swin_tiny_patch4_window7_224", "convnext_atto"):
+    """No stochastic depth, which FocalNet has in timm, and no parameters without a gradient, at which DDP fails."""
+    for name in ("focalnet_tiny_srf", "convnext_atto"):
         seg = model.create_segmenter("abc", [], name, "none", None, "train", "imagenet", 4, 1)
         x = torch.randn(2, 3, 65, 65)
         one, two = seg(x), seg(x)
