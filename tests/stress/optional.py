@@ -27,14 +27,37 @@ def test_in_a_browser(page, width, scheme):  # noqa: F811
         broken = tab.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
         assert not said and broken == 0 and tab.evaluate("document.images.length") > 20
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        light = tab.evaluate("[...document.querySelectorAll('.plots img')].every(i => i.currentSrc == i.src)")
-        assert light == (scheme == "light")
+        shown = "[...document.querySelectorAll('.plots figure')].filter(f => f.offsetHeight).map(f => f.className)"
+        assert {*tab.evaluate(shown)} == {scheme}
         head = tab.locator("h2:text('Classes') ~ div table.sorted >> nth=0").locator("th button").nth(1)
         column = "[...document.querySelectorAll('.sorted')[1].tBodies[0].rows].map(r => r.cells[1].textContent)"
         before = tab.evaluate(column)
         for press, reverse in ((head.click, False), (lambda: head.press("Enter"), True)):
             press()
             assert tab.evaluate(column) == sorted(before, key=float, reverse=reverse)
+        browser.close()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: apt install chromium")
+def test_the_ranking_in_a_browser(trained, blocks, tmp_path):
+    """No error, all images load, no sideways scrolling, a click opens a picture and another closes it."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    call("predict", "--ckpt", trained["train_base"] / "last.pt", blocks / "JPEGImages", "--out", tmp_path, "--gpu", -1,
+         "--rank")
+    with api.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        for width in (390, 1400):
+            tab, said = browser.new_page(viewport=dict(width=width, height=800)), []
+            tab.on("console", lambda message: said.append(message.text))
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            tab.goto((tmp_path / "ranking.html").as_uri())
+            broken = tab.evaluate("[...document.querySelectorAll('li img')].filter(i => !i.naturalWidth).length")
+            assert not said and broken == 0 and tab.locator("li img").count() == 30
+            assert tab.evaluate("document.documentElement.scrollWidth") <= width
+            tab.locator("li button").nth(1).click()
+            assert tab.locator("dialog img").get_attribute("src") == tab.locator("li img").nth(1).get_attribute("src")
+            tab.locator("dialog img").click()
+            assert not tab.locator("dialog").is_visible() and not said
         browser.close()
 
 
