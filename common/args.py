@@ -189,6 +189,8 @@ def check_args(args):
         raise InputError(f"--scale {args.scale[0]:g} {args.scale[1]:g}: it is MIN MAX with 0 < MIN <= MAX")
     if args.crop != (best := nearest_crop(args.crop, args.stride)):
         raise InputError(f"--crop {args.crop}: it must be {args.stride}*k+1 and at least 65; the nearest is {best}")
+    if args.bn == "frozen" and args.init == "none":
+        raise InputError("--bn frozen: random weights (--init none) have no statistics to keep; use --bn train")
     check_multiple(args.batch_size, distributed.WORLD_SIZE)
 
 

@@ -424,6 +424,7 @@ def test_defaults_of_an_own_folder(tmp_path, monkeypatch, size, crop, scale):
     ("train_base", "--backbone vit_small_patch14_dinov2 --crop 97", "nearest is 99"),
     ("train_base", "--backbone vit_small_patch14_dinov2 --stride 16", "default, 14"),
     ("train_base", "--init coco", "--init coco"),
+    ("train_base", "--init none --bn frozen", "--bn frozen"),
     ("train_base", "--init nowhere.pt", "--init nowhere.pt"), ("train_base", "--scale 2 1", "--scale 2 1"),
     ("train_base", "--lr nan", "--lr"), ("train_base", "--batch-size 0", "--batch"),
     ("train_semi", "--split 1", "--unlabelled"), ("train_semi", "--unlabelled nowhere", "--unlabelled nowhere"),
