@@ -228,7 +228,8 @@ def main(args):
             labelled = labelled_images(args.ckpt, checkpoint["args"].get("data"))
             for path in progress(labelled, len(labelled), "labelled images"):
                 predict(path)
-            write_ranking(out, measured[:len(paths)], measured[len(paths):], seg.classes, seg.palette)
+            write_ranking(out, measured[:len(paths)], measured[len(paths):], seg.classes, seg.palette,
+                          data.read_image)
     finally:
         if export and distributed.RANK == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common import exporters, importers, layouts
 from common.args import POSITIVE_INT, Parser
+from common.checkpoint import read_checkpoint
 from common.console import (
     InputError,
     catch_read_errors,
@@ -286,12 +287,11 @@ def split(args):
 
 def next_(args):
     """Choose the images to label next, and write them with their predictions to a folder for an annotation tool."""
-    import model  # the other commands need no networks
-    import predict
+    import predict  # the other commands need no networks
     out, dataset, folder = Path(args.out), layouts.open_dataset(args.data), args.unlabelled
     if not args.out or os.path.lexists(out):
         raise InputError(f"--out {args.out}: exists; name a new folder")
-    classes = model.load_segmenter(args.ckpt).classes
+    classes = list(read_checkpoint(args.ckpt, "--ckpt")["classes"])
     if classes != dataset.classes:
         raise InputError(f"--ckpt {args.ckpt}: its classes are {', '.join(classes)}, those of {dataset.root} "
                          f"{', '.join(dataset.classes)}; name a checkpoint that was trained on this data")

@@ -66,7 +66,7 @@ def describe_encoder(name, stride=None):
 def find_options(name, stride):
     """Return (a network of timm on the device "meta", the arguments that build it) for a --backbone, or an InputError.
 
-    Without a `stride`, it has that of describe_encoder. Networks that cannot have a stride have their own.
+    stride: as in describe_encoder; a network that cannot have it is returned with its own.
     """
     full_name = TIMM_NAMES.get(name, name)
     shown = textwrap.shorten(name, 60)
@@ -118,14 +118,14 @@ def build_encoder(options, **weights):
 
 
 def raise_if_missing(record):
-    """A filter of timm's log, where it only says that a file lacks weights, which would stay random: RuntimeError."""
+    """Raise a RuntimeError if a file lacks weights, which would stay random: timm only logs it. A filter of its log."""
     if "Missing keys" in record.getMessage():
         raise RuntimeError(record.getMessage())
     return record.levelno > logging.INFO and "Unexpected keys" not in record.getMessage()  # the classifier's
 
 
 def raise_if_deeper(record):
-    """The same for weights of layers that the network does not have: numbered ones, which a classifier has not."""
+    """Raise a RuntimeError if a file has layers that the network lacks: numbered ones, unlike the classifier's."""
     if "Unexpected keys" in record.getMessage() and re.search(r"\.\d+\.", record.getMessage()):
         raise RuntimeError(record.getMessage())
     return True

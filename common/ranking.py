@@ -58,10 +58,11 @@ def choose_order(uncertainty, features, labelled):
     return indices + rest.tolist(), scores + [0.0] * len(rest)
 
 
-def write_ranking(out, measured, labelled, classes, palette):
+def write_ranking(out, measured, labelled, classes, palette, read_image):
     """Write ranking.csv and ranking.html to the folder `out`, which has the predictions; return the order.
 
-    measured, labelled: lists of Measured; of labelled images only the features are used.
+    measured, labelled: lists of Measured; of labelled images only the features are used. read_image: function of a path
+    -> PIL image, upright as the prediction is.
     """
     uncertainty = torch.tensor([m.entropy.mean() for m in measured]).double()
     known = torch.stack([m.feature for m in labelled]) if labelled else torch.empty(0, len(measured[0].feature))
@@ -75,7 +76,7 @@ def write_ranking(out, measured, labelled, classes, palette):
 
     def row(i, score):
         m = measured[i]
-        image, prediction = Image.open(m.path).convert("RGB"), Image.open(out / f"{m.path.stem}.png")
+        image, prediction = read_image(m.path), Image.open(out / f"{m.path.stem}.png")
         grey = Image.fromarray((255 * m.entropy).byte().numpy()).resize(image.size, Image.BILINEAR)
         yield "image", embed_image(image, "jpeg", WIDE, quality=80)
         yield "prediction", embed_image(prediction, "png", WIDE)

@@ -50,7 +50,7 @@ def test_entropy_is_relative_to_the_largest():
 
 
 def test_a_ranking(trained, blocks, tmp_path, capsys):
-    """All images, best first; what is measured leaves out the padding; the page holds its pictures."""
+    """The table has all images, best first, measured without their padding; the page needs no other files."""
     ckpt, out = trained["train_base"] / "last.pt", tmp_path / "out"
     (tmp_path / "photos").mkdir()
     for i, size in enumerate([(70, 90), (96, 80), (130, 65)]):
