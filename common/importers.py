@@ -685,18 +685,25 @@ def write_dataset(out, new, lists, classes):
 
 
 def add_to_dataset(dataset, new, lists):
-    """Move what is in `new` into a data set and extend its lists; an InputError if an id is there."""
+    """Move what is in `new` into a data set and extend its lists; an InputError if an id is there.
+
+    An image without a label that is in the data set gets the new label; its file stays.
+    """
     folders = {"images": dataset.image_dir, "labels": dataset.label_dir, "unlabelled": dataset.root / "unlabelled"}
     moves = {f: folders[f.parent.name] / f.name for f in new.rglob("*") if not f.is_dir()}
-    for f, target in moves.items():
-        if f.stem in dataset.images or f.stem in dataset.labels or os.path.lexists(target):
+    for f, target in [*moves.items()]:
+        kind, there = f.parent.name, dataset.images.get(f.stem)
+        if f.stem in dataset.labels or os.path.lexists(target) and kind != "images" or there and (
+                kind == "unlabelled" or label_formats.upright_size(there)[0] != label_formats.upright_size(f)[0]):
             raise InputError(f"--add {dataset.root}: {f.stem} is there already; rename the new one, or leave it out")
+        if there and kind == "images":
+            del moves[f]
     for name in {"train", "val", *lists}:
         names = layouts.TRAIN_LISTS if name == "train" else [name]
         files_there = filter(None, (layouts.find_list(dataset.root, n) for n in names))
         file = next(files_there, dataset.root / f"lists/{name}.txt")
         there = dataset.ids(*names) if file.is_file() or name != "test" else []
-        write_lines(new / "lists" / file.name, there + lists.get(name, []))
+        write_lines(new / "lists" / file.name, there + [i for i in lists.get(name, []) if i not in there])
         moves[new / "lists" / file.name] = file
     moved = {}
     try:

@@ -1,5 +1,6 @@
-"""In which order to label images: uncertain ones first, that differ from each other and from the labelled images."""
+"""In which order to label images: first those that are like many uncertain ones, and like none with a label."""
 import csv
+import heapq
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-GREEDY = 1000  # images whose order is chosen one by one; the others follow by uncertainty
+GREEDY = 1000  # images that are chosen one by one; the others, and those that cover nothing more, follow by uncertainty
 SHOWN = 40     # images on the page
 WIDE = 480     # of an image on the page, opened, in pixels
 
@@ -36,26 +37,39 @@ def entropy(logits):
 def choose_order(uncertainty, features, labelled):
     """Return the order of n images, (indices, scores), two lists, best first.
 
-    The next image is the one with the largest score u * d: its uncertainty u times its distance d, 1 - cos of the
-    features, to the nearest image that is labelled or was chosen before. This is the greedy k-centre algorithm (Sener &
-    Savarese 2018) weighted by uncertainty; the weight is ours.
+    A set of images covers image j by the largest similarity of one of them to j: the cosine of their features, from
+    which the mean of all features was subtracted, and 0 where it is negative. The coverage of a set is the mean of this
+    over all n images, weighted by their uncertainties. The next image is the one that raises the coverage of the
+    labelled images and those chosen before the most; its score is by how much. So it is like many uncertain images that
+    have none like them yet. This is greedy facility location (Wei, Iyer & Bilmes 2015, "Submodularity in data subset
+    selection and active learning"), with the uncertainty as our weight. An image can never raise the coverage by more
+    than it could before, so that only those at the head of a queue are computed anew (Minoux 1978).
 
     uncertainty: (n,). features: (n,C). labelled: (m,C), features of the labelled images, m >= 0.
     """
-    features, labelled = F.normalize(features.double()), F.normalize(labelled.double())
-    distance = torch.full((len(features),), 2.0).double()  # the largest that there is
-    if len(labelled):
-        distance = (1 - features @ labelled.T).amin(1)
-    indices, scores, left = [], [], torch.ones(len(features), dtype=torch.bool)
-    for _ in range(min(len(features), GREEDY)):
-        score = (uncertainty * distance).where(left, -1)
-        best = score.argmax().item()
-        indices.append(best)
-        scores.append(score[best].item())
-        left[best] = False
-        distance = distance.minimum(1 - features @ features[best])
-    rest = uncertainty.where(left, -1).argsort(descending=True)[:len(features) - len(indices)]
-    return indices + rest.tolist(), scores + [0.0] * len(rest)
+    mean = torch.cat([features, labelled]).mean(0)
+    features, labelled = (F.normalize((x - mean).double()) for x in (features, labelled))
+    weights = uncertainty.double() / uncertainty.sum().clamp_min(1e-12)
+    covered = torch.zeros(len(features)).double()
+    for x in labelled:
+        covered = covered.maximum(features @ x)
+
+    def gains(x):  # (C,...), features of candidates
+        return weights @ (features @ x - covered[:, None]).clamp_min(0)
+    queue = [(-gain, i) for i, gain in enumerate(torch.cat([gains(x.T) for x in features.split(256)]).tolist())]
+    heapq.heapify(queue)
+    indices, scores = [], []
+    while queue and queue[0][0] < -1e-9 and len(indices) < GREEDY:
+        i = heapq.heappop(queue)[1]
+        gain = gains(features[i, :, None]).item()
+        if queue and gain < -queue[0][0]:
+            heapq.heappush(queue, (-gain, i))
+            continue
+        indices.append(i)
+        scores.append(gain)
+        covered = covered.maximum(features @ features[i])
+    rest = sorted((i for _, i in queue), key=lambda i: -uncertainty[i])
+    return indices + rest, scores + [0.0] * len(rest)
 
 
 def write_ranking(out, measured, labelled, classes, palette, read_image):

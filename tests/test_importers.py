@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -471,6 +472,27 @@ def test_add(tmp_path, fails):
     assert dataset.ids("val") == val and len(dataset.train_ids()) == 7 and dataset.classes == NAMES
     found = label_maps(dataset)
     assert all(np.array_equal(found[f"{x}{n}"], ids_of(n)) for n in range(3) for x in "ab")
+
+
+def test_add_the_label_of_an_image_that_is_there(tmp_path, fails):
+    """Its own file stays, an image of another size is refused; lists gain the id once."""
+    masks(tmp_path / "source", count=3)
+    dataset = run(tmp_path / "source", tmp_path)
+    train, mine = dataset.train_ids(), tmp_path / "mine"
+    name, before = f"{train[0]}.png", (mine / f"images/{train[0]}.png").read_bytes()
+    (mine / "labels" / name).unlink()
+    image, ids = picture(3), ids_of(3)
+    write(tmp_path / "again/images" / name, image)
+    write(tmp_path / "again/masks" / name, ids)
+    write(tmp_path / "again/classes.txt", "\n".join(NAMES))
+    shutil.copytree(tmp_path / "again", tmp_path / "other")
+    write(tmp_path / "other/images" / name, np.asarray(image)[:-2])
+    write(tmp_path / "other/masks" / name, ids[:-2])
+    assert train[0] in fails("prepare", "import", tmp_path / "other", "--add", mine)
+    assert not (mine / "labels" / name).exists()
+    dataset = run(tmp_path / "again", tmp_path, "--add", mine)
+    assert dataset.train_ids() == train and (mine / "images" / name).read_bytes() == before
+    assert np.array_equal(label_maps(dataset)[train[0]], ids) and len(dataset.images) == 3
 
 
 def several_labels(root):

@@ -16,29 +16,34 @@ import model
 
 
 @pytest.mark.quick
-def test_the_order_is_greedy_and_weighted():
-    """Against its definition in plain Python, with and without labelled images."""
+def test_the_next_image_raises_the_coverage_most():
+    """Against the definition, computed anew for each set, with and without labelled images."""
     torch.manual_seed(0)
-    uncertainty, features = torch.rand(12).double(), torch.randn(12, 5)
-    cosine = torch.nn.functional.cosine_similarity
-    for labelled in (torch.randn(3, 5), torch.empty(0, 5)):
-        known, left, order, scores = [*labelled], {*range(12)}, [], []
-        while left:
-            score = {i: uncertainty[i].item() * min([1 - cosine(features[i], x, 0).item() for x in known], default=2)
-                     for i in left}
-            order.append(max(score, key=score.get))
-            scores.append(score[order[-1]])
-            left.remove(order[-1])
-            known.append(features[order[-1]])
-        found = ranking.choose_order(uncertainty, features, labelled)
-        assert found[0] == order and found[1] == pytest.approx(scores, abs=1e-6)
+    for labelled in (torch.randn(3, 5).double(), torch.empty(0, 5).double()):
+        uncertainty, features = torch.rand(12).double(), torch.randn(12, 5).double()
+        mean = torch.cat([features, labelled]).mean(0)
+
+        def coverage(known):
+            similarity = [max([0, *(torch.cosine_similarity(x - mean, y - mean, 0).item() for y in known)])
+                          for x in features]
+            return sum(u * s for u, s in zip(uncertainty.tolist(), similarity)) / uncertainty.sum().item()
+        known, left = [*labelled], {*range(12)}
+        indices, scores = ranking.choose_order(uncertainty, features, labelled)
+        for i, score in zip(indices, scores, strict=True):
+            gains = {j: coverage([*known, features[j]]) - coverage(known) for j in left}
+            assert gains[i] == pytest.approx(max(gains.values()), abs=1e-9) == score
+            left.remove(i)
+            known.append(features[i])
+        assert not left and scores[0] > 0.1 and scores[5] > 1e-3
 
 
 @pytest.mark.quick
-def test_many_images_are_ordered_too(monkeypatch):
+def test_images_that_cover_nothing_more_follow_by_uncertainty(monkeypatch):
+    uncertainty, labelled = torch.tensor([0.1, 0.5, 0.0, 0.4, 0.3, 0.2]).double(), torch.empty(0, 6)
     monkeypatch.setattr(ranking, "GREEDY", 3)
-    uncertainty = torch.tensor([0.1, 0.5, 0.0, 0.4, 0.3, 0.2]).double()
-    assert ranking.choose_order(uncertainty, torch.eye(6), torch.empty(0, 6))[0] == [1, 3, 4, 5, 0, 2]
+    assert ranking.choose_order(uncertainty, torch.eye(6), labelled) == (
+        [1, 3, 4, 5, 0, 2], [pytest.approx(x / 1.5) for x in (0.5, 0.4, 0.3)] + [0.0] * 3)
+    assert ranking.choose_order(uncertainty, torch.ones(6, 2), labelled[:, :2]) == ([1, 3, 4, 5, 0, 2], [0.0] * 6)
 
 
 @pytest.mark.quick
