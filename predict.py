@@ -16,7 +16,7 @@ from common.args import Parser, number
 from common.checkpoint import read_checkpoint
 from common.console import InputError, launch, output_folder, progress, write_atomically
 from common.layouts import IGNORE, IMAGE_SUFFIXES, open_dataset, read_lines
-from common.ranking import Measured, entropy, write_ranking
+from common.ranking import Measured, entropy, mean_over_classes, write_ranking
 from common.run import announce
 
 import numpy as np
@@ -158,9 +158,10 @@ def draw_legend(classes, palette):
 def measure(path, seg, logits, ids, pooled):
     """Return the Measured of an image. logits: (K,h,w); ids: (H,W) uint8, without padding; pooled: [(C,), ...]."""
     rows, columns = (math.ceil(n * seg.input_scale / seg.stride) for n in ids.shape)
-    logits = logits[:, :rows, :columns].float()
+    logits = logits[:, :rows, :columns].float().cpu()
     shares = np.bincount(ids.ravel(), minlength=len(logits))[:len(logits)] / ids.size
-    return Measured(path, torch.stack(pooled).mean(0), entropy(logits).cpu(),
+    uncertain = entropy(logits)
+    return Measured(path, torch.stack(pooled).mean(0), uncertain, mean_over_classes(uncertain, logits),
                     logits.softmax(0).amax(0).mean().item(), shares.tolist())
 
 

@@ -24,6 +24,7 @@ class Measured(NamedTuple):
     path: Path
     feature: torch.Tensor  # (C,), mean of the backbone's features
     entropy: torch.Tensor  # (h,w), see entropy()
+    uncertainty: float     # see mean_over_classes()
     confidence: float      # mean probability of the predicted class
     shares: list           # predicted share of each class
 
@@ -32,6 +33,18 @@ def entropy(logits):
     """Return the entropy of the softmax of logits (K,h,w), as a fraction of the largest possible: (h,w) in 0..1."""
     log_p = logits.float().log_softmax(0)
     return -(log_p.exp() * log_p).sum(0) / np.log(len(logits))
+
+
+def mean_over_classes(entropy, logits):
+    """Return the mean of the entropy (h,w) where a class is predicted, averaged over the predicted classes.
+
+    As in the mean IoU a large object counts as much as a small one. With the plain mean the ranking preferred images
+    that an object fills, and with labels of such images the networks became worse (docs/experiments.md). The definition
+    is ours.
+    """
+    classes = logits.argmax(0).flatten()
+    sums, counts = (torch.bincount(classes, x.flatten()) for x in (entropy.double(), torch.ones_like(entropy)))
+    return (sums[counts > 0] / counts[counts > 0]).mean().item()
 
 
 def choose_order(uncertainty, features, labelled):
@@ -78,7 +91,7 @@ def write_ranking(out, measured, labelled, classes, palette, read_image):
     measured, labelled: lists of Measured; of labelled images only the features are used. read_image: function of a path
     -> PIL image, upright as the prediction is.
     """
-    uncertainty = torch.tensor([m.entropy.mean() for m in measured]).double()
+    uncertainty = torch.tensor([m.uncertainty for m in measured]).double()
     known = torch.stack([m.feature for m in labelled]) if labelled else torch.empty(0, len(measured[0].feature))
     indices, scores = choose_order(uncertainty, torch.stack([m.feature for m in measured]), known)
     rows = csv.writer(text := io.StringIO(), lineterminator="\n")

@@ -54,6 +54,14 @@ def test_entropy_is_relative_to_the_largest():
     assert ranking.entropy(logits)[0].tolist() == pytest.approx([1, 0, want.item()], abs=1e-6)
 
 
+@pytest.mark.quick
+def test_the_uncertainty_is_a_mean_over_classes():
+    logits = torch.zeros(4, 2, 3).index_put((torch.tensor([0, 0, 0, 0, 2, 3]), torch.tensor([0, 0, 0, 1, 1, 1]),
+                                             torch.tensor([0, 1, 2, 0, 1, 2])), torch.tensor(9.0))
+    values = torch.tensor([[0.1, 0.1, 0.3], [0.3, 0.5, 0.8]])
+    assert ranking.mean_over_classes(values, logits) == pytest.approx((0.2 + 0.5 + 0.8) / 3)
+
+
 def test_a_ranking(trained, blocks, tmp_path, capsys):
     """The table has all images, best first, measured without their padding; the page needs no other files."""
     ckpt, out = trained["train_base"] / "last.pt", tmp_path / "out"
@@ -73,7 +81,8 @@ def test_a_ranking(trained, blocks, tmp_path, capsys):
         h, w = ((n + 15) // 16 for n in (image.height, image.width))
         with torch.no_grad():
             p = seg(pixels[None])[0, :, :h, :w].double().softmax(0)
-        want = {"confidence": p.amax(0).mean(), "uncertainty": ranking.entropy(p.log()).mean()}
+        means = [ranking.entropy(p.log())[p.argmax(0) == k].mean() for k in p.argmax(0).unique()]
+        want = {"confidence": p.amax(0).mean(), "uncertainty": sum(means) / len(means)}
         assert all(float(row[k]) == pytest.approx(x.item(), abs=2e-4) for k, x in want.items())
         with Image.open(out / Path(row["image"]).name) as x:
             counts = x.histogram()

@@ -2,8 +2,9 @@
 import importlib
 import re
 import shutil
+from pathlib import Path
 
-from common import layouts
+from common import exporters, layouts
 from common.args import resolve_args
 
 import pytest
@@ -89,6 +90,16 @@ def readme_commands():
     return [words[1:] for words in found if words[:1] and words[0].endswith("python") and words[1] != "-m"]
 
 
+def export_from_cvat(blocks, photos, file):
+    """Write 24 photos, and the labels of the first four as CVAT exports them without images."""
+    labels = sorted((blocks / "SegmentationClassAug").iterdir())[:4]
+    photos.mkdir()
+    for n in range(24):
+        shutil.copy(blocks / f"JPEGImages/{labels[n % 4].name}", photos / (labels[n].name if n < 4 else f"more{n}.png"))
+    classes, palette, _ = layouts.read_classes(blocks / "classes.txt")
+    exporters.write_cvat(file, [photos / label.name for label in labels], labels, classes, palette)
+
+
 def test_the_readmes_commands(blocks, shapes, tmp_path, monkeypatch):
     """To the letter, but with small networks and few steps; in a fresh folder, where each uses what others left."""
     monkeypatch.chdir(tmp_path)
@@ -96,6 +107,7 @@ def test_the_readmes_commands(blocks, shapes, tmp_path, monkeypatch):
     shutil.copytree(blocks, "my_labels")
     for name in ("holiday", "more_images"):
         shutil.copytree(blocks / "JPEGImages", name)
+    export_from_cvat(blocks, Path("photos"), Path("first.zip"))
     for script, *words in readme_commands():
         words = [str(blocks) if word in ("ROOT", "shapes") else word for word in words]
         if script == "prepare.py" and words[0] == "check":
@@ -104,6 +116,8 @@ def test_the_readmes_commands(blocks, shapes, tmp_path, monkeypatch):
             assert not end.value.code
         elif script == "prepare.py":
             call("prepare", *words)
+            if words[0] == "next":  # and nothing had to be corrected
+                shutil.copy("next/predictions.zip", "corrected.zip")
         elif script.startswith("train"):
             call(script[:-3], *words, *SMALL)
         else:
