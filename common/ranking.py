@@ -38,9 +38,8 @@ def entropy(logits):
 def mean_over_classes(entropy, logits):
     """Return the mean of the entropy (h,w) where a class is predicted, averaged over the predicted classes.
 
-    As in the mean IoU a large object counts as much as a small one. With the plain mean the ranking preferred images
-    that an object fills, and with labels of such images the networks became worse (docs/experiments.md). The definition
-    is ours.
+    So a large object counts as much as a small one. With the plain mean the ranking preferred images that an object
+    fills, and labels of these helped less (docs/experiments.md). The definition is ours.
     """
     classes = logits.argmax(0).flatten()
     sums, counts = (torch.bincount(classes, x.flatten()) for x in (entropy.double(), torch.ones_like(entropy)))
@@ -53,10 +52,10 @@ def choose_order(uncertainty, features, labelled):
     A set of images covers image j by the largest similarity of one of them to j: the cosine of their features, from
     which the mean of all features was subtracted, and 0 where it is negative. The coverage of a set is the mean of this
     over all n images, weighted by their uncertainties. The next image is the one that raises the coverage of the
-    labelled images and those chosen before the most; its score is by how much. So it is like many uncertain images that
-    have none like them yet. This is greedy facility location (Wei, Iyer & Bilmes 2015, "Submodularity in data subset
-    selection and active learning"), with the uncertainty as our weight. An image can never raise the coverage by more
-    than it could before, so that only those at the head of a queue are computed anew (Minoux 1978).
+    labelled images and those chosen before the most; its score is by how much. This is greedy facility location (Wei,
+    Iyer & Bilmes 2015, "Submodularity in data subset selection and active learning"), with the uncertainty as our
+    weight. No image ever raises the coverage by more than it could before, so that only those at the head of a queue
+    are computed anew (Minoux 1978).
 
     uncertainty: (n,). features: (n,C). labelled: (m,C), features of the labelled images, m >= 0.
     """
