@@ -687,23 +687,30 @@ def write_dataset(out, new, lists, classes):
 def add_to_dataset(dataset, new, lists):
     """Move what is in `new` into a data set and extend its lists; an InputError if an id is there.
 
-    An image without a label that is in the data set gets the new label; its file stays.
+    The same image may be there without a label: it gets the new one, and its file stays.
     """
     folders = {"images": dataset.image_dir, "labels": dataset.label_dir, "unlabelled": dataset.root / "unlabelled"}
     moves = {f: folders[f.parent.name] / f.name for f in new.rglob("*") if not f.is_dir()}
+    in_unlabelled = {f.stem: f for f in folders["unlabelled"].glob("*") if f.is_file()}
     for f, target in [*moves.items()]:
         kind, there = f.parent.name, dataset.images.get(f.stem)
-        if f.stem in dataset.labels or os.path.lexists(target) and kind != "images" or there and (
-                kind == "unlabelled" or label_formats.upright_size(there)[0] != label_formats.upright_size(f)[0]):
-            raise InputError(f"--add {dataset.root}: {f.stem} is there already; rename the new one, or leave it out")
-        if there and kind == "images":
+        there = there or (in_unlabelled.get(f.stem) if kind == "unlabelled" else None)
+        if f.stem in dataset.labels and kind != "unlabelled" or (
+                not is_same_image(f, there) if there and kind != "labels" else os.path.lexists(target)):
+            raise InputError(f"--add {dataset.root}: {f.stem} is there already, with a label or as another picture; "
+                             "rename the new one, or leave it out")
+        if there and kind != "labels":
             del moves[f]
-    for name in {"train", "val", *lists}:
+    listed, lists_there, replaced = set(), {}, {}  # ids in a list; name -> (file, ids); file -> its content before
+    for name in ["train", "val", *lists]:
         names = layouts.TRAIN_LISTS if name == "train" else [name]
         files_there = filter(None, (layouts.find_list(dataset.root, n) for n in names))
         file = next(files_there, dataset.root / f"lists/{name}.txt")
-        there = dataset.ids(*names) if file.is_file() or name != "test" else []
-        write_lines(new / "lists" / file.name, there + [i for i in lists.get(name, []) if i not in there])
+        lists_there[name] = file, dataset.ids(*names) if file.is_file() or name != "test" else []
+        listed.update(lists_there[name][1])
+    for name, (file, ids) in lists_there.items():
+        write_lines(new / "lists" / file.name, ids + [i for i in lists.get(name, []) if i not in listed])
+        replaced[file] = file.read_bytes() if file.is_file() else None
         moves[new / "lists" / file.name] = file
     moved = {}
     try:
@@ -715,7 +722,16 @@ def add_to_dataset(dataset, new, lists):
     except BaseException:
         for f, target in moved.items():
             os.replace(target, f)
+            if replaced.get(target) is not None:
+                target.write_bytes(replaced[target])
         raise
+
+
+def is_same_image(a, b):
+    """Return whether two image files show the same pixels."""
+    with label_formats.catch_label_errors(b), Image.open(a) as a, Image.open(b) as b:
+        a, b = (ImageOps.exif_transpose(x).convert("RGB") for x in (a, b))
+        return a.size == b.size and a.tobytes() == b.tobytes()
 
 
 def print_report(out, found, files, classes, counts, lists, turned):

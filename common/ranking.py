@@ -2,6 +2,7 @@
 import csv
 import heapq
 import io
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,7 @@ class Measured(NamedTuple):
 
 def entropy(logits):
     """Return the entropy of the softmax of logits (K,h,w), as a fraction of the largest possible: (h,w) in 0..1."""
-    log_p = logits.float().log_softmax(0)
-    return -(log_p.exp() * log_p).sum(0) / np.log(len(logits))
+    return torch.special.entr(logits.float().softmax(0)).sum(0) / np.log(max(2, len(logits)))
 
 
 def mean_over_classes(entropy, logits):
@@ -60,26 +60,29 @@ def choose_order(uncertainty, features, labelled):
     uncertainty: (n,). features: (n,C). labelled: (m,C), features of the labelled images, m >= 0.
     """
     mean = torch.cat([features, labelled]).mean(0)
-    features, labelled = (F.normalize((x - mean).double()) for x in (features, labelled))
-    weights = uncertainty.double() / uncertainty.sum().clamp_min(1e-12)
-    covered = torch.zeros(len(features)).double()
-    for x in labelled:
-        covered = covered.maximum(features @ x)
+    features, labelled = (F.normalize((x - mean).float()) for x in (features, labelled))
+    weights = (uncertainty / uncertainty.sum().clamp_min(1e-12)).float()
+    covered = torch.zeros(len(features))
+    for x in labelled.split(256) if len(labelled) else ():
+        covered = covered.maximum((features @ x.T).amax(1))
 
-    def gains(x):  # (C,...), features of candidates
-        return weights @ (features @ x - covered[:, None]).clamp_min(0)
-    queue = [(-gain, i) for i, gain in enumerate(torch.cat([gains(x.T) for x in features.split(256)]).tolist())]
+    def gains(x):  # (c,C), features of candidates
+        return (weights @ (features @ x.T - covered[:, None]).clamp_min(0)).tolist()
+    queue = [(-gain, i) for i, gain in enumerate(itertools.chain(*map(gains, features.split(256))))]
     heapq.heapify(queue)
-    indices, scores = [], []
-    while queue and queue[0][0] < -1e-9 and len(indices) < GREEDY:
-        i = heapq.heappop(queue)[1]
-        gain = gains(features[i, :, None]).item()
-        if queue and gain < -queue[0][0]:
-            heapq.heappush(queue, (-gain, i))
-            continue
-        indices.append(i)
-        scores.append(gain)
-        covered = covered.maximum(features @ features[i])
+    indices, scores, computed_anew = [], [], set()
+    while queue and queue[0][0] < -1e-6 and len(indices) < GREEDY:
+        if queue[0][1] in computed_anew:
+            gain, i = heapq.heappop(queue)
+            indices.append(i)
+            scores.append(-gain)
+            covered = covered.maximum(features @ features[i])
+            computed_anew.clear()
+        else:
+            heads = [heapq.heappop(queue)[1] for _ in range(min(8, len(queue)))]
+            for i, gain in zip(heads, gains(features[heads])):
+                heapq.heappush(queue, (-gain, i))
+            computed_anew.update(heads)
     rest = sorted((i for _, i in queue), key=lambda i: -uncertainty[i])
     return indices + rest, scores + [0.0] * len(rest)
 

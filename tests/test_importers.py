@@ -48,7 +48,7 @@ def write(file, content):
 
 def picture(n):
     """A noisy photograph (30,40,3) of image n."""
-    return RGB[ids_of(n)] // 2 + np.random.RandomState(n).randint(25 * n, 25 * n + 9, (30, 40, 3), np.uint8)
+    return RGB[ids_of(n % 5)] // 2 + np.random.RandomState(n).randint(25 * n, 25 * n + 9, (30, 40, 3), np.uint8)
 
 
 def masks(root, name="images/a{n}.png", label="masks/a{n}.png", encode=np.copy, classes="background\nweed\ncrop",
@@ -474,25 +474,55 @@ def test_add(tmp_path, fails):
     assert all(np.array_equal(found[f"{x}{n}"], ids_of(n)) for n in range(3) for x in "ab")
 
 
-def test_add_the_label_of_an_image_that_is_there(tmp_path, fails):
-    """Its own file stays, an image of another size is refused; lists gain the id once."""
+def test_add_the_label_of_an_image_that_is_there(tmp_path, fails, monkeypatch):
+    """It stays in its list, its file stays; another picture is refused; after an error all is as before."""
     masks(tmp_path / "source", count=3)
     dataset = run(tmp_path / "source", tmp_path)
-    train, mine = dataset.train_ids(), tmp_path / "mine"
-    name, before = f"{train[0]}.png", (mine / f"images/{train[0]}.png").read_bytes()
-    (mine / "labels" / name).unlink()
-    image, ids = picture(3), ids_of(3)
-    write(tmp_path / "again/images" / name, image)
-    write(tmp_path / "again/masks" / name, ids)
-    write(tmp_path / "again/classes.txt", "\n".join(NAMES))
-    shutil.copytree(tmp_path / "again", tmp_path / "other")
-    write(tmp_path / "other/images" / name, np.asarray(image)[:-2])
-    write(tmp_path / "other/masks" / name, ids[:-2])
-    assert train[0] in fails("prepare", "import", tmp_path / "other", "--add", mine)
-    assert not (mine / "labels" / name).exists()
-    dataset = run(tmp_path / "again", tmp_path, "--add", mine)
-    assert dataset.train_ids() == train and (mine / "images" / name).read_bytes() == before
-    assert np.array_equal(label_maps(dataset)[train[0]], ids) and len(dataset.images) == 3
+    mine, (train, val) = tmp_path / "mine", (dataset.train_ids(), dataset.ids("val"))
+    for i in (train[0], val[0]):
+        name, image = f"{i}.png", picture(int(i[1:]))
+        label = mine / "labels" / name
+        before = (mine / "images" / name).read_bytes()
+        label.unlink()
+        again, other = tmp_path / f"again {i}", tmp_path / f"other {i}"
+        for folder, pixels in ((again, image), (other, 255 - image)):
+            write(folder / "images" / name, pixels)
+            write(folder / "masks" / name, ids_of(3))
+            write(folder / "classes.txt", "\n".join(NAMES))
+        assert i in fails("prepare", "import", other, "--add", mine) and not label.exists()
+        dataset = run(again, tmp_path, "--add", mine)
+        assert (dataset.train_ids(), dataset.ids("val")) == (train, val) and len(dataset.images) == 3
+        assert (mine / "images" / name).read_bytes() == before and np.array_equal(label_maps(dataset)[i], ids_of(3))
+    masks(tmp_path / "more", name="images/b{n}.png", label="masks/b{n}.png")
+    before = {f: f.read_bytes() for f in mine.rglob("*") if f.is_file()}
+    move, count = os.replace, iter(range(100))
+
+    def full_disk(source, target):
+        if "/lists/" in str(target) and next(count) == 1:
+            raise OSError(28, "No space left on device")
+        move(source, target)
+    monkeypatch.setattr(os, "replace", full_disk)
+    assert "No space" in fails("prepare", "import", tmp_path / "more", "--add", mine)
+    assert before == {f: f.read_bytes() for f in mine.rglob("*") if f.is_file()}
+
+
+def test_add_a_part_of_the_images_that_were_chosen(tmp_path, fails):
+    """Images that are still without a label are there already, and stay; another picture of the name is refused."""
+    masks(tmp_path / "source", count=3)
+    for n in (7, 8):
+        write(tmp_path / f"source/images/u{n}.png", picture(n))
+    run(tmp_path / "source", tmp_path)
+    before = {f.name for f in (tmp_path / "mine/unlabelled").iterdir()}
+    for n in (7, 8):
+        write(tmp_path / f"chosen/images/u{n}.png", picture(n))
+    write(tmp_path / "chosen/masks/u7.png", ids_of(1))
+    write(tmp_path / "chosen/classes.txt", "\n".join(NAMES))
+    shutil.copytree(tmp_path / "chosen", tmp_path / "other")
+    write(tmp_path / "other/images/u8.png", 255 - picture(8))
+    assert "u8" in fails("prepare", "import", tmp_path / "other", "--add", tmp_path / "mine")
+    dataset = run(tmp_path / "chosen", tmp_path, "--add", tmp_path / "mine")
+    assert before == {f.name for f in (tmp_path / "mine/unlabelled").iterdir()} == {"u7.png", "u8.png"}
+    assert np.array_equal(label_maps(dataset)["u7"], ids_of(1)) and "u8" not in dataset.labels
 
 
 def several_labels(root):
