@@ -483,22 +483,25 @@ def test_add_the_label_of_an_image_that_is_there(tmp_path, fails, monkeypatch):
         name, image = f"{i}.png", picture(int(i[1:]))
         label = mine / "labels" / name
         before = (mine / "images" / name).read_bytes()
-        label.unlink()
         again, other = tmp_path / f"again {i}", tmp_path / f"other {i}"
         for folder, pixels in ((again, image), (other, 255 - image)):
-            write(folder / "images" / name, pixels)
+            write(folder / f"images/{i}.bmp", pixels)
             write(folder / "masks" / name, ids_of(3))
             write(folder / "classes.txt", "\n".join(NAMES))
+        assert i in fails("prepare", "import", again, "--add", mine)  # it has a label
+        assert np.array_equal(label_maps(dataset)[i], ids_of(int(i[1:])))
+        label.unlink()
         assert i in fails("prepare", "import", other, "--add", mine) and not label.exists()
         dataset = run(again, tmp_path, "--add", mine)
         assert (dataset.train_ids(), dataset.ids("val")) == (train, val) and len(dataset.images) == 3
+        assert not (mine / f"images/{i}.bmp").exists()
         assert (mine / "images" / name).read_bytes() == before and np.array_equal(label_maps(dataset)[i], ids_of(3))
     masks(tmp_path / "more", name="images/b{n}.png", label="masks/b{n}.png")
     before = {f: f.read_bytes() for f in mine.rglob("*") if f.is_file()}
     move, count = os.replace, iter(range(100))
 
     def full_disk(source, target):
-        if "/lists/" in str(target) and next(count) == 1:
+        if str(target).startswith(f"{mine}/lists") and next(count) == 1:
             raise OSError(28, "No space left on device")
         move(source, target)
     monkeypatch.setattr(os, "replace", full_disk)

@@ -38,6 +38,20 @@ def test_the_next_image_raises_the_coverage_most():
 
 
 @pytest.mark.quick
+def test_the_order_of_more_images_than_are_computed_at_once():
+    torch.manual_seed(1)
+    uncertainty, features, labelled = torch.rand(600).double(), torch.randn(600, 4), torch.randn(300, 4)
+    features[:20] = features[0]  # the gain of these is 0 after the first of them
+    mean = torch.cat([features, labelled]).mean(0)
+    x, y = (torch.nn.functional.normalize((z - mean).double()) for z in (features, labelled))
+    similarity, covered = x @ x.T, (x @ y.T).amax(1)
+    for i, score in zip(*(found[:400] for found in ranking.choose_order(uncertainty, features, labelled))):
+        gains = uncertainty @ (similarity - covered[:, None]).clamp_min(0) / uncertainty.sum()
+        assert gains[i].item() == pytest.approx(gains.max().item(), abs=1e-6) == score
+        covered = covered.maximum(similarity[i])
+
+
+@pytest.mark.quick
 def test_images_that_cover_nothing_more_follow_by_uncertainty(monkeypatch):
     uncertainty, labelled = torch.tensor([0.1, 0.5, 0.0, 0.4, 0.3, 0.2]).double(), torch.empty(0, 6)
     monkeypatch.setattr(ranking, "GREEDY", 3)
