@@ -696,7 +696,7 @@ def add_to_dataset(dataset, new, lists):
         kind, there = f.parent.name, dataset.images.get(f.stem)
         there = there or (in_unlabelled.get(f.stem) if kind == "unlabelled" else None)
         if not is_same_image(f, there) if there and kind != "labels" else os.path.lexists(target):
-            raise InputError(f"--add {dataset.root}: {f.stem} is there already, with a label or as another picture; "
+            raise InputError(f"--add {dataset.root}: {f.stem} is there already, with a label or with other pixels; "
                              "rename the new one, or leave it out")
         if there and kind != "labels":
             del moves[f]

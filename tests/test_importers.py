@@ -475,7 +475,7 @@ def test_add(tmp_path, fails):
 
 
 def test_add_the_label_of_an_image_that_is_there(tmp_path, fails, monkeypatch):
-    """It stays in its list, its file stays; another picture is refused; after an error all is as before."""
+    """It stays in its list, its file stays; other pixels are refused; after an error nothing has changed."""
     masks(tmp_path / "source", count=3)
     dataset = run(tmp_path / "source", tmp_path)
     mine, (train, val) = tmp_path / "mine", (dataset.train_ids(), dataset.ids("val"))
@@ -510,7 +510,7 @@ def test_add_the_label_of_an_image_that_is_there(tmp_path, fails, monkeypatch):
 
 
 def test_add_a_part_of_the_images_that_were_chosen(tmp_path, fails):
-    """Images that are still without a label are there already, and stay; another picture of the name is refused."""
+    """Images that are still without a label are there already, and stay; one with other pixels is refused."""
     masks(tmp_path / "source", count=3)
     for n in (7, 8):
         write(tmp_path / f"source/images/u{n}.png", picture(n))

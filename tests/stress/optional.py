@@ -40,7 +40,7 @@ def test_in_a_browser(page, width, scheme):  # noqa: F811
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium: apt install chromium")
 def test_the_ranking_in_a_browser(trained, blocks, tmp_path):
-    """No error, all images load, no sideways scrolling, a click opens a picture and another closes it."""
+    """No error, all images load, no sideways scrolling, a click enlarges an image and another closes it."""
     api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     call("predict", "--ckpt", trained["train_base"] / "last.pt", blocks / "JPEGImages", "--out", tmp_path, "--gpu", -1,
          "--rank")
