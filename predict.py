@@ -158,11 +158,11 @@ def draw_legend(classes, palette):
 def measure(path, seg, logits, ids, pooled):
     """Return the Measured of an image. logits: (K,h,w); ids: (H,W) uint8, without padding; pooled: [(C,), ...]."""
     rows, columns = (math.ceil(n * seg.input_scale / seg.stride) for n in ids.shape)
-    logits = logits[:, :rows, :columns].float().cpu()
+    probabilities = logits[:, :rows, :columns].float().softmax(0).cpu()
     shares = np.bincount(ids.ravel(), minlength=len(logits))[:len(logits)] / ids.size
-    uncertain = entropy(logits)
-    return Measured(path, torch.stack(pooled).mean(0), uncertain, mean_over_classes(uncertain, logits),
-                    logits.softmax(0).amax(0).mean().item(), shares.tolist())
+    uncertain = entropy(probabilities)
+    return Measured(path, torch.stack(pooled).mean(0), uncertain, mean_over_classes(uncertain, probabilities),
+                    probabilities.amax(0).mean().item(), shares.tolist())
 
 
 def labelled_images(ckpt, data_root):

@@ -30,18 +30,18 @@ class Measured(NamedTuple):
     shares: list           # predicted share of each class
 
 
-def entropy(logits):
-    """Return the entropy of the softmax of logits (K,h,w), as a fraction of the largest possible: (h,w) in 0..1."""
-    return torch.special.entr(logits.float().softmax(0)).sum(0) / np.log(max(2, len(logits)))
+def entropy(probabilities):
+    """Return the entropy of probabilities (K,h,w), as a fraction of the largest possible: (h,w) in 0..1."""
+    return torch.special.entr(probabilities).sum(0) / np.log(max(2, len(probabilities)))
 
 
-def mean_over_classes(entropy, logits):
+def mean_over_classes(entropy, probabilities):
     """Return the mean of the entropy (h,w) where a class is predicted, averaged over the predicted classes.
 
     So a large object counts as much as a small one. With the plain mean the ranking preferred images that an object
     fills, and labels of these helped less (docs/experiments.md). The definition is ours.
     """
-    classes = logits.argmax(0).flatten()
+    classes = probabilities.argmax(0).flatten()
     sums, counts = (torch.bincount(classes, x.flatten()) for x in (entropy.double(), torch.ones_like(entropy)))
     return (sums[counts > 0] / counts[counts > 0]).mean().item()
 

@@ -523,6 +523,9 @@ def test_add_a_part_of_the_images_that_were_chosen(tmp_path, fails):
     shutil.copytree(tmp_path / "chosen", tmp_path / "other")
     write(tmp_path / "other/images/u8.png", 255 - picture(8))
     assert "u8" in fails("prepare", "import", tmp_path / "other", "--add", tmp_path / "mine")
+    turned = Image.Exif()
+    turned[0x0112] = 6  # stored lying, upright the same
+    Image.fromarray(picture(8)).rotate(90, expand=True).save(tmp_path / "chosen/images/u8.png", exif=turned)
     dataset = run(tmp_path / "chosen", tmp_path, "--add", tmp_path / "mine")
     assert before == {f.name for f in (tmp_path / "mine/unlabelled").iterdir()} == {"u7.png", "u8.png"}
     assert np.array_equal(label_maps(dataset)["u7"], ids_of(1)) and "u8" not in dataset.labels
