@@ -50,12 +50,15 @@ def describe_device(device, gpu=-1):
 
 
 class SyncBatchNorm(torch.nn.BatchNorm2d):
-    """nn.BatchNorm2d with the batch statistics of all ranks, which have images of one number and size.
+    """nn.BatchNorm1d or 2d with the batch statistics of all ranks, which have images of one number and size.
 
     torch.nn.SyncBatchNorm waits for the GPU three times a layer, because it drops ranks without images.
     """
 
-    def forward(self, x):  # (N,C,h,w)
+    def _check_input_dim(self, x):  # of PyTorch, called by super().forward: any number of dimensions is fine
+        pass
+
+    def forward(self, x):  # (N,C,...)
         y = self.normalise(x) if self.training else super().forward(x)
         return self.act(y) if hasattr(self, "act") else y  # timm's BatchNormAct2d has an activation
 
@@ -70,7 +73,7 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
 
 
 class NormaliseByAllRanks(torch.autograd.Function):
-    """Batch norm of x (N,C,h,w); returns it, and mean and biased variance (C,) over all ranks."""
+    """Batch norm of x (N,C,...); returns it, and mean and biased variance (C,) over all ranks."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
@@ -101,7 +104,7 @@ class NormaliseByAllRanks(torch.autograd.Function):
 def prepare_model(model, compile=False):
     """Return the model ready for training: with DDP, batch norm over all ranks, and torch.compile."""
     for module in model.modules() if WORLD_SIZE > 1 else ():
-        if isinstance(module, torch.nn.BatchNorm2d) and module.training:
+        if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)) and module.training:
             module.__class__ = SyncBatchNorm  # keeps parameters, buffers and their names
     if compile:
         model.compile()

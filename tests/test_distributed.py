@@ -148,6 +148,9 @@ distributed.init_device(-1)
 g = torch.Generator().manual_seed(0)
 x, upstream = torch.randn(2, 4, 5, 6, 7, generator=g, dtype=torch.float64)
 x = (x * torch.tensor([1, 2, 0.1, 10, 1]).view(5, 1, 1) + torch.arange(4).view(4, 1, 1, 1) + 5).to({dtype})
+layout = torch.channels_last
+if "1d" in {layer!r}:
+    x, upstream, layout = x.flatten(2), upstream.flatten(2), torch.contiguous_format
 from timm.layers import BatchNormAct2d
 one = torch.nn.Sequential({layer}(5)).double()
 weights = {{"0.weight": torch.arange(-2.0, 3), "0.bias": torch.arange(5.0)}}
@@ -159,7 +162,7 @@ mine = slice(2 * distributed.RANK, 2 * distributed.RANK + 2)
 for step in range(3):
     two[0].track_running_stats = one[0].track_running_stats = step < 2
     a = x.double().clone().requires_grad_()
-    b = x[mine].clone(memory_format=torch.channels_last).requires_grad_()
+    b = x[mine].clone(memory_format=layout).requires_grad_()
     y, z = one(a), two(b)
     (y * upstream).sum().backward()
     (z * upstream[mine].to(z.dtype)).sum().backward()
@@ -179,6 +182,7 @@ if distributed.RANK == 0:
 
 @pytest.mark.parametrize("layer, dtype, weights, tolerance", [
     ("torch.nn.BatchNorm2d", "torch.float64", "torch.float64", 1e-12),
+    ("torch.nn.BatchNorm1d", "torch.float64", "torch.float64", 1e-12),
     ("BatchNormAct2d", "torch.float64", "torch.float64", 1e-12),
     ("torch.nn.BatchNorm2d", "torch.float32", "torch.float32", 2e-6),
     ("torch.nn.BatchNorm2d", "torch.bfloat16", "torch.float32", 2e-2)])
