@@ -386,11 +386,11 @@ class EvalDataset(torch.utils.data.Dataset):
 def pad_to_stride(image, stride, input_scale=1):
     """Pad a PIL image on the right and below to (H,W), shrink it for the network; return ((3,h,w) uint8, (H,W)).
 
-    h, w are stride*k+1 and H, W are stride/input_scale*k+1. Shrinking aligns the edges of the images, not the centres
-    of the corner pixels: at input_scale 0.5 align_corners=True is half a pixel off, at 0.25 1.5 pixels.
+    h, w are stride*k+1 and H, W are stride/input_scale*k+1, with k >= 1. Shrinking aligns the edges of the images, not
+    the centres of the corner pixels: at input_scale 0.5 align_corners=True is half a pixel off, at 0.25 1.5 pixels.
     """
     multiple = round(stride / input_scale)
-    steps = [math.ceil((n - 1) / multiple) for n in (image.height, image.width)]
+    steps = [max(1, math.ceil((n - 1) / multiple)) for n in (image.height, image.width)]
     padded = ImageOps.expand(image, (0, 0, *(multiple * k + 1 - n for k, n in zip(steps[::-1], image.size))), PADDING)
     pixels = torch.from_numpy(np.array(padded)).permute(2, 0, 1)
     if input_scale != 1:

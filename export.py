@@ -33,7 +33,7 @@ class Predictor(torch.nn.Module):
 
     def forward(self, images):
         height, width = images.shape[2:]
-        steps = [(n + self.multiple - 2) // self.multiple for n in (height, width)]
+        steps = [torch.sym_max(1, (n + self.multiple - 2) // self.multiple) for n in (height, width)]
         full = [self.multiple * k + 1 for k in steps]  # see data.pad_to_stride
         x = F.pad(images - self.padding, (0, full[1] - width, 0, full[0] - height)) + self.padding
         if self.seg.input_scale != 1:

@@ -175,4 +175,6 @@ def test_a_transformer(train, voc, tmp_path, capsys):
         pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1)[None]
         mask = np.array(Image.open(tmp_path / f"masks/{image.stem}.png"))
         assert (exported(pixels)[0].numpy() == mask).mean() > 0.999
+    Image.new("RGB", (1, 1)).save(tmp_path / "pixel.png")
+    call("predict", *ckpt, tmp_path / "pixel.png", "--gpu", -1, "--out", tmp_path / "masks")
     call("report", out, "--out", tmp_path / "page.html")
