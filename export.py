@@ -4,6 +4,7 @@
 """
 import io
 import json
+import textwrap
 from pathlib import Path
 
 from common.args import Parser
@@ -51,20 +52,21 @@ def main(args):
     seg = model.load_segmenter(args.ckpt)
     predictor = Predictor(seg).eval().to(memory_format=torch.contiguous_format)
     shapes, example = (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),), torch.zeros(2, 3, 203, 187).byte()
-    with torch.no_grad():
-        program = torch.export.export(predictor, (example,), dynamic_shapes=shapes)
     facts = json.dumps({"classes": seg.classes, "palette": seg.palette})
-    if out.suffix == ".pt2":
-        file = io.BytesIO()
-        torch.export.save(program, file, extra_files={"classes.json": facts})
-        write_atomically(out, lambda part: part.write_bytes(file.getbuffer()))
-    else:
-        try:
+    try:
+        with torch.no_grad():
+            program = torch.export.export(predictor, (example,), dynamic_shapes=shapes)
+        if out.suffix == ".pt2":
+            torch.export.save(program, file := io.BytesIO(), extra_files={"classes.json": facts})
+        else:
             onnx = torch.onnx.export(program, verbose=False, input_names=["images"], output_names=["ids"])
-        except ImportError as e:
-            raise InputError(f"--out {out}: {e.name} is not installed; pip install onnx onnxscript") from None
-        onnx.model.metadata_props["classes.json"] = facts
-        write_atomically(out, onnx.save)
+            onnx.model.metadata_props["classes.json"] = facts
+    except ImportError as e:
+        raise InputError(f"--out {out}: {e.name} is not installed; pip install onnx onnxscript") from None
+    except Exception as e:  # of any kind: the operators of some networks of timm cannot be exported
+        raise InputError(f"--ckpt {args.ckpt}: its backbone cannot be exported to {out.suffix} ("
+                         f"{textwrap.shorten(f'{type(e).__name__}: {e}', 99)}); train with another --backbone") from e
+    write_atomically(out, lambda part: part.write_bytes(file.getbuffer()) if out.suffix == ".pt2" else onnx.save(part))
     print(f"{out}: images (N,3,H,W) uint8 -> class ids (N,H,W) uint8, {len(seg.classes)} classes")
 
 
